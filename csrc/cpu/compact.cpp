@@ -1,0 +1,155 @@
+// compact: dense batches of survivors from features [N, ...], and the way back.
+//
+//   compact           out[k] = features[survivors[k]]                      2 s F bytes
+//   compact_          fills the holes below n with survivors of the tail,  about 2 s (1 - s) F bytes
+//                     features[j] = old features[order[j]], j < n
+//   compact_backward  grad_in[survivors[k]] = grad[k], 0 elsewhere         (1 + s) F bytes
+//
+// with n survivors, s = n / N and F the bytes of the features. A sample is one block of memory in
+// either memory format, so channels-last features move as fast as contiguous ones and stay so.
+// Threads take runs of rows; every row is written by one thread.
+#include <algorithm>
+
+#include "tensor.h"
+
+namespace elf_fast {
+namespace {
+
+// Bytes of one sample and the strides of a dense batch of them.
+struct Samples {
+  int64_t count, bytes, pitch;  // pitch: bytes from one sample to the next
+  std::vector<int64_t> sizes, dense_strides;
+};
+
+// True when the dimensions 1.. of t, in some order, fill one block of memory without gaps.
+bool sample_is_dense(const Tensor& t) {
+  std::vector<std::pair<int64_t, int64_t>> stride_size;
+  for (int64_t d = 1; d < t.dim(); ++d)
+    if (t.size(d) != 1) stride_size.emplace_back(t.stride(d), t.size(d));
+  std::sort(stride_size.begin(), stride_size.end());
+  int64_t expected = 1;
+  for (const auto& [stride, size] : stride_size) {
+    if (stride != expected) return false;
+    expected *= size;
+  }
+  return true;
+}
+
+Samples samples_of(const Tensor& t) {
+  Samples s;
+  s.count = t.size(0);
+  int64_t elements = 1;
+  for (int64_t d = 0; d < t.dim(); ++d) {
+    s.sizes.push_back(t.size(d));
+    s.dense_strides.push_back(t.stride(d));
+    if (d > 0) elements *= t.size(d);
+  }
+  s.dense_strides[0] = std::max<int64_t>(elements, 1);
+  s.bytes = elements * static_cast<int64_t>(t.element_size());
+  s.pitch = t.stride(0) * static_cast<int64_t>(t.element_size());
+  return s;
+}
+
+Tensor with_dense_samples(const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() >= 1, "features: expected [N, ...], got a scalar");
+  return sample_is_dense(t) ? t : torch::stable::contiguous(t);
+}
+
+Tensor empty_batch(const Samples& like, int64_t count, ScalarType dtype) {
+  std::vector<int64_t> sizes = like.sizes;
+  sizes[0] = count;
+  return empty_strided(sizes.data(), like.dense_strides.data(),
+                       static_cast<int64_t>(sizes.size()), dtype);
+}
+
+const int64_t* checked_survivors(const Tensor& survivors, int64_t N) {
+  STD_TORCH_CHECK(survivors.scalar_type() == ScalarType::Long && survivors.dim() == 1 &&
+                      (survivors.size(0) <= 1 || survivors.stride(0) == 1),
+                  "survivors: expected contiguous int64 [n]");
+  const int64_t* rows = data<const int64_t>(survivors);
+  int64_t last = -1;
+  for (int64_t k = 0; k < survivors.size(0); ++k) {
+    STD_TORCH_CHECK(rows[k] > last && rows[k] < N,
+                    "survivors: expected ascending indices below N = ", N, ", got ", rows[k],
+                    " at position ", k);
+    last = rows[k];
+  }
+  return rows;
+}
+
+Tensor compact(const Tensor& features, const Tensor& survivors) {
+  const Tensor source = with_dense_samples(features);
+  const Samples from = samples_of(source);
+  const int64_t* rows = checked_survivors(survivors, from.count);
+  const int64_t n = survivors.size(0);
+  Tensor out = empty_batch(from, n, source.scalar_type());
+  const char* src = data<const char>(source);
+  char* dst = data<char>(out);
+  over_rows(n, from.bytes / 4, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      std::memcpy(dst + k * from.bytes, src + rows[k] * from.pitch,
+                  static_cast<size_t>(from.bytes));
+  });
+  return out;
+}
+
+Tensor compact_(Tensor features, const Tensor& survivors) {
+  STD_TORCH_CHECK(features.dim() >= 1 && sample_is_dense(features),
+                  "features: expected [N, ...] with every sample dense in memory");
+  const Samples batch = samples_of(features);
+  const int64_t* rows = checked_survivors(survivors, batch.count);
+  const int64_t n = survivors.size(0);
+  Tensor order_tensor = empty_vector(n, ScalarType::Long);
+  int64_t* order = data<int64_t>(order_tensor);
+  // rows[0, staying) lie below n already; rows[staying, n) move into the holes, in order.
+  const int64_t staying = std::lower_bound(rows, rows + n, n) - rows;
+  std::vector<int64_t> holes;
+  holes.reserve(static_cast<size_t>(n - staying));
+  for (int64_t j = 0, k = 0; j < n; ++j) {
+    if (k < staying && rows[k] == j) {
+      order[j] = j;
+      ++k;
+    } else {
+      order[j] = rows[staying + static_cast<int64_t>(holes.size())];
+      holes.push_back(j);
+    }
+  }
+  char* base = data<char>(features);
+  over_rows(static_cast<int64_t>(holes.size()), batch.bytes / 4, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h)
+      std::memcpy(base + holes[h] * batch.pitch, base + order[holes[h]] * batch.pitch,
+                  static_cast<size_t>(batch.bytes));
+  });
+  return order_tensor;
+}
+
+Tensor compact_backward(const Tensor& grad, const Tensor& survivors, int64_t N) {
+  const Tensor source = with_dense_samples(grad);
+  const Samples from = samples_of(source);
+  const int64_t* rows = checked_survivors(survivors, N);
+  const int64_t n = survivors.size(0);
+  STD_TORCH_CHECK(from.count == n, "grad: expected ", n, " rows, got ", from.count);
+  Tensor out = empty_batch(from, N, source.scalar_type());
+  const char* src = data<const char>(source);
+  char* dst = data<char>(out);
+  over_rows(N, from.bytes / 4, [&](int64_t begin, int64_t end) {
+    int64_t k = std::lower_bound(rows, rows + n, begin) - rows;
+    for (int64_t row = begin; row < end; ++row) {
+      char* to = dst + row * from.bytes;
+      if (k < n && rows[k] == row)
+        std::memcpy(to, src + k++ * from.pitch, static_cast<size_t>(from.bytes));
+      else
+        std::memset(to, 0, static_cast<size_t>(from.bytes));
+    }
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace elf_fast
+
+STABLE_TORCH_LIBRARY_IMPL(elf_fast, CPU, m) {
+  m.impl("compact", TORCH_BOX(&elf_fast::compact));
+  m.impl("compact_", TORCH_BOX(&elf_fast::compact_));
+  m.impl("compact_backward", TORCH_BOX(&elf_fast::compact_backward));
+}

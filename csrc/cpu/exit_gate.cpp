@@ -1,0 +1,56 @@
+// exit_gate: softmax statistics, argmax, confidence test and survivor indices of logits [N, C].
+//
+//   p = softmax(z / T);  statistic = max p | top-1 minus top-2 | entropy / log C
+//   a sample goes on unless the statistic passes the threshold of its predicted class and, where a
+//   target is given, the prediction is right.
+//
+// Threads take runs of rows; one thread then scans N flags into ascending indices. Memory traffic:
+// logits once, and 8 to 28 bytes a row written. Deterministic: no result depends on the threads.
+#include "exit_gate.h"
+
+namespace elf_fast {
+namespace {
+#define ELF_ROW_KERNELS "exit_gate_rows.inl"
+#include "for_each_isa.inl"
+}  // namespace
+
+GateOutputs run_gate(const Tensor& logits, const Tensor& threshold, const Tensor& temperature,
+                     int64_t criterion, const std::optional<Tensor>& target, bool early_stop) {
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits: expected [N, C] with C >= 1");
+  const Tensor rows = dense_rows(logits);
+  const int64_t N = rows.size(0), C = rows.size(1), stride = rows.stride(0);
+  const ScalarType acc = acc_type(rows.scalar_type());
+  GateOutputs out(N, acc);
+  for_floating(rows.scalar_type(), "exit_gate", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    const GateTest<A> test =
+        gate_test<A>(threshold, temperature, criterion, target, early_stop, N, C, acc);
+    const T* z = data<const T>(rows);
+    A* confidence = data<A>(out.confidence);
+    int64_t* prediction = data<int64_t>(out.prediction);
+    int64_t* goes_on = data<int64_t>(out.survivors);
+    over_rows(N, C, [&](int64_t begin, int64_t end) {
+      ELF_ON_ISA(gate_rows(z, stride, begin, end, C, test, confidence, prediction, goes_on));
+    });
+  });
+  out.scan();
+  return out;
+}
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> exit_gate(const Tensor& logits, const Tensor& threshold,
+                                                     const Tensor& temperature, int64_t criterion,
+                                                     std::optional<Tensor> target,
+                                                     bool early_stop) {
+  GateOutputs out = run_gate(logits, threshold, temperature, criterion, target, early_stop);
+  return {out.confidence, out.prediction, out.survivors, out.count};
+}
+
+}  // namespace
+}  // namespace elf_fast
+
+STABLE_TORCH_LIBRARY_IMPL(elf_fast, CPU, m) {
+  m.impl("exit_gate", TORCH_BOX(&elf_fast::exit_gate));
+}

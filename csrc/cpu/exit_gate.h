@@ -1,0 +1,11 @@
+#pragma once
+
+#include "gate.h"
+
+namespace elf_fast {
+
+// The gate over logits [N, C]; see exit_gate.cpp.
+GateOutputs run_gate(const Tensor& logits, const Tensor& threshold, const Tensor& temperature,
+                     int64_t criterion, const std::optional<Tensor>& target, bool early_stop);
+
+}  // namespace elf_fast

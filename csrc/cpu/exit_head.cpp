@@ -1,0 +1,76 @@
+// exit_head: global average pool, linear classifier and gate in one op.
+//
+//   pooled = mean of features over positions;  logits = pooled W^T + b;  then exit_gate(logits)
+//
+// features: [N, D, H, W] in either memory format, tokens [N, T, D], or [N, D]. The pool reads the
+// features once; the product is PyTorch's own (a matrix library beats ours); the gate then finds
+// the logits in cache. The product runs in the classifier's dtype.
+#include "exit_gate.h"
+
+namespace elf_fast {
+namespace {
+#define ELF_ROW_KERNELS "pool_rows.inl"
+#include "for_each_isa.inl"
+
+bool is_channels_last(const Tensor& t) {
+  const int64_t D = t.size(1), H = t.size(2), W = t.size(3);
+  return t.stride(1) == 1 && t.stride(3) == D && t.stride(2) == W * D && t.stride(0) == H * W * D;
+}
+
+Tensor pool(const Tensor& features) {
+  STD_TORCH_CHECK(features.dim() >= 2 && features.dim() <= 4,
+                  "features: expected [N, D], [N, T, D] or [N, D, H, W], got ", features.dim(),
+                  " dimensions");
+  if (features.dim() == 2) return torch::stable::clone(features);
+  const bool image = features.dim() == 4;
+  const bool last = !image || (is_channels_last(features) && !features.is_contiguous());
+  const Tensor x = image && last ? features : torch::stable::contiguous(features);
+  const int64_t N = x.size(0);
+  const int64_t D = image ? x.size(1) : x.size(2);
+  const int64_t P = image ? x.size(2) * x.size(3) : x.size(1);
+  STD_TORCH_CHECK(P > 0 && D > 0, "features: expected at least one position and one channel");
+  const int64_t sizes[2] = {N, D}, strides[2] = {D, 1};
+  Tensor pooled = empty_strided(sizes, strides, 2, x.scalar_type());
+  for_floating(x.scalar_type(), "exit_head", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const T* src = data<const T>(x);
+    T* dst = data<T>(pooled);
+    over_rows(N, P * D, [&](int64_t begin, int64_t end) {
+      if (last)
+        ELF_ON_ISA(pool_channels_last(src, begin, end, P, D, dst));
+      else
+        ELF_ON_ISA(pool_channels_first(src, begin, end, D, P, dst));
+    });
+  });
+  return pooled;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
+                                    torch::stable::detail::from(weight),
+                                    torch::stable::detail::from(bias)};
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_head(
+    const Tensor& features, const Tensor& weight, std::optional<Tensor> bias,
+    const Tensor& threshold, const Tensor& temperature, int64_t criterion,
+    std::optional<Tensor> target, bool early_stop) {
+  Tensor pooled = pool(features);
+  if (pooled.scalar_type() != weight.scalar_type())
+    pooled = torch::stable::to(pooled, weight.scalar_type());
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == pooled.size(1),
+                  "weight: expected [C, D] with D = ", pooled.size(1));
+  const Tensor logits = linear(pooled, weight, bias);
+  GateOutputs out = run_gate(logits, threshold, temperature, criterion, target, early_stop);
+  return {logits, pooled, out.confidence, out.prediction, out.survivors, out.count};
+}
+
+}  // namespace
+}  // namespace elf_fast
+
+STABLE_TORCH_LIBRARY_IMPL(elf_fast, CPU, m) {
+  m.impl("exit_head", TORCH_BOX(&elf_fast::exit_head));
+}

@@ -1,0 +1,54 @@
+// What the row kernels of every instruction set share.
+#pragma once
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+#include "isa.h"
+
+#define ELF_INLINE static inline __attribute__((always_inline))
+
+namespace elf_fast {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// The numbers that the schema's `criterion` stands for (elf_fast/reference.py: CRITERIA).
+enum class Criterion : int64_t { confidence = 0, margin = 1, entropy = 2 };
+
+// Arithmetic is float32, or float64 for float64 input.
+template <class T>
+using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
+
+template <class A>
+constexpr A kLog2e = static_cast<A>(1.4426950408889634);
+template <class A>
+constexpr A kLn2 = static_cast<A>(0.6931471805599453);
+
+// Normalised entropy from S = sum 2^t and W = sum t 2^t: (log2 S - W / S) / log2 C.
+template <class A>
+inline A entropy_of(A sum, A weighted, int64_t C) {
+  if (C == 1) return 0;
+  const A bits = std::log2(sum) - weighted / sum;
+  return bits > 0 ? bits / std::log2(static_cast<A>(C)) : (bits == bits ? A(0) : bits);
+}
+
+// One row of working memory per thread. Slot 0 belongs to the gate, slot 1 to the loss.
+template <class A, int kSlot = 0>
+inline A* scratch_row(int64_t C) {
+  thread_local std::vector<A> row;
+  if (row.size() < static_cast<size_t>(C)) row.resize(static_cast<size_t>(C));
+  return row.data();
+}
+template float* scratch_row<float, 0>(int64_t);
+template float* scratch_row<float, 1>(int64_t);
+template double* scratch_row<double, 0>(int64_t);
+template double* scratch_row<double, 1>(int64_t);
+
+}  // namespace elf_fast

@@ -1,0 +1,163 @@
+// Vectors of ELF_LANES floats, their loads and stores from each dtype, and 2^x.
+
+constexpr int kLanes = ELF_LANES;
+typedef float vf __attribute__((vector_size(kLanes * 4)));
+typedef int32_t vi __attribute__((vector_size(kLanes * 4)));
+typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
+typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
+
+ELF_INLINE vf splat(float x) { return vf{} + x; }
+ELF_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+ELF_INLINE vf select(vi keep, vf a, vf b) { return (vf)(((vi)a & keep) | ((vi)b & ~keep)); }
+
+ELF_INLINE vi lane_index() {
+  vi index;
+  for (int i = 0; i < kLanes; ++i) index[i] = i;
+  return index;
+}
+
+ELF_INLINE vf load(const float* p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+ELF_INLINE vf load(const BFloat16* p) {
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+// binary16 -> binary32, where there is no instruction for it: move the exponent and mantissa up, scale by 2^112 (exact, subnormals
+// included), put the exponent of infinities and NaN back.
+ELF_INLINE vf load(const Half* p) {
+#if ELF_LANES == 16
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif ELF_LANES == 8
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  vh h;
+  std::memcpy(&h, p, sizeof h);
+  const vu bits = __builtin_convertvector(h, vu);
+  const vu magnitude = (bits & 0x7fff) << 13;
+  const vu finite = (vu)((vf)magnitude * 0x1p112f);
+  const vu special = (vu)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return (vf)(finite | special | ((bits & 0x8000) << 16));
+#endif
+}
+
+ELF_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
+
+template <class T>
+ELF_INLINE void store(T* p, vf v) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<T>(v[i]);
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+ELF_INLINE void store(BFloat16* p, vf v) {
+  const vu bits = (vu)v;
+  const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const vu is_nan = (vu)(v != v);
+  const vh h = __builtin_convertvector((rounded & ~is_nan) | (is_nan & 0x7fc0), vh);
+  std::memcpy(p, &h, sizeof h);
+}
+
+// The last C % kLanes values of a row: `x` in the lanes where `keep` is set. A row of at least
+// kLanes values is read again from C - kLanes, so nothing past its end is touched.
+struct Tail {
+  vf x;
+  vi keep;
+};
+
+template <class T>
+ELF_INLINE Tail load_tail(const T* z, int64_t C) {
+  const int rest = static_cast<int>(C % kLanes);
+  if (C >= kLanes) return {load(z + C - kLanes), lane_index() >= vi{} + (kLanes - rest)};
+  T padded[kLanes] = {};
+  for (int i = 0; i < rest; ++i) padded[i] = z[i];
+  return {load(padded), lane_index() < vi{} + rest};
+}
+
+// Folds the lanes by halves: 16 -> 8 -> 4 -> 2 -> 1.
+template <class Combine>
+ELF_INLINE float fold(vf v, Combine combine) {
+#if ELF_LANES == 16
+  typedef float v8 __attribute__((vector_size(32)));
+  v8 halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const v8 eight = combine(halves[0], halves[1]);
+#elif ELF_LANES == 8
+  const vf eight = v;
+#endif
+#if ELF_LANES == 4
+  const vf four = v;
+#else
+  typedef float v4 __attribute__((vector_size(16)));
+  v4 quarters[2];
+  std::memcpy(quarters, &eight, sizeof eight);
+  const v4 four = combine(quarters[0], quarters[1]);
+#endif
+  return combine(combine(four[0], four[1]), combine(four[2], four[3]));
+}
+
+ELF_INLINE float horizontal_sum(vf v) {
+  return fold(v, [](auto a, auto b) { return a + b; });
+}
+
+ELF_INLINE float horizontal_max(vf v) {
+  return fold(v, [](auto a, auto b) { return a > b ? a : b; });
+}
+
+// The lowest lane that is set (some lane is).
+ELF_INLINE int first_lane(vi mask) {
+#if ELF_LANES == 16
+  return __builtin_ctz(_mm512_movepi32_mask((__m512i)mask));
+#elif ELF_LANES == 8
+  return __builtin_ctz(_mm256_movemask_ps((__m256)mask));
+#else
+  int i = 0;
+  while (!mask[i]) ++i;
+  return i;
+#endif
+}
+
+ELF_INLINE bool any(vi mask) {
+#if ELF_LANES == 16
+  return _mm512_movepi32_mask((__m512i)mask) != 0;
+#elif ELF_LANES == 8
+  return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+  int64_t words[kLanes / 2], all = 0;
+  std::memcpy(words, &mask, sizeof mask);
+  for (int i = 0; i < kLanes / 2; ++i) all |= words[i];
+  return all != 0;
+#endif
+}
+
+// 2^t: t = n + f with |f| <= 1/2, times a minimax polynomial of degree 5 in f (relative error
+// 7.5e-8, found by Remez exchange). Overflow gives infinity and NaN gives NaN; t = -infinity gives
+// about 0 or, with AVX-512, NaN: a sum that is not finite is done again with care (softmax_row.inl).
+ELF_INLINE vf exp2_vector(vf t) {
+#if ELF_LANES == 16
+  const vf n = (vf)_mm512_roundscale_ps((__m512)t, 0x08);
+  const vf f = t - n;
+#else
+  const vf rounder = splat(0x1.8p23f);
+  const vf least = splat(-126.0f), most = splat(128.0f);
+  t = least > t ? least : t;
+  t = t > most ? most : t;
+  const vf shifted = t + rounder;
+  const vf f = t - (shifted - rounder);
+#endif
+  vf p = splat(0x1.5c08e6p-10f);
+  p = p * f + 0x1.3d0c52p-7f;
+  p = p * f + 0x1.c6b6e4p-5f;
+  p = p * f + 0x1.ebf918p-3f;
+  p = p * f + 0x1.62e428p-1f;
+  p = p * f + 0x1.000002p+0f;
+#if ELF_LANES == 16
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  return p * (vf)(((vi)shifted + 127) << 23);
+#endif
+}

@@ -1,0 +1,21 @@
+"""Fast early-exit training and inference for long-tailed data (ELF, arXiv 2006.11979)."""
+
+from . import backend, functional, losses, reference
+from .backend import report, use_backend
+from .modules import ELF, ELFOutput, ExitHead, fuse, unfuse
+
+__all__ = [
+    "ELF",
+    "ELFOutput",
+    "ExitHead",
+    "backend",
+    "functional",
+    "fuse",
+    "losses",
+    "reference",
+    "report",
+    "unfuse",
+    "use_backend",
+]
+
+__version__ = "0.1.0"

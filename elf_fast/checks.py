@@ -1,0 +1,188 @@
+"""Argument checks shared by the reference and the kernels: every message names the argument,
+what was expected and what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CRITERIA = ("confidence", "margin", "entropy")
+_FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def describe(value: Any) -> str:
+    """A short account of an argument for an error message."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"
+
+
+def tensor(name: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+
+
+def logits(value: Any) -> None:
+    """`value` must be floating [N, C] with C >= 1."""
+    tensor("logits", value)
+    if value.dtype not in _FLOATING:
+        raise TypeError(
+            f"logits: expected float32, float64, bfloat16 or float16, got {describe(value)}"
+        )
+    if value.dim() != 2 or value.shape[1] < 1:
+        raise ValueError(f"logits: expected shape [N, C] with C >= 1, got {describe(value)}")
+
+
+def features(value: Any) -> None:
+    """`value` must be [N, ...]."""
+    tensor("features", value)
+    if value.dim() < 1:
+        raise ValueError(f"features: expected shape [N, ...], got {describe(value)}")
+
+
+def poolable(value: Any) -> None:
+    """`value` must be floating [N, D], [N, T, D] or [N, D, H, W], with something to average."""
+    tensor("features", value)
+    if value.dtype not in _FLOATING:
+        raise TypeError(
+            f"features: expected float32, float64, bfloat16 or float16, got {describe(value)}"
+        )
+    if value.dim() not in (2, 3, 4) or 0 in value.shape[1:]:
+        raise ValueError(
+            "features: expected shape [N, D], [N, T, D] or [N, D, H, W] with no empty dimension "
+            f"after the first, got {describe(value)}"
+        )
+
+
+def classifier(weight: Any, bias: Any, channels: int) -> None:
+    """weight [C, D] with D = channels, bias None or [C]."""
+    tensor("weight", weight)
+    if weight.dim() != 2 or weight.shape[1] != channels or weight.shape[0] < 1:
+        raise ValueError(
+            f"weight: expected shape [C, {channels}] to match the features, got {describe(weight)}"
+        )
+    if bias is not None:
+        tensor("bias", bias)
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {describe(bias)}")
+
+
+def target(value: Any, rows: int, classes: int, device: torch.device) -> None:
+    """`value` must be int64 [N] on `device` with 0 <= target < C."""
+    target_shape(value, rows, device)
+    target_range(value, classes)
+
+
+def target_shape(value: Any, rows: int, device: torch.device) -> None:
+    tensor("target", value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"target: expected int64 class indices, got {describe(value)}")
+    if value.dim() != 1 or value.shape[0] != rows:
+        raise ValueError(f"target: expected shape [{rows}], one per sample, got {describe(value)}")
+    same_device("target", value, device)
+
+
+def target_range(value: Tensor, classes: int) -> None:
+    """Reads the values on the CPU only: on another device that would wait for it, and the kernels
+    there check on their own."""
+    if value.numel() and value.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = (int(v) for v in torch.aminmax(value))
+        if low < 0 or high >= classes:
+            raise ValueError(
+                f"target: expected 0 <= target < {classes} (the classes of the logits), "
+                f"got values from {low} to {high}"
+            )
+
+
+def same_device(name: str, value: Tensor, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name}: expected device {device}, got {value.device}")
+
+
+def criterion(value: Any) -> int:
+    """The number that stands for a criterion in the operators' schemas."""
+    if value not in CRITERIA:
+        raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {value!r}")
+    return CRITERIA.index(value)
+
+
+def threshold_values(name: str, value: Any, criterion_name: str) -> None:
+    """Thresholds lie in [0, 1], or are inf (entropy: -inf), which switches an exit off."""
+    off = -math.inf if criterion_name == "entropy" else math.inf
+    numbers = value.detach().flatten().tolist() if isinstance(value, Tensor) else [value]
+    for number in numbers:
+        if not (0.0 <= number <= 1.0 or number == off):
+            raise ValueError(
+                f"{name}: expected values in [0, 1], or {off} to switch an exit off "
+                f"(criterion {criterion_name!r}), got {number}"
+            )
+
+
+def number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {describe(value)}")
+    return float(value)
+
+
+def positive(name: str, value: Any) -> None:
+    values = value.detach().flatten().tolist() if isinstance(value, Tensor) else [number(name, value)]
+    for v in values:
+        if not (v > 0 and math.isfinite(v)):
+            raise ValueError(f"{name}: expected positive finite numbers, got {v}")
+
+
+def at_least(name: str, value: Any, low: float, high: float = math.inf) -> None:
+    v = number(name, value)
+    if not (low <= v <= high) or math.isinf(v):
+        bound = f"a finite number >= {low}" if math.isinf(high) else f"a number in [{low}, {high}]"
+        raise ValueError(f"{name}: expected {bound}, got {v}")
+
+
+def per_class(name: str, value: Any, classes: int, device: torch.device) -> None:
+    """`value` must be None or floating [C] on `device`."""
+    if value is None:
+        return
+    tensor(name, value)
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating tensor, got {describe(value)}")
+    if value.dim() != 1 or value.shape[0] != classes:
+        raise ValueError(f"{name}: expected shape [{classes}], one per class, got {describe(value)}")
+    same_device(name, value, device)
+
+
+def survivors(value: Any, rows: int, device: torch.device) -> None:
+    """`value` must be int64 [n], ascending, in [0, rows). The values are read on the CPU only."""
+    tensor("survivors", value)
+    if value.dtype != torch.int64:
+        raise TypeError(f"survivors: expected int64 indices, got {describe(value)}")
+    if value.dim() != 1 or value.shape[0] > rows:
+        raise ValueError(
+            f"survivors: expected shape [n] with n <= {rows} samples, got {describe(value)}"
+        )
+    if value.device != device:
+        raise ValueError(f"survivors: expected device {device}, as the features, got {value.device}")
+    if value.device.type == "cpu" and value.shape[0] and not torch.compiler.is_compiling():
+        low, high = int(value[0]), int(value[-1])
+        if low < 0 or high >= rows or not bool((value[1:] > value[:-1]).all()):
+            raise ValueError(
+                f"survivors: expected ascending indices in [0, {rows}), got {value.tolist()[:8]}"
+                + ("..." if value.shape[0] > 8 else "")
+            )
+
+
+def sequence_of_modules(name: str, value: Any) -> list[torch.nn.Module]:
+    if isinstance(value, torch.nn.Module) and not isinstance(
+        value, (torch.nn.ModuleList, torch.nn.Sequential)
+    ):
+        raise TypeError(f"{name}: expected a list of modules, got one {type(value).__name__}")
+    if not isinstance(value, (Sequence, torch.nn.ModuleList, torch.nn.Sequential)):
+        raise TypeError(f"{name}: expected a list of modules, got {describe(value)}")
+    modules = list(value)
+    for i, module in enumerate(modules):
+        if not isinstance(module, torch.nn.Module):
+            raise TypeError(f"{name}[{i}]: expected an nn.Module, got {describe(module)}")
+    return modules

@@ -1,0 +1,173 @@
+"""The long-tail losses: one family (`functional.exit_loss`), its members by name.
+
+Each is a thin module that fills in the family's arguments from `class_counts` [C], the number of
+training samples of every class. Each works alone on any model's logits and as the `exit_loss` of
+an ELF, where it runs fused with the gate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, functional
+
+__all__ = [
+    "BalancedSoftmaxLoss",
+    "ClassBalancedLoss",
+    "CrossEntropyLoss",
+    "FocalLoss",
+    "LDAMLoss",
+    "LogitAdjustedLoss",
+    "LongTailLoss",
+]
+
+
+class LongTailLoss(nn.Module):
+    """weight_y (1 - p)^gamma CE(scale (z - margins_y e_y) + bias, y); see `functional.exit_loss`.
+
+    Args:
+        weight, margins, bias: [C] or None. gamma >= 0, scale > 0, label_smoothing in [0, 1].
+        reduction: "mean" (over samples, not over weights) or "none".
+
+    Shape: logits [N, C], target [N] int64 -> [] or, with reduction="none", [N]; float32.
+    """
+
+    weight: Tensor | None
+    margins: Tensor | None
+    bias: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        weight: Tensor | None = None,
+        gamma: float = 0.0,
+        scale: float = 1.0,
+        margins: Tensor | None = None,
+        bias: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__()
+        checks.at_least("gamma", gamma, 0.0)
+        checks.positive("scale", scale)
+        checks.at_least("label_smoothing", label_smoothing, 0.0, 1.0)
+        if reduction not in ("mean", "none"):
+            raise ValueError(f'reduction: expected "mean" or "none", got {reduction!r}')
+        for name, value in (("weight", weight), ("margins", margins), ("bias", bias)):
+            if value is not None:
+                checks.tensor(name, value)
+                checks.per_class(name, value, value.numel(), value.device)
+            self.register_buffer(name, value)
+        self.gamma = float(gamma)
+        self.scale = float(scale)
+        self.label_smoothing = float(label_smoothing)
+        self.reduction = reduction
+
+    def arguments(self) -> dict[str, Any]:
+        """The family's arguments, as `functional.exit_loss` and its reference take them."""
+        return {
+            "weight": self.weight,
+            "gamma": self.gamma,
+            "scale": self.scale,
+            "margins": self.margins,
+            "bias": self.bias,
+            "label_smoothing": self.label_smoothing,
+        }
+
+    def forward(self, logits: Tensor, target: Tensor) -> Tensor:
+        losses = functional.exit_loss(logits, target, **self.arguments()).loss
+        return losses if self.reduction == "none" else losses.sum() / max(len(losses), 1)
+
+    def extra_repr(self) -> str:
+        return f"gamma={self.gamma}, scale={self.scale}, label_smoothing={self.label_smoothing}"
+
+
+def _counts(class_counts: Sequence[int] | Tensor) -> Tensor:
+    counts = torch.as_tensor(class_counts, dtype=torch.float64)
+    if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= 1).all()):
+        raise ValueError(
+            "class_counts: expected [C] training counts of at least 1, "
+            f"got {checks.describe(class_counts)}"
+        )
+    return counts
+
+
+class CrossEntropyLoss(LongTailLoss):
+    """-log p_y."""
+
+    def __init__(self, *, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
+        super().__init__(label_smoothing=label_smoothing, reduction=reduction)
+
+
+class FocalLoss(LongTailLoss):
+    """(1 - p_y)^gamma (-log p_y) (Lin et al., arXiv 1708.02002, eq. 4)."""
+
+    def __init__(self, gamma: float = 2.0, *, reduction: str = "mean") -> None:
+        super().__init__(gamma=gamma, reduction=reduction)
+
+
+class ClassBalancedLoss(LongTailLoss):
+    """Weights by the effective number of samples, w_c ~ (1 - beta) / (1 - beta^n_c), scaled to mean
+    1 over the classes (Cui et al., arXiv 1901.05555, eq. 3); gamma > 0 makes it focal."""
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | Tensor,
+        *,
+        beta: float = 0.9999,
+        gamma: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        checks.at_least("beta", beta, 0.0, 1.0)
+        if beta == 1.0:
+            raise ValueError("beta: expected a number in [0, 1), got 1.0")
+        effective_num = (1 - beta ** _counts(class_counts)) / (1 - beta)
+        weight = 1 / effective_num
+        weight = weight / weight.mean()
+        super().__init__(weight=weight.float(), gamma=gamma, reduction=reduction)
+
+
+class LDAMLoss(LongTailLoss):
+    """Margins n_c^(-1/4), the largest max_margin, under scale (Cao et al., arXiv 1906.07413,
+    eq. 13). Meant for a normalised classifier, whose logits are cosines."""
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | Tensor,
+        *,
+        max_margin: float = 0.5,
+        scale: float = 30.0,
+        weight: Tensor | None = None,
+        reduction: str = "mean",
+    ) -> None:
+        checks.positive("max_margin", max_margin)
+        margins = _counts(class_counts) ** -0.25
+        margins = margins * (max_margin / margins.max())
+        super().__init__(weight=weight, scale=scale, margins=margins.float(), reduction=reduction)
+
+
+class BalancedSoftmaxLoss(LongTailLoss):
+    """CE(z + log n, y) (Ren et al., arXiv 2007.10740, eq. 4)."""
+
+    def __init__(self, class_counts: Sequence[int] | Tensor, *, reduction: str = "mean") -> None:
+        super().__init__(bias=_counts(class_counts).log().float(), reduction=reduction)
+
+
+class LogitAdjustedLoss(LongTailLoss):
+    """CE(z + tau log prior, y) (Menon et al., arXiv 2007.07314, eq. 10)."""
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | Tensor,
+        *,
+        tau: float = 1.0,
+        reduction: str = "mean",
+    ) -> None:
+        checks.at_least("tau", tau, 0.0)
+        counts = _counts(class_counts)
+        log_prior = (counts / counts.sum()).log()
+        super().__init__(bias=(tau * log_prior).float(), reduction=reduction)

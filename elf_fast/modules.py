@@ -1,0 +1,240 @@
+"""`ELF`, the drop-in for `reference.ELF` that runs on the fused operators."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import checks, functional, ops, reference
+from .losses import LongTailLoss
+from .reference import ELFOutput, ExitHead
+
+__all__ = ["ELF", "ELFOutput", "ExitHead", "fuse", "unfuse"]
+
+
+class _Exit(NamedTuple):
+    """One exit's results for the n samples that reach it."""
+
+    logits: Tensor  # [n, C]
+    confidence: Tensor  # [n]
+    prediction: Tensor  # [n]
+    survivors: Tensor  # [n] of which the first `count` are meant
+    count: Tensor  # []
+    losses: Tensor | None  # [n] or None without a target
+
+
+class ELF(reference.ELF):
+    """A network with early exits, on fused kernels: same arguments, `state_dict` and results as
+    `reference.ELF` (see there), faster.
+
+    At every exit one kernel does softmax, test and survivor indices (with `ExitHead`, pool and
+    classifier as well; in training, the loss of the long-tail family), and survivors move into a
+    dense batch, so that the later stages compute on them alone.
+
+    Example:
+        >>> model = ELF([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)],
+        ...             [ExitHead(8, 10), ExitHead(8, 10)], thresholds=0.9)
+        >>> out = model.eval()(torch.randn(4, 3, 8, 8))
+        >>> out.logits.shape, out.exit_index.shape
+        (torch.Size([4, 10]), torch.Size([4]))
+    """
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> ELFOutput:
+        N = self._check_input(x, target)
+        if N == 0:
+            return self._forward_empty(x, target)
+        drop = self.drop_exited or not self.training
+        thresholds = self._active_thresholds().unbind(0)
+        temperatures = self.temperatures.unbind(0)
+        last = len(self.stages) - 1
+        alive: Tensor | None = None  # [n] samples that reach the current stage; None: all
+        y = target
+        out: ELFOutput | None = None
+        loss: Tensor | None = None
+        for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
+            x = stage(x)
+            rows = N if alive is None else alive.shape[0]
+            result = self._exit(
+                e,
+                x,
+                head,
+                y,
+                None if drop else alive,
+                rows,
+                thresholds[e] if e < last else torch.scalar_tensor(self._never),
+                temperatures[e] if e < last else torch.scalar_tensor(1.0),
+                is_last=e == last,
+            )
+            out = self._record(out, alive, result, e)
+            if result.losses is not None:
+                loss = reference._add(loss, self.exit_weights[e] * result.losses.sum())
+            if e == last:
+                break
+            n = int(result.count)
+            if n == 0:
+                break
+            if n < rows:
+                survivors = result.survivors[:n]
+                if drop:
+                    x = functional._call(ops.compact, (x,), x, survivors)
+                alive = survivors if alive is None else alive.index_select(0, survivors)
+                y = None if y is None else y.index_select(0, survivors)
+        assert out is not None
+        return out._replace(loss=None if loss is None else loss / N)
+
+    def _exit(
+        self,
+        e: int,
+        x: Tensor,
+        head: nn.Module,
+        y: Tensor | None,
+        kept: Tensor | None,
+        rows: int,
+        threshold: Tensor,
+        temperature: Tensor,
+        *,
+        is_last: bool,
+    ) -> _Exit:
+        """Logits, gate and losses at exit e. `kept` selects the rows of x that are still alive
+        where exited samples stay in the batch."""
+        code = checks.CRITERIA.index(self.criterion)
+        # Nobody reads the confidence of a sample that goes on: a later exit overwrites it.
+        early_stop = not is_last
+        gate_target = y if self.training else None
+        if y is None and kept is None and _is_fusable(head):
+            assert isinstance(head, ExitHead)
+            features = head.stem(x)
+            checks.poolable(features)
+            weight, bias = head.classifier.weight, head.classifier.bias
+            checks.classifier(weight, bias, features.shape[2 if features.dim() == 3 else 1])
+            t, T = _in_arithmetic_of(weight, threshold, temperature)
+            z, _, *gate = functional._call(
+                ops.exit_head, (features, weight, bias),
+                features, weight, bias, t, T, code, None, early_stop,
+            )  # fmt: skip
+            self._check_logits(z, e, rows)
+            return _Exit(z, *gate, losses=None)
+        z = head(x)
+        if kept is not None:
+            z = z[kept]
+        self._check_logits(z, e, rows)
+        checks.logits(z)
+        if e == 0 and y is not None:
+            checks.target_range(y, z.shape[1])
+        t, T = _in_arithmetic_of(z, threshold, temperature)
+        family = self._family()
+        if y is not None and self.training and family is not None:
+            losses, _, *gate = _family_loss(z, y, family, t, T, code)
+            return _Exit(z, *gate, losses=losses)
+        gate = functional._call(ops.exit_gate, (), z, t, T, code, gate_target, early_stop)
+        return _Exit(z, *gate, losses=None if y is None else self._losses(z, y))
+
+    def _family(self) -> dict[str, Any] | None:
+        """Arguments of the long-tail family if the exit loss is one of it, else None."""
+        if self.exit_loss is None:
+            return {}
+        if isinstance(self.exit_loss, LongTailLoss) and not self.exit_loss._forward_hooks:
+            return self.exit_loss.arguments()
+        return None
+
+    def _losses(self, z: Tensor, y: Tensor) -> Tensor:
+        family = self._family()
+        if family is None:
+            return super()._losses(z, y)
+        return functional.exit_loss(z, y, **family).loss
+
+    def _record(self, out: ELFOutput | None, alive: Tensor | None, r: _Exit, e: int) -> ELFOutput:
+        """As reference._write, but in place where no gradient forbids it."""
+        confidence = r.confidence.detach()
+        if confidence.dtype != torch.float32:
+            confidence = confidence.float()
+        if out is None:
+            exit_index = torch.zeros_like(r.prediction)
+            # A head of the user's may hand out a tensor it keeps: later exits write into a copy.
+            logits = r.logits if torch.is_grad_enabled() else r.logits.clone()
+            return ELFOutput(logits, r.prediction, confidence, exit_index, None)
+        if alive is None:
+            exit_index = out.exit_index.fill_(e)
+            return ELFOutput(r.logits, r.prediction, confidence, exit_index, None)
+        z = r.logits.to(out.logits.dtype)
+        return ELFOutput(
+            out.logits.index_copy(0, alive, z)
+            if torch.is_grad_enabled()
+            else out.logits.index_copy_(0, alive, z),
+            out.prediction.index_copy_(0, alive, r.prediction),
+            out.confidence.index_copy_(0, alive, confidence),
+            out.exit_index.index_fill_(0, alive, e),
+            None,
+        )
+
+
+def _is_fusable(head: nn.Module) -> bool:
+    """An ExitHead as it was made: no hooks to run, no classifier put in place of the linear one."""
+    return (
+        type(head) is ExitHead
+        and type(head.classifier) is nn.Linear
+        and not (head._forward_hooks or head._forward_pre_hooks)
+        and not (head.classifier._forward_hooks or head.classifier._forward_pre_hooks)
+    )
+
+
+def _in_arithmetic_of(x: Tensor, *settings: Tensor) -> tuple[Tensor, ...]:
+    return tuple(s.double() for s in settings) if x.dtype == torch.float64 else settings
+
+
+def _family_loss(z: Tensor, y: Tensor, family: dict[str, Any], t: Tensor, T: Tensor, code: int):
+    acc = torch.float64 if z.dtype == torch.float64 else torch.float32
+    vectors = []
+    for name in ("weight", "margins", "bias"):
+        value = family.get(name)
+        checks.per_class(name, value, z.shape[1], z.device)
+        vectors.append(None if value is None else value.detach().to(acc).contiguous())
+    return functional._call(
+        ops.exit_loss, (z,), z, y.contiguous(), *vectors,
+        family.get("gamma", 0.0), family.get("scale", 1.0), family.get("label_smoothing", 0.0),
+        t, T, code,
+    )  # fmt: skip
+
+
+def _recast(model: nn.Module, source: type[nn.Module], to: type[nn.Module]) -> nn.Module:
+    """A model that shares every submodule, parameter and buffer with `model`, with `source`
+    modules, at any depth, turned into `to`."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected an nn.Module, got {checks.describe(model)}")
+    if not any(type(module) is source for module in model.modules()):
+        raise ValueError(
+            f"model: expected an {source.__module__}.{source.__qualname__} in it, "
+            f"got {type(model).__module__}.{type(model).__qualname__} without one"
+        )
+    return _recast_tree(model, source, to)
+
+
+def _recast_tree(model: nn.Module, source: type[nn.Module], to: type[nn.Module]) -> nn.Module:
+    if not any(type(module) is source for module in model.modules()):
+        return model
+    twin = model.__new__(to if type(model) is source else type(model))
+    twin.__dict__ = {
+        key: value.copy() if isinstance(value, dict) else value
+        for key, value in model.__dict__.items()
+    }
+    for name, child in model._modules.items():
+        if child is not None:
+            twin._modules[name] = _recast_tree(child, source, to)
+    return twin
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """`model` with every `reference.ELF` in it replaced by `ELF`. Parameters and buffers are
+    shared, not copied; `model` itself is left as it is.
+
+    Raises:
+        ValueError: `model` holds no `reference.ELF`.
+    """
+    return _recast(model, reference.ELF, ELF)
+
+
+def unfuse(model: nn.Module) -> nn.Module:
+    """The way back from `fuse`."""
+    return _recast(model, ELF, reference.ELF)

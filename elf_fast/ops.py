@@ -1,0 +1,398 @@
+"""The operators `torch.ops.elf_fast.*`: schema, reference kernel, fake (meta) and autograd of each.
+
+Native kernels register themselves for their device (`csrc/`, loaded by `backend.py`); where there
+is none, the plain PyTorch of `reference.py` serves. Call these through `elf_fast.functional`, which
+checks its arguments; the operators check only what memory safety needs.
+
+Conventions: `threshold` is [] or [C] and `temperature` [], in the arithmetic dtype of the logits
+(float32, float64 for float64); `criterion` counts along `CRITERIA`; survivors come as [N] of which
+the first `count` [] are meant and the rest hold N, so that every shape is known without waiting.
+With `early_stop` the confidence of a sample that goes on may be NaN: it was not needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .reference import CRITERIA, accumulated
+
+_GATE = "Tensor threshold, Tensor temperature, int criterion"
+_FAMILY = (
+    "Tensor? weight, Tensor? margins, Tensor? bias, "
+    "float gamma, float scale, float label_smoothing"
+)
+SCHEMAS = {
+    # -> confidence [N], prediction [N], survivors [N], count []
+    "exit_gate": f"(Tensor logits, {_GATE}, Tensor? target, bool early_stop)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    # -> logits [N, C], pooled [N, D], confidence, prediction, survivors, count
+    "exit_head": f"(Tensor features, Tensor weight, Tensor? bias, {_GATE}, Tensor? target,"
+    " bool early_stop) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # -> features[survivors] [n, ...]
+    "compact": "(Tensor features, Tensor survivors) -> Tensor",
+    # -> order [n]: row j < n of the features now holds what was row order[j]
+    "compact_": "(Tensor(a!) features, Tensor survivors) -> Tensor",
+    # -> [rows, ...]
+    "compact_backward": "(Tensor grad, Tensor survivors, SymInt rows) -> Tensor",
+    # -> loss [N], lse [N], confidence, prediction, survivors, count
+    "exit_loss": f"(Tensor logits, Tensor target, {_FAMILY}, {_GATE})"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # -> [N, C]
+    "exit_loss_backward": f"(Tensor grad_loss, Tensor logits, Tensor target, Tensor lse, {_FAMILY})"
+    " -> Tensor",
+}
+
+_library = torch.library.Library("elf_fast", "DEF")
+for _name, _schema in SCHEMAS.items():
+    _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+exit_gate = torch.ops.elf_fast.exit_gate.default
+exit_head = torch.ops.elf_fast.exit_head.default
+compact = torch.ops.elf_fast.compact.default
+compact_ = torch.ops.elf_fast.compact_.default
+compact_backward = torch.ops.elf_fast.compact_backward.default
+exit_loss = torch.ops.elf_fast.exit_loss.default
+exit_loss_backward = torch.ops.elf_fast.exit_loss_backward.default
+
+
+# Reference kernels
+
+
+def _padded(gate: reference.ExitGate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = gate.prediction.shape[0]
+    survivors = torch.full_like(gate.prediction, rows)
+    survivors[: gate.survivors.shape[0]] = gate.survivors
+    count = torch.tensor(gate.survivors.shape[0], device=survivors.device)
+    return gate.confidence, gate.prediction, survivors, count
+
+
+def _exit_gate(logits, threshold, temperature, criterion, target, early_stop):
+    return _padded(
+        reference.exit_gate(
+            logits,
+            threshold,
+            temperature=temperature,
+            criterion=CRITERIA[criterion],
+            target=target,
+        )
+    )
+
+
+def _exit_head(
+    features, weight, bias, threshold, temperature, criterion, target, early_stop
+):
+    pooled = reference.pool(features).to(weight.dtype, copy=True)
+    logits = torch.nn.functional.linear(pooled, weight, bias)
+    gate = _exit_gate(logits, threshold, temperature, criterion, target, early_stop)
+    return logits, pooled, *gate
+
+
+def _compact(features, survivors):
+    return reference.compact(features, survivors)
+
+
+def _compact_in_place(features, survivors):
+    n = survivors.shape[0]
+    staying = survivors[survivors < n]
+    order = torch.arange(n, device=features.device)
+    hole = torch.ones(n, dtype=torch.bool, device=features.device)
+    hole[staying] = False
+    order[hole] = survivors[len(staying) :]
+    features[:n][hole] = features[order[hole]]
+    return order
+
+
+def _compact_backward(grad, survivors, rows):
+    # new_zeros has no strides to follow; empty_like would need the rows.
+    full = torch.empty_strided(
+        (rows, *grad.shape[1:]), _batch_strides(grad), dtype=grad.dtype, device=grad.device
+    )
+    return full.zero_().index_copy_(0, survivors, grad)
+
+
+def _adjusted(logits, target, margins, bias, scale):
+    x = accumulated(logits)
+    if margins is not None:
+        x = x - margins[target, None] * torch.nn.functional.one_hot(target, logits.shape[1])
+    x = scale * x
+    return x if bias is None else x + bias
+
+
+def _exit_loss(
+    logits, target, weight, margins, bias, gamma, scale, label_smoothing, threshold, temperature,
+    criterion,
+):  # fmt: skip
+    out = reference.exit_loss(
+        logits,
+        target,
+        weight=weight,
+        gamma=gamma,
+        scale=scale,
+        margins=margins,
+        bias=bias,
+        label_smoothing=label_smoothing,
+        threshold=threshold,
+        temperature=temperature,
+        criterion=CRITERIA[criterion],
+    )
+    lse = _adjusted(logits, target, margins, bias, scale).logsumexp(dim=1)
+    return out.loss, lse, *_padded(reference.ExitGate(*out[1:]))
+
+
+def _exit_loss_backward(
+    grad_loss, logits, target, lse, weight, margins, bias, gamma, scale, label_smoothing
+):
+    """dloss/dx_c = w (F (q_c - t_c) - G (1[c = y] - q_c)) with t the smoothed target, F = (1 - p)^gamma
+    and G = gamma (1 - p)^(gamma - 1) p CE."""
+    C = logits.shape[1]
+    x = _adjusted(logits, target, margins, bias, scale)
+    log_q = x - lse[:, None]
+    q = log_q.exp()
+    nll = -log_q.gather(1, target[:, None]).squeeze(1)
+    ce = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(dim=1)
+    hit = torch.nn.functional.one_hot(target, C).to(x.dtype)
+    grad = q - (1 - label_smoothing) * hit - label_smoothing / C
+    if gamma > 0:
+        rest = -torch.expm1(-nll)
+        G = torch.where(rest > 0, gamma * rest ** (gamma - 1) * (1 - rest) * ce, 0.0)
+        grad = rest[:, None] ** gamma * grad - G[:, None] * (hit - q)
+    per_row = grad_loss * scale
+    if weight is not None:
+        per_row = per_row * weight[target]
+    return (per_row[:, None] * grad).to(logits.dtype)
+
+
+_REFERENCE: dict[str, Callable[..., Any]] = {
+    "exit_gate": _exit_gate,
+    "exit_head": _exit_head,
+    "compact": _compact,
+    "compact_": _compact_in_place,
+    "compact_backward": _compact_backward,
+    "exit_loss": _exit_loss,
+    "exit_loss_backward": _exit_loss_backward,
+}
+
+
+def register_reference(library: torch.library.Library, key: str, **options: Any) -> None:
+    """Lets the reference serve every operator on a dispatch key."""
+    for name, kernel in _REFERENCE.items():
+        library.impl(name, kernel, key, **options)
+
+
+register_reference(_library, "CompositeExplicitAutograd")
+
+
+# Shapes
+
+
+def _batch_strides(x: Tensor) -> list[Any]:
+    """Strides of a batch like x whose samples lie one after the other: x's own where every sample
+    is one block of memory (contiguous, channels-last), else those of a contiguous tensor."""
+    inner = sorted((st, sz) for st, sz in zip(x.stride()[1:], x.shape[1:], strict=True) if sz != 1)
+    expected: Any = 1
+    for stride, size in inner:
+        if stride != expected:
+            return list(torch.empty(x.shape, device="meta").stride())
+        expected = expected * size
+    return [max(expected, 1), *x.stride()[1:]]
+
+
+def _empty_batch(x: Tensor, rows: Any) -> Tensor:
+    return torch.empty_strided(
+        (rows, *x.shape[1:]), _batch_strides(x), dtype=x.dtype, device=x.device
+    )
+
+
+def _fake_gate(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N = logits.shape[0]
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    index = logits.new_empty(N, dtype=torch.int64)
+    return (
+        logits.new_empty(N, dtype=acc),
+        index,
+        torch.empty_like(index),
+        logits.new_empty((), dtype=torch.int64),
+    )
+
+
+def _fake_exit_gate(logits, threshold, temperature, criterion, target, early_stop):
+    return _fake_gate(logits)
+
+
+def _fake_exit_head(
+    features, weight, bias, threshold, temperature, criterion, target, early_stop
+):
+    N, D = features.shape[0], features.shape[2 if features.dim() == 3 else 1]
+    logits = weight.new_empty(N, weight.shape[0])
+    return logits, weight.new_empty(N, D), *_fake_gate(logits)
+
+
+def _fake_compact(features, survivors):
+    return _empty_batch(features, survivors.shape[0])
+
+
+def _fake_compact_in_place(features, survivors):
+    return torch.empty_like(survivors)
+
+
+def _fake_compact_backward(grad, survivors, rows):
+    return _empty_batch(grad, rows)
+
+
+def _fake_exit_loss(logits, target, *rest):
+    confidence, *gate = _fake_gate(logits)
+    loss, lse = torch.empty_like(confidence), torch.empty_like(confidence)
+    return loss, lse, confidence, *gate
+
+
+def _fake_exit_loss_backward(grad_loss, logits, *rest):
+    return logits.new_empty(logits.shape)
+
+
+for _name, _fake in {
+    "exit_gate": _fake_exit_gate,
+    "exit_head": _fake_exit_head,
+    "compact": _fake_compact,
+    "compact_": _fake_compact_in_place,
+    "compact_backward": _fake_compact_backward,
+    "exit_loss": _fake_exit_loss,
+    "exit_loss_backward": _fake_exit_loss_backward,
+}.items():
+    torch.library.register_fake(f"elf_fast::{_name}", _fake, lib=_library)
+
+
+# Autograd
+
+
+def _no_gradients(count: int) -> tuple[None, ...]:
+    return (None,) * count
+
+
+class _GateGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, logits, threshold, temperature, criterion, target, early_stop):
+        out = kernel(logits, threshold, temperature, criterion, target, early_stop)
+        ctx.save_for_backward(logits, temperature)
+        ctx.criterion, ctx.early_stop = criterion, early_stop
+        ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_confidence, *_):
+        if ctx.early_stop:
+            raise RuntimeError("exit_gate: the confidence has no gradient with early_stop=True")
+        logits, temperature = ctx.saved_tensors
+        grad = reference.statistic_grad(
+            grad_confidence, logits, temperature, CRITERIA[ctx.criterion]
+        )
+        return None, grad, *_no_gradients(5)
+
+
+class _HeadGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, features, weight, bias, *rest):
+        out = kernel(features, weight, bias, *rest)
+        ctx.save_for_backward(weight, out[1])
+        ctx.features_shape, ctx.features_dtype = features.shape, features.dtype
+        ctx.channels_last = features.dim() == 4 and not features.is_contiguous()
+        ctx.has_bias = bias is not None
+        ctx.mark_non_differentiable(*out[2:])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_logits, grad_pooled, *_):
+        weight, pooled = ctx.saved_tensors
+        grad_pooled = grad_pooled + grad_logits @ weight
+        grad_weight = grad_logits.mT @ pooled
+        grad_bias = grad_logits.sum(dim=0) if ctx.has_bias else None
+        shape = ctx.features_shape
+        grad = grad_pooled.to(ctx.features_dtype)
+        if len(shape) == 4:
+            grad = (grad / (shape[2] * shape[3]))[:, :, None, None].expand(shape)
+        elif len(shape) == 3:
+            grad = (grad / shape[1])[:, None, :].expand(shape)
+        layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
+        grad = grad.contiguous(memory_format=layout)
+        return None, grad, grad_weight, grad_bias, *_no_gradients(5)
+
+
+class _CompactGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, features, survivors):
+        ctx.save_for_backward(survivors)
+        ctx.rows = features.shape[0]
+        return kernel(features, survivors)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (survivors,) = ctx.saved_tensors
+        return None, compact_backward(grad, survivors, ctx.rows), None
+
+
+class _LossGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, logits, target, weight, margins, bias, *rest):
+        out = kernel(logits, target, weight, margins, bias, *rest)
+        ctx.save_for_backward(logits, target, out[1], weight, margins, bias)
+        ctx.scalars = rest[:3]  # gamma, scale, label_smoothing
+        ctx.mark_non_differentiable(*out[1:])
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_loss, *_):
+        logits, target, lse, *vectors = ctx.saved_tensors
+        grad = exit_loss_backward(grad_loss, logits, target, lse, *vectors, *ctx.scalars)
+        return None, grad, *_no_gradients(10)
+
+
+def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+    """What torch.library.register_autograd does, less its 35 us a call of looking up defaults."""
+    op = getattr(torch.ops.elf_fast, name).default
+
+    def kernel(keyset, *args):
+        below = keyset & torch._C._after_autograd_keyset
+
+        def run(*inputs):
+            with torch._C._AutoDispatchBelowAutograd():
+                return op.redispatch(below, *inputs)
+
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(run, *args)
+        return run(*args)
+
+    _library.impl(name, kernel, "Autograd", with_keyset=True)
+
+
+for _name, _function in (
+    ("exit_gate", _GateGrad),
+    ("exit_head", _HeadGrad),
+    ("compact", _CompactGrad),
+    ("exit_loss", _LossGrad),
+):
+    _register_autograd(_name, _function)
+
+
+# Autocast: nn.Linear's rule for the classifier; the gate and the loss compute in float32 anyway.
+
+
+def _autocast_exit_head(device: str, key: str) -> Callable[..., Any]:
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+    def kernel(features, weight, bias, *rest):
+        dtype = torch.get_autocast_dtype(device)
+        if weight.dtype != torch.float64:
+            weight = weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            return exit_head(features, weight, bias, *rest)
+
+    return kernel
+
+
+_library.impl("exit_head", _autocast_exit_head("cpu", "AutocastCPU"), "AutocastCPU")
+_library.impl("exit_head", _autocast_exit_head("cuda", "AutocastCUDA"), "AutocastCUDA")

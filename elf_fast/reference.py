@@ -1,0 +1,506 @@
+"""ELF in plain PyTorch: the specification in code. Read this first.
+
+ELF (Duggal et al., "ELF: An Early-Exiting Framework for Long-Tailed Classification",
+arXiv 2006.11979) adds a classifier after every stage of a network; a sample leaves at the first
+one that is sure of it, in training too, where it must also be right. Easy samples therefore stop
+adding to the loss early, and hard ones, whatever their class, weigh more.
+
+Everything here is written to be read. `elf_fast.functional` and `elf_fast.ELF` compute the same,
+faster, and are tested against this file.
+
+Shapes: N samples, C classes, D channels, E exits (exit E is the network's own classifier).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import checks
+from .checks import CRITERIA
+
+__all__ = [
+    "CRITERIA",
+    "ELF",
+    "ELFOutput",
+    "ExitGate",
+    "ExitHead",
+    "ExitHeadOutput",
+    "ExitLoss",
+    "compact",
+    "exit_gate",
+    "exit_head",
+    "exit_loss",
+    "pool",
+    "statistic",
+]
+
+
+class ExitGate(NamedTuple):
+    confidence: Tensor  # [N] the criterion's statistic, float32 (float64 for float64 logits)
+    prediction: Tensor  # [N] int64
+    survivors: Tensor  # [n] int64, ascending: the samples that go on
+
+
+class ExitHeadOutput(NamedTuple):
+    logits: Tensor  # [N, C]
+    confidence: Tensor  # [N]
+    prediction: Tensor  # [N] int64
+    survivors: Tensor  # [n] int64
+
+
+class ExitLoss(NamedTuple):
+    loss: Tensor  # [N] per sample, float32 (float64 for float64 logits)
+    confidence: Tensor  # [N]
+    prediction: Tensor  # [N] int64
+    survivors: Tensor  # [n] int64
+
+
+class ELFOutput(NamedTuple):
+    """What `ELF` returns, in input order: each sample's values at the exit it took."""
+
+    logits: Tensor  # [N, C]
+    prediction: Tensor  # [N] int64
+    confidence: Tensor  # [N] float32
+    exit_index: Tensor  # [N] int64, 0-based
+    loss: Tensor | None  # [] or None without a target
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """Arithmetic is float32, or float64 for float64 input."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def statistic(logits: Tensor, temperature: float | Tensor = 1.0, criterion: str = "confidence"):
+    """How sure a classifier is: [N] from logits [N, C], with p = softmax(logits / temperature).
+
+    confidence: max p. margin: top-1 minus top-2 probability. entropy: -(sum p log p) / log C.
+    Infinite logits follow softmax's limits: an infinite maximum takes all mass, evenly over ties.
+    A NaN in a row gives NaN.
+    """
+    z = accumulated(logits) / temperature
+    top = z.amax(dim=1, keepdim=True)
+    if bool(top.isinf().any()):
+        at_limit = torch.where(z == top, 0.0, -math.inf).to(z.dtype)
+        z = torch.where(top.isinf(), at_limit, z)
+    p = torch.softmax(z, dim=1)
+    if criterion == "confidence":
+        return p.amax(dim=1)
+    if criterion == "margin":
+        if p.shape[1] == 1:
+            return p[:, 0]
+        best = p.topk(2, dim=1).values
+        return best[:, 0] - best[:, 1]
+    if p.shape[1] == 1:
+        return p[:, 0] * 0.0
+    return torch.special.entr(p).sum(dim=1) / math.log(p.shape[1])
+
+
+def statistic_grad(grad: Tensor, logits: Tensor, temperature: Tensor, criterion: str) -> Tensor:
+    """Gradient [N, C] of `statistic` in the logits, from that in the statistic, grad [N].
+
+    With s = softmax(logits / T): d max p / dz = p_top (e_top - s) / T, the margin's is the
+    difference of two such terms, and dH/dz = -s (log s + H) / (T log C) for the entropy H.
+    """
+    C = logits.shape[1]
+    log_s = torch.log_softmax(accumulated(logits) / temperature, dim=1)
+    s = log_s.exp()
+    if criterion == "entropy":
+        entropy = torch.special.entr(s).sum(dim=1, keepdim=True)
+        slope = -(s * (log_s + entropy)) / math.log(C) if C > 1 else torch.zeros_like(s)
+    else:
+        order = s.topk(min(2, C), dim=1).indices
+        slope = torch.zeros_like(s)
+        for k, sign in enumerate((1.0, -1.0)[: 1 if criterion == "confidence" else len(order.T)]):
+            hit = F.one_hot(order[:, k], C)
+            slope = slope + sign * s.gather(1, order[:, k, None]) * (hit - s)
+    return (grad[:, None] * slope / temperature).to(logits.dtype)
+
+
+def exit_gate(
+    logits: Tensor,
+    threshold: float | Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    criterion: str = "confidence",
+    target: Tensor | None = None,
+) -> ExitGate:
+    """Which samples leave at an exit, by its logits [N, C].
+
+    A sample leaves when its statistic is >= threshold (entropy: <=) and, where `target` [N] is
+    given, its prediction is right. `threshold` is a scalar, or [C]: one per predicted class.
+    A NaN never leaves; ties take the lowest class; inf (entropy: -inf) switches the exit off.
+    """
+    confidence = statistic(logits, temperature, criterion)
+    prediction = logits.argmax(dim=1)
+    if isinstance(threshold, Tensor) and threshold.dim() == 1:
+        threshold = threshold[prediction]
+    leaves = confidence <= threshold if criterion == "entropy" else confidence >= threshold
+    if target is not None:
+        leaves = leaves & (prediction == target)
+    return ExitGate(confidence, prediction, (~leaves).nonzero().squeeze(1))
+
+
+def pool(features: Tensor) -> Tensor:
+    """[N, D] from features [N, D, H, W] (mean over positions), tokens [N, T, D] (mean over
+    tokens) or [N, D] (as it is)."""
+    if features.dim() == 4:
+        return features.mean(dim=(2, 3))
+    return features.mean(dim=1) if features.dim() == 3 else features
+
+
+def exit_head(
+    features: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    threshold: float | Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    criterion: str = "confidence",
+    target: Tensor | None = None,
+) -> ExitHeadOutput:
+    """Pool, classify with weight [C, D] and bias [C], and gate."""
+    logits = F.linear(pool(features).to(weight.dtype), weight, bias)
+    gate = exit_gate(logits, threshold, temperature=temperature, criterion=criterion, target=target)
+    return ExitHeadOutput(logits, *gate)
+
+
+def compact(features: Tensor, survivors: Tensor) -> Tensor:
+    """The survivors' rows [n, ...] of features [N, ...], in order."""
+    return features.index_select(0, survivors)
+
+
+def exit_loss(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    weight: Tensor | None = None,
+    gamma: float = 0.0,
+    scale: float = 1.0,
+    margins: Tensor | None = None,
+    bias: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    threshold: float | Tensor | None = None,
+    temperature: float | Tensor = 1.0,
+    criterion: str = "confidence",
+) -> ExitLoss:
+    """The long-tail loss family, per sample, with the gate on the same logits [N, C].
+
+    With x = scale * (logits - margins_y e_y) + bias, q = softmax(x), p = q_y and eps the label
+    smoothing:
+
+        loss = weight_y * (1 - p)^gamma * ((1 - eps) * -log p + eps * mean_c(-log q_c))
+
+    gamma > 0 is the focal loss (Lin et al., arXiv 1708.02002, eq. 4); weight the class-balanced
+    one (Cui et al., arXiv 1901.05555, eq. 3); margins and scale LDAM (Cao et al.,
+    arXiv 1906.07413, eq. 13); bias = log prior balanced softmax (Ren et al., arXiv 2007.10740,
+    eq. 4) or, times tau, logit adjustment (Menon et al., arXiv 2007.07314, eq. 10).
+    The gate reads `logits`, not x. threshold None: no sample leaves.
+    """
+    x = accumulated(logits)
+    if margins is not None:
+        x = x - margins[target, None] * F.one_hot(target, logits.shape[1])
+    x = scale * x
+    if bias is not None:
+        x = x + bias
+    log_q = torch.log_softmax(x, dim=1)
+    nll = -log_q.gather(1, target[:, None]).squeeze(1)
+    loss = nll
+    if label_smoothing > 0:
+        loss = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(dim=1)
+    if gamma > 0:
+        loss = (-torch.expm1(-nll)) ** gamma * loss
+    if weight is not None:
+        loss = weight[target] * loss
+    if threshold is None:
+        threshold = -math.inf if criterion == "entropy" else math.inf
+    with torch.no_grad():
+        gate = exit_gate(
+            logits, threshold, temperature=temperature, criterion=criterion, target=target
+        )
+    return ExitLoss(loss, *gate)
+
+
+class ExitHead(nn.Module):
+    """An exit's classifier: global average pool (or token mean), then linear.
+
+    Args:
+        in_features: D, channels of the features [N, D, H, W], tokens [N, T, D] or vectors [N, D].
+        num_classes: C.
+        conv: put a 3x3 stride-2 convolution, BatchNorm and ReLU in front ([N, D, H, W] only). It
+            lets the stage before keep features for the stages after, instead of classes.
+
+    Shape: features -> logits [N, C].
+    """
+
+    def __init__(self, in_features: int, num_classes: int, *, conv: bool = False) -> None:
+        super().__init__()
+        for name, value in (("in_features", in_features), ("num_classes", num_classes)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+        self.stem: nn.Module = nn.Identity()
+        if conv:
+            self.stem = nn.Sequential(
+                nn.Conv2d(in_features, in_features, 3, stride=2, padding=1, bias=False),
+                nn.BatchNorm2d(in_features),
+                nn.ReLU(),
+            )
+        self.classifier = nn.Linear(in_features, num_classes)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.classifier(pool(self.stem(features)))
+
+
+class ELF(nn.Module):
+    """A network with early exits, in plain PyTorch.
+
+    Args:
+        stages: E modules; stage e maps features to features.
+        heads: E modules; head e maps the features after stage e to logits [n, C].
+        thresholds: a scalar, E-1 values, or [E-1, C]. Those of inference.
+        train_thresholds: the same for training; None: as `thresholds`.
+        temperatures: a scalar or E-1 values > 0; the tests read softmax(logits / temperature).
+        criterion: "confidence", "margin" or "entropy"; see `statistic`.
+        exit_loss: callable (logits [n, C], target [n]) -> losses [n], or a loss of
+            `elf_fast.losses`; None: cross-entropy.
+        exit_weights: a scalar or E values w_k >= 0.
+        drop_exited: in training, drop samples that left from later stages; if False they stay in
+            the forward pass with weight 0, so that batch statistics see the full batch.
+
+    Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
+    never rounded to another dtype.
+
+    forward(x, target=None) -> ELFOutput. A sample leaves at the first exit whose test it passes;
+    in training with a target its prediction there must be right, too. With a target,
+    loss = sum_i sum_{k <= e_i} w_k l(z_k, y_i) / N, over the exits up to the one sample i takes.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+
+    thresholds: Tensor
+    train_thresholds: Tensor | None
+    temperatures: Tensor
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        heads: Sequence[nn.Module],
+        *,
+        thresholds: float | Sequence[float] | Tensor = 0.9,
+        train_thresholds: float | Sequence[float] | Tensor | None = None,
+        temperatures: float | Sequence[float] | Tensor = 1.0,
+        criterion: str = "confidence",
+        exit_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        exit_weights: float | Sequence[float] = 1.0,
+        drop_exited: bool = True,
+    ) -> None:
+        super().__init__()
+        stages = checks.sequence_of_modules("stages", stages)
+        heads = checks.sequence_of_modules("heads", heads)
+        if not stages:
+            raise ValueError("stages: expected at least one module, got none")
+        if len(heads) != len(stages):
+            raise ValueError(
+                f"heads: expected {len(stages)}, one per stage, got {len(heads)} heads"
+            )
+        checks.criterion(criterion)
+        if exit_loss is not None and not callable(exit_loss):
+            raise TypeError(
+                "exit_loss: expected a callable (logits, target) -> losses [n], "
+                f"got {checks.describe(exit_loss)}"
+            )
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList(heads)
+        self.criterion = criterion
+        self.exit_loss = exit_loss
+        self.drop_exited = drop_exited
+        exits = len(stages) - 1
+        self.exit_weights = _exit_weights(exit_weights, len(stages))
+        self.register_buffer("thresholds", _thresholds("thresholds", thresholds, exits, criterion))
+        self.register_buffer(
+            "train_thresholds",
+            None
+            if train_thresholds is None
+            else _thresholds("train_thresholds", train_thresholds, exits, criterion),
+        )
+        self.register_buffer("temperatures", _temperatures(temperatures, exits))
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> ELFOutput:
+        N = self._check_input(x, target)
+        if N == 0:
+            return self._forward_empty(x, target)
+        drop = self.drop_exited or not self.training
+        thresholds = self._active_thresholds()
+        alive = torch.arange(N, device=x.device)  # [n] the samples that reach the current stage
+        out: ELFOutput | None = None
+        loss: Tensor | None = None
+        for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
+            x = stage(x)
+            z = head(x)
+            if not drop:
+                z = z[alive]
+            self._check_logits(z, e, len(alive))
+            if e == 0 and target is not None:
+                checks.target_range(target, z.shape[1])
+            y = None if target is None else target[alive]
+            last = e == len(self.stages) - 1
+            gate = exit_gate(
+                z,
+                self._never if last else thresholds[e],
+                temperature=1.0 if last else self.temperatures[e],
+                criterion=self.criterion,
+                target=y if self.training else None,
+            )
+            out = _write(out, alive, z, gate, e)
+            if y is not None:
+                losses = self._losses(z, y)
+                loss = _add(loss, self.exit_weights[e] * losses.sum())
+            if last or len(gate.survivors) == 0:
+                break
+            if drop:
+                x = compact(x, gate.survivors)
+            alive = alive[gate.survivors]
+        assert out is not None
+        return out._replace(loss=None if loss is None else loss / N)
+
+    @property
+    def _never(self) -> float:
+        return -math.inf if self.criterion == "entropy" else math.inf
+
+    def _active_thresholds(self) -> Tensor:
+        if self.training and self.train_thresholds is not None:
+            return self.train_thresholds
+        return self.thresholds
+
+    def _losses(self, z: Tensor, y: Tensor) -> Tensor:
+        """Per-sample losses [n] in float32 at least."""
+        if self.exit_loss is None:
+            return exit_loss(z, y).loss
+        if hasattr(self.exit_loss, "arguments"):  # a member of the family: elf_fast.losses
+            return exit_loss(z, y, **self.exit_loss.arguments()).loss
+        losses = self.exit_loss(z, y)
+        if not isinstance(losses, Tensor) or losses.shape != y.shape:
+            raise ValueError(
+                f"exit_loss: expected losses of shape [{len(y)}], one per sample "
+                f'(reduction="none"), got {checks.describe(losses)}'
+            )
+        return accumulated(losses)
+
+    def _check_input(self, x: Tensor, target: Tensor | None) -> int:
+        checks.tensor("x", x)
+        if x.dim() < 1:
+            raise ValueError(f"x: expected a batch [N, ...], got {checks.describe(x)}")
+        if target is not None:
+            checks.target_shape(target, x.shape[0], x.device)
+        return x.shape[0]
+
+    def _check_logits(self, z: Any, e: int, rows: int) -> None:
+        if not isinstance(z, Tensor) or z.dim() != 2 or z.shape[0] != rows:
+            raise ValueError(
+                f"heads[{e}]: expected logits of shape [{rows}, C], got {checks.describe(z)}"
+            )
+        t = self.thresholds
+        if t.dim() == 2 and t.shape[1] != z.shape[1]:
+            raise ValueError(
+                f"thresholds: expected [E-1, C] with C = {z.shape[1]} (the classes of heads[{e}]), "
+                f"got {list(t.shape)}"
+            )
+
+    def _forward_empty(self, x: Tensor, target: Tensor | None) -> ELFOutput:
+        """N = 0: empty outputs and a zero loss that still backpropagates into every parameter.
+        Runs in eval mode: statistics of nothing must not reach BatchNorm's running averages."""
+        modes = [(module, module.training) for module in self.modules()]
+        self.eval()
+        zero = x.new_zeros((), dtype=torch.float32)
+        try:
+            for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
+                x = stage(x)
+                z = head(x)
+                self._check_logits(z, e, 0)
+                zero = zero + z.sum()
+        finally:
+            for module, training in modes:
+                module.training = training
+        gate = exit_gate(z, self._never, criterion=self.criterion)
+        out = _write(None, x.new_zeros(0, dtype=torch.int64), z, gate, 0)
+        return out._replace(loss=None if target is None else zero)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ELF:
+        exact = {
+            name: getattr(self, name) for name in ("thresholds", "train_thresholds", "temperatures")
+        }
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if before is not None and not before.is_meta and after.dtype != before.dtype:
+                setattr(self, name, before.to(after.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"criterion={self.criterion!r}, thresholds={self.thresholds.tolist()}, "
+            f"exit_weights={list(self.exit_weights)}, drop_exited={self.drop_exited}"
+        )
+
+
+def _add(total: Tensor | None, part: Tensor) -> Tensor:
+    return part if total is None else total + part
+
+
+def _write(out: ELFOutput | None, rows: Tensor, z: Tensor, gate: Any, e: int) -> ELFOutput:
+    """Exit e's values for the samples in `rows`; whoever goes on is overwritten at a later exit."""
+    if out is None:
+        exit_index = torch.zeros_like(rows)
+        return ELFOutput(z, gate.prediction, gate.confidence.detach().float(), exit_index, None)
+    return ELFOutput(
+        out.logits.index_copy(0, rows, z.to(out.logits.dtype)),
+        out.prediction.index_copy(0, rows, gate.prediction),
+        out.confidence.index_copy(0, rows, gate.confidence.detach().float()),
+        out.exit_index.index_fill(0, rows, e),
+        None,
+    )
+
+
+def _values(name: str, value: Any, shape: str) -> Tensor:
+    try:
+        t = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name}: expected {shape}, got {checks.describe(value)}") from error
+    return t
+
+
+def _thresholds(name: str, value: Any, exits: int, criterion: str) -> Tensor:
+    shape = f"a scalar, {exits} values (one per exit but the last) or [{exits}, C]"
+    t = _values(name, value, shape)
+    if t.dim() == 0:
+        t = t.expand(exits).clone()
+    if t.dim() not in (1, 2) or t.shape[0] != exits:
+        raise ValueError(f"{name}: expected {shape}, got shape {list(t.shape)}")
+    checks.threshold_values(name, t, criterion)
+    return t
+
+
+def _temperatures(value: Any, exits: int) -> Tensor:
+    shape = f"a scalar or {exits} values (one per exit but the last)"
+    t = _values("temperatures", value, shape)
+    if t.dim() == 0:
+        t = t.expand(exits).clone()
+    if t.dim() != 1 or t.shape[0] != exits:
+        raise ValueError(f"temperatures: expected {shape}, got shape {list(t.shape)}")
+    checks.positive("temperatures", t)
+    return t
+
+
+def _exit_weights(value: Any, exits: int) -> tuple[float, ...]:
+    values = [value] * exits if isinstance(value, (int, float)) else list(value)
+    if len(values) != exits:
+        raise ValueError(f"exit_weights: expected a scalar or {exits} values, got {len(values)}")
+    for v in values:
+        checks.at_least("exit_weights", v, 0.0)
+    return tuple(float(v) for v in values)
