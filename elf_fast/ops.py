@@ -39,11 +39,11 @@ SCHEMAS = {
     "compact_": "(Tensor(a!) features, Tensor survivors) -> Tensor",
     # -> [rows, ...]
     "compact_backward": "(Tensor grad, Tensor survivors, SymInt rows) -> Tensor",
-    # -> loss [N], lse [N], confidence, prediction, survivors, count
+    # -> loss [N], log_sum [N] (log sum exp(x - max x)), confidence, prediction, survivors, count
     "exit_loss": f"(Tensor logits, Tensor target, {_FAMILY}, {_GATE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # -> [N, C]
-    "exit_loss_backward": f"(Tensor grad_loss, Tensor logits, Tensor target, Tensor lse, {_FAMILY})"
+    "exit_loss_backward": f"(Tensor grad_loss, Tensor logits, Tensor target, Tensor log_sum, {_FAMILY})"
     " -> Tensor",
 }
 
@@ -93,7 +93,8 @@ def _exit_head(
 
 
 def _compact(features, survivors):
-    return reference.compact(features, survivors)
+    out = _empty_batch(features, survivors.shape[0])  # index_select alone loses channels-last
+    return torch.index_select(features, 0, survivors, out=out)
 
 
 def _compact_in_place(features, survivors):
@@ -108,11 +109,7 @@ def _compact_in_place(features, survivors):
 
 
 def _compact_backward(grad, survivors, rows):
-    # new_zeros has no strides to follow; empty_like would need the rows.
-    full = torch.empty_strided(
-        (rows, *grad.shape[1:]), _batch_strides(grad), dtype=grad.dtype, device=grad.device
-    )
-    return full.zero_().index_copy_(0, survivors, grad)
+    return _empty_batch(grad, rows).zero_().index_copy_(0, survivors, grad)
 
 
 def _adjusted(logits, target, margins, bias, scale):
@@ -140,18 +137,19 @@ def _exit_loss(
         temperature=temperature,
         criterion=CRITERIA[criterion],
     )
-    lse = _adjusted(logits, target, margins, bias, scale).logsumexp(dim=1)
-    return out.loss, lse, *_padded(reference.ExitGate(*out[1:]))
+    x = _adjusted(logits, target, margins, bias, scale)
+    log_sum = (x - x.amax(dim=1, keepdim=True)).exp().sum(dim=1).log()
+    return out.loss, log_sum, *_padded(reference.ExitGate(*out[1:]))
 
 
 def _exit_loss_backward(
-    grad_loss, logits, target, lse, weight, margins, bias, gamma, scale, label_smoothing
+    grad_loss, logits, target, log_sum, weight, margins, bias, gamma, scale, label_smoothing
 ):
     """dloss/dx_c = w (F (q_c - t_c) - G (1[c = y] - q_c)) with t the smoothed target, F = (1 - p)^gamma
     and G = gamma (1 - p)^(gamma - 1) p CE."""
     C = logits.shape[1]
     x = _adjusted(logits, target, margins, bias, scale)
-    log_q = x - lse[:, None]
+    log_q = (x - x.amax(dim=1, keepdim=True)) - log_sum[:, None]
     q = log_q.exp()
     nll = -log_q.gather(1, target[:, None]).squeeze(1)
     ce = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(dim=1)
@@ -246,8 +244,8 @@ def _fake_compact_backward(grad, survivors, rows):
 
 def _fake_exit_loss(logits, target, *rest):
     confidence, *gate = _fake_gate(logits)
-    loss, lse = torch.empty_like(confidence), torch.empty_like(confidence)
-    return loss, lse, confidence, *gate
+    loss, log_sum = torch.empty_like(confidence), torch.empty_like(confidence)
+    return loss, log_sum, confidence, *gate
 
 
 def _fake_exit_loss_backward(grad_loss, logits, *rest):
@@ -345,8 +343,8 @@ class _LossGrad(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        logits, target, lse, *vectors = ctx.saved_tensors
-        grad = exit_loss_backward(grad_loss, logits, target, lse, *vectors, *ctx.scalars)
+        logits, target, log_sum, *vectors = ctx.saved_tensors
+        grad = exit_loss_backward(grad_loss, logits, target, log_sum, *vectors, *ctx.scalars)
         return None, grad, *_no_gradients(10)
 
 

@@ -214,7 +214,9 @@ def exit_loss(
     if label_smoothing > 0:
         loss = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(dim=1)
     if gamma > 0:
-        loss = (-torch.expm1(-nll)) ** gamma * loss
+        rest = -torch.expm1(-nll)  # 1 - p
+        # At p = 1 the slope of a power below 1 is infinite; its product with a zero loss is not.
+        loss = rest.clamp_min(torch.finfo(rest.dtype).tiny) ** gamma * loss
     if weight is not None:
         loss = weight[target] * loss
     if threshold is None:

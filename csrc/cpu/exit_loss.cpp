@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_loss(
   check_target(target, N, C);
   const ScalarType acc = acc_type(rows.scalar_type());
   GateOutputs gate(N, acc);
-  Tensor loss = empty_vector(N, acc), lse = empty_vector(N, acc);
+  Tensor loss = empty_vector(N, acc), log_sum = empty_vector(N, acc);
   for_floating(rows.scalar_type(), "exit_loss", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
@@ -66,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_loss(
     const GateTest<A> test =
         gate_test<A>(threshold, temperature, criterion, target, false, N, C, acc);
     A* losses = data<A>(loss);
-    A* sums = data<A>(lse);
+    A* sums = data<A>(log_sum);
     A* confidence = data<A>(gate.confidence);
     int64_t* prediction = data<int64_t>(gate.prediction);
     int64_t* goes_on = data<int64_t>(gate.survivors);
@@ -81,11 +81,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_loss(
     });
   });
   gate.scan();
-  return {loss, lse, gate.confidence, gate.prediction, gate.survivors, gate.count};
+  return {loss, log_sum, gate.confidence, gate.prediction, gate.survivors, gate.count};
 }
 
 Tensor exit_loss_backward(const Tensor& grad_loss, const Tensor& logits, const Tensor& target,
-                          const Tensor& lse, std::optional<Tensor> weight,
+                          const Tensor& log_sum, std::optional<Tensor> weight,
                           std::optional<Tensor> margins, std::optional<Tensor> bias, double gamma,
                           double scale, double label_smoothing) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits: expected [N, C] with C >= 1");
@@ -95,9 +95,9 @@ Tensor exit_loss_backward(const Tensor& grad_loss, const Tensor& logits, const T
   check_target(target, N, C);
   STD_TORCH_CHECK(grad_loss.scalar_type() == acc && grad_loss.dim() == 1 && grad_loss.size(0) == N,
                   "grad_loss: expected [N] with N = ", N);
-  STD_TORCH_CHECK(lse.scalar_type() == acc && lse.dim() == 1 && lse.size(0) == N &&
-                      (N <= 1 || lse.stride(0) == 1),
-                  "lse: expected contiguous [N] with N = ", N);
+  STD_TORCH_CHECK(log_sum.scalar_type() == acc && log_sum.dim() == 1 && log_sum.size(0) == N &&
+                      (N <= 1 || log_sum.stride(0) == 1),
+                  "log_sum: expected contiguous [N] with N = ", N);
   const int64_t sizes[2] = {N, C}, strides[2] = {C, 1};
   Tensor grad = empty_strided(sizes, strides, 2, rows.scalar_type());
   for_floating(rows.scalar_type(), "exit_loss_backward", [&](auto tag) {
@@ -107,7 +107,7 @@ Tensor exit_loss_backward(const Tensor& grad_loss, const Tensor& logits, const T
         family<A>(weight, margins, bias, gamma, scale, label_smoothing, C, acc);
     const T* z = data<const T>(rows);
     const int64_t* y = data<const int64_t>(target);
-    const A* sums = data<const A>(lse);
+    const A* sums = data<const A>(log_sum);
     const A* g = data<const A>(grad_loss);
     const int64_t grad_stride = grad_loss.stride(0);
     T* out = data<T>(grad);

@@ -22,50 +22,44 @@ ELF_INLINE void adjust_row(const T* z, int64_t C, int64_t y, const LossFamily<fl
   if (f.margins) x[y] -= f.scale * f.margins[y];
 }
 
-// log sum exp, and CE as nll = lse - x_y written so that a confident row keeps its precision.
+// With m the row's maximum: log sum exp(x - m), and -log q_y = (m - x_y) + log_sum. Relative to m,
+// because the difference of two large numbers would lose what a confident row is about.
 template <class A>
 struct LogSum {
-  A lse, nll;
+  A m, log_sum, nll;
 };
 
 template <class A, class T>
-ELF_INLINE LogSum<A> log_sum(const T* x, int64_t C, int64_t y) {
+ELF_INLINE LogSum<A> log_sum_exp(const T* x, int64_t C, int64_t y) {
   const A m = row_max(x, C);
   const A sum = exp_sums<false>(x, C, kLog2e<A>, m).sum;
   if (std::isfinite(sum) && std::isfinite(m)) {
     const A log_sum = std::log(sum);
-    return {m + log_sum, (m - static_cast<A>(x[y])) + log_sum};
+    return {m, log_sum, (m - static_cast<A>(x[y])) + log_sum};
   }
-  // NaN or infinite logits: what log_softmax gives.
-  double top = -INFINITY, total = 0;
-  for (int64_t c = 0; c < C; ++c) {
-    const double v = static_cast<double>(x[c]);
-    top = v > top || std::isnan(v) ? v : top;
-  }
-  for (int64_t c = 0; c < C; ++c) total += std::exp(static_cast<double>(x[c]) - top);
-  const double lse = top + std::log(total);
-  return {static_cast<A>(lse), static_cast<A>(lse - static_cast<double>(x[y]))};
+  return {m, static_cast<A>(NAN), static_cast<A>(NAN)};  // what log_softmax gives
 }
 
 // What a row's loss and its gradient share. With p = exp(-nll), F = (1 - p)^gamma and the smoothed
-// cross-entropy CE = (1 - eps) nll + eps mean_c(lse - x_c):
+// cross-entropy CE = (1 - eps) nll + eps mean_c(-log q_c):
 //   loss = w F CE
 //   dloss/dx_c = w (F (q_c - t_c) - G (1[c = y] - q_c)),  G = gamma (1 - p)^(gamma - 1) p CE
 template <class A>
 struct RowTerms {
-  A weight, modulation, G, ce;
+  A weight, modulation, G;
+  A ce;
 };
 
 template <class A, class T>
-ELF_INLINE RowTerms<A> row_terms(const T* x, int64_t C, int64_t y, A lse, A nll,
+ELF_INLINE RowTerms<A> row_terms(const T* x, int64_t C, int64_t y, const LogSum<A>& sums,
                                  const LossFamily<A>& f) {
-  RowTerms<A> r{f.weight ? f.weight[y] : A(1), A(1), A(0), nll};
+  RowTerms<A> r{f.weight ? f.weight[y] : A(1), A(1), A(0), sums.nll};
   if (f.smoothing > 0) {
-    const A mean = lse - row_sum(x, C) / static_cast<A>(C);
-    r.ce = (1 - f.smoothing) * nll + f.smoothing * mean;
+    const A mean = (sums.m - row_sum(x, C) / static_cast<A>(C)) + sums.log_sum;
+    r.ce = (1 - f.smoothing) * sums.nll + f.smoothing * mean;
   }
   if (f.gamma > 0) {
-    const A rest = -std::expm1(-nll);  // 1 - p
+    const A rest = -std::expm1(-sums.nll);  // 1 - p
     r.modulation = std::pow(rest, f.gamma);
     r.G = rest > 0 ? f.gamma * std::pow(rest, f.gamma - 1) * (1 - rest) * r.ce : A(0);
   }
@@ -74,61 +68,59 @@ ELF_INLINE RowTerms<A> row_terms(const T* x, int64_t C, int64_t y, A lse, A nll,
 
 template <class T, class A>
 void loss_rows(const T* z, int64_t stride, int64_t begin, int64_t end, int64_t C,
-               const int64_t* target, const LossFamily<A>& f, A* loss, A* lse_out) {
-  A* scratch = f.plain() ? nullptr : scratch_row<A, 1>(C);
-  for (int64_t n = begin; n < end; ++n) {
-    const T* row = z + n * stride;
-    const int64_t y = target[n];
-    LogSum<A> sums;
-    RowTerms<A> terms;
-    if (f.plain()) {
-      sums = log_sum<A>(row, C, y);
-      terms = row_terms(row, C, y, sums.lse, sums.nll, f);
-    } else {
-      adjust_row(row, C, y, f, scratch);
-      sums = log_sum<A>(scratch, C, y);
-      terms = row_terms(scratch, C, y, sums.lse, sums.nll, f);
-    }
+               const int64_t* target, const LossFamily<A>& f, A* loss, A* log_sum) {
+  A* x = f.plain() ? nullptr : scratch_row<A, 1>(C);
+  const auto write = [&](const auto* row, int64_t n) {
+    const LogSum<A> sums = log_sum_exp<A>(row, C, target[n]);
+    const RowTerms<A> terms = row_terms(row, C, target[n], sums, f);
     loss[n] = terms.weight * terms.modulation * terms.ce;
-    lse_out[n] = sums.lse;
+    log_sum[n] = sums.log_sum;
+  };
+  for (int64_t n = begin; n < end; ++n) {
+    if (x == nullptr) {
+      write(z + n * stride, n);
+    } else {
+      adjust_row(z + n * stride, C, target[n], f, x);
+      write(x, n);
+    }
   }
 }
 
-// out[c] = P exp(x_c - lse) + Q, in one pass over the row.
+// out[c] = P q_c + Q with q = exp(x - m - log_sum), in one pass over the row.
 template <class T>
-ELF_INLINE void write_gradient(const float* x, int64_t C, float lse, float P, float Q, T* out) {
-  const float a = kLog2e<float>, b = a * lse;
+ELF_INLINE void write_gradient(const float* x, int64_t C, const LogSum<float>& sums, float P,
+                               float Q, T* out) {
+  const float a = kLog2e<float>;
+  const float share = std::exp(-sums.log_sum) * P;
   int64_t c = 0;
-  for (; c + kLanes <= C; c += kLanes) {
-    const vf t = load(x + c) * a - b;
-    const vf q = select((vi)(t >= splat(-126.0f)), exp2_vector(t), vf{});
-    store(out + c, q * P + Q);
-  }
-  for (; c < C; ++c) out[c] = static_cast<T>(P * std::exp2(a * x[c] - b) + Q);
+  for (; c + kLanes <= C; c += kLanes)
+    store(out + c, exp2_vector((load(x + c) - sums.m) * a) * share + Q);
+  for (; c < C; ++c) out[c] = static_cast<T>(std::exp2((x[c] - sums.m) * a) * share + Q);
 }
 
-inline void write_gradient(const double* x, int64_t C, double lse, double P, double Q,
-                           double* out) {
-  for (int64_t c = 0; c < C; ++c) out[c] = P * std::exp(x[c] - lse) + Q;
+inline void write_gradient(const double* x, int64_t C, const LogSum<double>& sums, double P,
+                           double Q, double* out) {
+  for (int64_t c = 0; c < C; ++c) out[c] = P * std::exp((x[c] - sums.m) - sums.log_sum) + Q;
 }
 
 template <class T, class A>
 void loss_backward_rows(const T* z, int64_t stride, int64_t begin, int64_t end, int64_t C,
-                        const int64_t* target, const LossFamily<A>& f, const A* lse,
+                        const int64_t* target, const LossFamily<A>& f, const A* log_sum,
                         const A* grad_loss, int64_t grad_stride, T* grad) {
   A* x = scratch_row<A, 1>(C);
   for (int64_t n = begin; n < end; ++n) {
     const int64_t y = target[n];
     adjust_row(z + n * stride, C, y, f, x);
-    const A nll = lse[n] - x[y];
-    const RowTerms<A> r = row_terms(x, C, y, lse[n], nll, f);
+    const A m = row_max(x, C);
+    const LogSum<A> sums{m, log_sum[n], (m - x[y]) + log_sum[n]};
+    const RowTerms<A> r = row_terms(x, C, y, sums, f);
     const A g = grad_loss[n * grad_stride] * f.scale * r.weight;
     const A P = g * (r.modulation + r.G);
     const A Q = -g * r.modulation * f.smoothing / static_cast<A>(C);
     T* out = grad + n * C;
-    write_gradient(x, C, lse[n], P, Q, out);
-    // The target's own term, from its own probability: q_y - 1 loses nothing near q_y = 1.
-    const A q = std::exp(-nll);
-    out[y] = static_cast<T>(g * (r.modulation * (q - (1 - f.smoothing)) + r.G * (q - 1)) + Q);
+    write_gradient(x, C, sums, P, Q, out);
+    // The target's own term from q_y - 1 = expm1(-nll), which loses nothing near q_y = 1.
+    const A q_less_1 = std::expm1(-sums.nll);
+    out[y] = static_cast<T>(g * (r.modulation * (q_less_1 + f.smoothing) + r.G * q_less_1) + Q);
   }
 }

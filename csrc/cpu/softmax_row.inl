@@ -2,7 +2,8 @@
 // row in the first-level cache. Each function comes for the vectorised dtypes (float arithmetic)
 // and for double (scalar, for gradient checks).
 //
-// Exponentials are taken to base 2: with a = log2(e) / T, exp((z - m) / T) = 2^(a z - a m).
+// Exponentials are taken to base 2: with a = log2(e) / T, exp((z - m) / T) = 2^(a (z - m)). The
+// difference first: it is exact near the maximum, where a z - a m would carry the rounding of a m.
 
 template <class T>
 struct ExpSums {
@@ -13,8 +14,8 @@ struct ExpSums {
 template <class T>
 struct OnePass {
   T max, second;  // the two largest values
-  T shift;        // a times the value that the exponents are taken against
-  T sum;          // sum 2^(a z - shift)
+  T origin;       // the value that the exponents are taken against
+  T sum;          // sum 2^(a (z - origin))
 };
 
 // Calls f(slot, x, keep) on the row's vectors; slot in 0..3 names one of four accumulators, so that
@@ -65,13 +66,13 @@ inline double row_sum(const double* z, int64_t C) {
 
 template <bool kWeighted, class T>
 ELF_INLINE ExpSums<float> exp_sums(const T* z, int64_t C, float a, float m) {
-  const float b = a * m;
   vf s[4] = {}, w[4] = {};
   sweep(z, C, [&](int u, vf x, vi keep) {
-    const vf t = x * a - b;
+    const vf t = (x - m) * a;
     const vf e = select(keep, exp2_vector(t), vf{});
     s[u] += e;
-    if constexpr (kWeighted) w[u] += select(keep, t, vf{}) * e;
+    // Where t is -infinity, e is 0 and so must their product be.
+    if constexpr (kWeighted) w[u] += select(keep, vmax(t, splat(-1000.0f)), vf{}) * e;
   });
   return {horizontal_sum((s[0] + s[1]) + (s[2] + s[3])),
           horizontal_sum((w[0] + w[1]) + (w[2] + w[3]))};
@@ -88,7 +89,7 @@ inline ExpSums<double> exp_sums(const double* z, int64_t C, double a, double m) 
   return sums;
 }
 
-// sum 2^(a z - a m), given up as soon as it passes `limit`: m is the row's maximum, so the sum only
+// sum 2^(a (z - m)), given up as soon as it passes `limit`: m is the row's maximum, so the sum only
 // grows. What comes back above the limit is some partial sum.
 template <class T>
 ELF_INLINE float exp_sum_until(const T* z, int64_t C, float a, float m, float limit) {
@@ -118,7 +119,6 @@ ELF_INLINE OnePass<float> one_pass(const T* z, int64_t C, float a) {
     const Tail tail = load_tail(z, C);
     origin = horizontal_max(select(tail.keep, tail.x, lowest));
   }
-  const float b = a * origin;
   vf m[4] = {lowest, lowest, lowest, lowest}, second[4] = {lowest, lowest, lowest, lowest};
   vf s[4] = {};
   sweep(z, C, [&](int u, vf x, vi keep) {
@@ -128,7 +128,7 @@ ELF_INLINE OnePass<float> one_pass(const T* z, int64_t C, float a) {
       second[u] = vmax(lesser, second[u]);
     }
     m[u] = vmax(top, m[u]);
-    s[u] += select(keep, exp2_vector(x * a - b), vf{});
+    s[u] += select(keep, exp2_vector((x - origin) * a), vf{});
   });
   OnePass<float> row;
   row.max = horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
@@ -144,7 +144,7 @@ ELF_INLINE OnePass<float> one_pass(const T* z, int64_t C, float a) {
         row.second = candidate > row.second ? candidate : row.second;
       }
   }
-  row.shift = b;
+  row.origin = origin;
   row.sum = horizontal_sum((s[0] + s[1]) + (s[2] + s[3]));
   return row;
 }
@@ -160,7 +160,7 @@ inline OnePass<double> one_pass(const double* z, int64_t C, double a) {
       row.second = z[c];
     }
   }
-  row.shift = a * row.max;
+  row.origin = row.max;
   row.sum = exp_sums<false>(z, C, a, row.max).sum;
   return row;
 }
@@ -238,9 +238,9 @@ ELF_INLINE GatedRow<A> gate_row(const T* z, int64_t C, A a) {
     constexpr bool kSecond = kCriterion == Criterion::margin;
     const OnePass<A> row = one_pass<kSecond>(z, C, a);
     if (std::isfinite(row.sum) && std::isfinite(row.max)) {
-      A top = std::exp2(a * row.max - row.shift);
+      A top = std::exp2(a * (row.max - row.origin));
       if constexpr (kSecond)
-        if (C > 1) top -= std::exp2(a * row.second - row.shift);
+        if (C > 1) top -= std::exp2(a * (row.second - row.origin));
       const A statistic = top / row.sum;
       if (std::isfinite(statistic)) return {statistic, first_equal(z, C, row.max)};
     }

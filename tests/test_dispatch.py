@@ -1,0 +1,177 @@
+"""The operators as the rest of PyTorch sees them: opcheck, gradcheck, torch.compile, autocast."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.library import opcheck
+
+from elf_fast import functional, ops
+
+ONE = torch.tensor(1.3)
+HALF = torch.tensor(0.5)
+
+
+def _logits(dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(7, 5, generator=generator, dtype=dtype).requires_grad_()
+
+
+TARGET = torch.tensor([0, 4, 2, 1, 1, 3, 0])
+SURVIVORS = torch.tensor([0, 2, 5])
+PER_CLASS = torch.linspace(0.2, 1.0, 5)
+IMAGES = torch.randn(7, 6, 3, 3, generator=torch.Generator().manual_seed(1))
+
+CALLS = {
+    "exit_gate": lambda: (ops.exit_gate, (_logits(), HALF, ONE, 0, None, False)),
+    "exit_gate margin": lambda: (ops.exit_gate, (_logits(), PER_CLASS, ONE, 1, TARGET, False)),
+    "exit_gate entropy": lambda: (ops.exit_gate, (_logits(), HALF, ONE, 2, None, False)),
+    "exit_gate early": lambda: (ops.exit_gate, (_logits().detach(), HALF, ONE, 0, None, False)),
+    "exit_head": lambda: (
+        ops.exit_head,
+        (IMAGES.clone().requires_grad_(), torch.randn(5, 6).requires_grad_(),
+         torch.randn(5).requires_grad_(), HALF, ONE, 0, None, False),
+    ),
+    "exit_head channels last": lambda: (
+        ops.exit_head,
+        (IMAGES.to(memory_format=torch.channels_last).requires_grad_(), torch.randn(5, 6), None,
+         HALF, ONE, 0, TARGET, False),
+    ),
+    "exit_head tokens": lambda: (
+        ops.exit_head,
+        (torch.randn(7, 4, 6).requires_grad_(), torch.randn(5, 6), None, HALF, ONE, 0, None, False),
+    ),
+    "compact": lambda: (ops.compact, (IMAGES.clone().requires_grad_(), SURVIVORS)),
+    "compact channels last": lambda: (
+        ops.compact,
+        (IMAGES.to(memory_format=torch.channels_last).requires_grad_(), SURVIVORS),
+    ),
+    "compact_": lambda: (ops.compact_, (IMAGES.clone(), SURVIVORS)),
+    "compact_backward": lambda: (ops.compact_backward, (IMAGES[:3].clone(), SURVIVORS, 7)),
+    "exit_loss": lambda: (
+        ops.exit_loss,
+        (_logits(), TARGET, PER_CLASS, PER_CLASS, PER_CLASS, 1.5, 2.0, 0.1, HALF, ONE, 0),
+    ),
+    "exit_loss cross-entropy": lambda: (
+        ops.exit_loss,
+        (_logits(), TARGET, None, None, None, 0.0, 1.0, 0.0, HALF, ONE, 0),
+    ),
+    "exit_loss_backward": lambda: (
+        ops.exit_loss_backward,
+        (torch.rand(7), _logits().detach(), TARGET, torch.rand(7), None, PER_CLASS, None, 0.0, 1.0,
+         0.0),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_opcheck(name, device):
+    op, args = CALLS[name]()
+    opcheck(op, args)
+
+
+@pytest.mark.parametrize("name", [n for n in CALLS if n != "compact_"])
+def test_compile_fullgraph(name):
+    op, args = CALLS[name]()
+    args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
+    compiled = torch.compile(lambda *a: op(*a), fullgraph=True, dynamic=False, backend="aot_eager")
+    expected, out = op(*args), compiled(*args)
+    for a, b in zip(
+        expected if isinstance(expected, tuple) else (expected,),
+        out if isinstance(out, tuple) else (out,),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+
+
+def test_inductor_fullgraph():
+    """One graph through the default compiler: head, loss and their gradients."""
+    x, w = IMAGES.clone().requires_grad_(), torch.randn(5, 6).requires_grad_()
+
+    def step(x, w):
+        z, *_ = ops.exit_head(x, w, None, HALF, ONE, 0, None, False)
+        loss, *_ = ops.exit_loss(z, TARGET, None, None, None, 0.0, 1.0, 0.0, HALF, ONE, 0)
+        return loss.mean()
+
+    step(x, w).backward()
+    expected = x.grad.clone(), w.grad.clone()
+    x.grad = w.grad = None
+    torch.compile(step, fullgraph=True, dynamic=False)(x, w).backward()
+    torch.testing.assert_close((x.grad, w.grad), expected)
+
+
+@pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy"])
+def test_gradcheck_exit_gate(criterion, device):
+    def confidence(z):
+        return functional.exit_gate(z, 0.5, temperature=1.3, criterion=criterion).confidence
+
+    assert torch.autograd.gradcheck(confidence, (_logits(torch.float64),))
+    z = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(confidence, (z,))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("plain", [True, False])
+def test_gradcheck_exit_loss(gamma, smoothing, plain, device):
+    vectors = {} if plain else {"weight": PER_CLASS, "margins": PER_CLASS, "bias": PER_CLASS}
+
+    def loss(z):
+        return functional.exit_loss(
+            z, TARGET, gamma=gamma, scale=1.0 if plain else 2.0, label_smoothing=smoothing, **vectors
+        ).loss
+
+    assert torch.autograd.gradcheck(loss, (_logits(torch.float64),))
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 6, 2, 3)], ids=str)
+def test_gradcheck_exit_head(shape, device):
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    w = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
+    b = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda *a: functional.exit_head(*a, 0.5).logits, (x, w, b))
+
+
+def test_gradcheck_compact(device):
+    x = torch.randn(7, 3, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: functional.compact(x, SURVIVORS), (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_linear_then_float32_softmax(dtype, device):
+    x, w, b = IMAGES.clone(), torch.randn(5, 6), torch.randn(5)
+    target = TARGET
+    with torch.autocast("cpu", dtype=dtype):
+        head = functional.exit_head(x, w, b, 0.5)
+        linear = torch.nn.functional.linear(x.mean(dim=(2, 3)), w, b)
+        gate = functional.exit_gate(head.logits, 0.5)
+        loss = functional.exit_loss(head.logits, target).loss
+    assert head.logits.dtype == linear.dtype == dtype
+    torch.testing.assert_close(head.logits, linear, rtol=2e-2, atol=2e-2)
+    assert gate.confidence.dtype == loss.dtype == head.confidence.dtype == torch.float32
+    expected = torch.softmax(head.logits.float(), dim=1).amax(dim=1)
+    torch.testing.assert_close(gate.confidence, expected)
+    torch.testing.assert_close(head.confidence, expected)
+    torch.testing.assert_close(
+        loss, torch.nn.functional.cross_entropy(head.logits.float(), target, reduction="none")
+    )
+
+
+def test_autocast_gradients_reach_float32_parameters(device):
+    x = IMAGES.clone().requires_grad_()
+    w = torch.randn(5, 6, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        head = functional.exit_head(x, w, None, 0.5)
+        functional.exit_loss(head.logits, TARGET).loss.sum().backward()
+    assert x.grad.dtype == w.grad.dtype == torch.float32
+    assert bool(w.grad.abs().sum() > 0)
+
+
+def test_in_place_compaction_is_seen_by_autograd():
+    """A tensor saved for backward must not change unnoticed."""
+    x = torch.randn(4, 3)
+    w = torch.randn(4, 3, requires_grad=True)
+    product = (w * x).sum()
+    functional.compact_(x, torch.tensor([1, 3]))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()

@@ -1,0 +1,349 @@
+"""`ELF`: what the specification says, and that the fused module is a drop-in for the reference."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import elf_fast
+from elf_fast import ELF, ExitHead, losses, reference
+
+BOTH = pytest.mark.parametrize("cls", [reference.ELF, ELF], ids=["reference", "elf_fast"])
+
+
+class Constant(nn.Module):
+    """A head that looks its logits up by the sample's first value."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.table = nn.Parameter(torch.tensor(table))
+
+    def forward(self, x):
+        return self.table[x[:, 0].long()]
+
+
+def lookup(cls, tables, **options):
+    return cls([nn.Identity() for _ in tables], [Constant(t) for t in tables], **options)
+
+
+SURE, UNSURE = [6.0, 0.0, 0.0], [0.1, 0.0, 0.0]
+SAMPLES = torch.tensor([[0.0], [1.0], [2.0], [0.0]])
+
+
+@BOTH
+def test_a_sample_leaves_at_its_first_passing_exit_and_order_is_restored(cls):
+    model = lookup(
+        cls, [[UNSURE, SURE, UNSURE], [UNSURE, UNSURE, SURE], [UNSURE] * 3], thresholds=0.9
+    ).eval()
+    out = model(SAMPLES)
+    assert out.exit_index.tolist() == [2, 0, 1, 2]
+    assert out.loss is None
+    p = 1 / (1 + 2 * math.exp(-6))
+    torch.testing.assert_close(out.confidence[1:3], torch.tensor([p, p]))
+    assert out.confidence.dtype == torch.float32 and out.exit_index.dtype == torch.int64
+    assert torch.equal(out.logits[1], torch.tensor(SURE))
+
+
+@BOTH
+@pytest.mark.parametrize("drop_exited", [True, False])
+def test_training_asks_for_a_right_prediction_and_sums_the_losses(cls, drop_exited):
+    tables = [[SURE, SURE, UNSURE], [SURE, SURE, UNSURE], [UNSURE] * 3]
+    model = lookup(cls, tables, thresholds=0.9, exit_weights=[1.0, 2.0, 3.0], drop_exited=drop_exited)
+    target = torch.tensor([0, 1, 0, 0])  # sample 1 is sure and wrong
+    out = model.train()(SAMPLES, target)
+    assert out.exit_index.tolist() == [0, 2, 2, 0]
+
+    def ce(row, y):
+        return float(torch.logsumexp(torch.tensor(row), 0) - row[y])
+
+    expected = (
+        2 * ce(SURE, 0)
+        + (1 + 2) * ce(SURE, 1) + 3 * ce(UNSURE, 1)
+        + (1 + 2 + 3) * ce(UNSURE, 0)
+    ) / 4  # fmt: skip
+    assert out.loss.item() == pytest.approx(expected, rel=1e-6)
+    out = model.eval()(SAMPLES, target)  # in evaluation right or wrong plays no part
+    assert out.exit_index.tolist() == [0, 0, 2, 0]
+    assert out.loss is not None
+
+
+@BOTH
+def test_per_exit_and_per_class_thresholds_and_temperatures(cls):
+    tables = [[SURE, [0.0, 6.0, 0.0], UNSURE]] * 3
+    per_exit = lookup(cls, tables, thresholds=[1.0, 0.9]).eval()(SAMPLES)
+    assert per_exit.exit_index.tolist() == [1, 1, 2, 1]
+    per_class = lookup(cls, tables, thresholds=[[0.9, 1.0, 0.9], [0.9, 0.9, 0.9]]).eval()(SAMPLES)
+    assert per_class.exit_index.tolist() == [0, 1, 2, 0]
+    hot = lookup(cls, tables, thresholds=0.9, temperatures=[10.0, 1.0]).eval()(SAMPLES)
+    assert hot.exit_index.tolist() == [1, 1, 2, 1]
+    off = lookup(cls, tables, thresholds=math.inf).eval()(SAMPLES)
+    assert off.exit_index.tolist() == [2, 2, 2, 2]
+    model = lookup(cls, tables, thresholds=0.9, train_thresholds=math.inf)
+    assert model.train()(SAMPLES).exit_index.tolist() == [2, 2, 2, 2]
+    assert model.eval()(SAMPLES).exit_index.tolist() == [0, 0, 2, 0]
+
+
+@BOTH
+@pytest.mark.parametrize("criterion, t", [("margin", 0.9), ("entropy", 0.2)])
+def test_criteria(cls, criterion, t):
+    model = lookup(cls, [[SURE, UNSURE, SURE]] * 2, thresholds=t, criterion=criterion).eval()
+    assert model(SAMPLES).exit_index.tolist() == [0, 1, 0, 0]
+
+
+@BOTH
+def test_nan_goes_on_to_the_end(cls):
+    nan = [math.nan, 9.0, 0.0]
+    out = lookup(cls, [[nan, SURE, SURE]] * 2, thresholds=0.0).eval()(SAMPLES)
+    assert out.exit_index.tolist() == [1, 0, 0, 1]
+    assert out.confidence.isnan().tolist() == [True, False, False, True]
+
+
+def cnn(cls, *, exits=3, classes=5, channels=8, norm=True, head=ExitHead, seed=0, **options):
+    torch.manual_seed(seed)
+    stages, heads = [], []
+    for e in range(exits):
+        layers = [nn.Conv2d(3 if e == 0 else channels, channels, 3, padding=1)]
+        layers += [nn.BatchNorm2d(channels)] if norm else []
+        stages.append(nn.Sequential(*layers, nn.ReLU()))
+        heads.append(head(channels, classes))
+        for p in heads[-1].parameters():
+            nn.init.normal_(p, std=2.0)
+    return cls(stages, heads, **options)
+
+
+def generic_head(D, C):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(D, C))
+
+
+@BOTH
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy"])
+def test_empty_batch(cls, training, criterion):
+    model = cnn(cls, criterion=criterion).train(training)
+    before = copy.deepcopy(model.state_dict())
+    out = model(torch.randn(0, 3, 6, 6), torch.zeros(0, dtype=torch.int64))
+    assert [t.shape for t in out[:4]] == [(0, 5), (0,), (0,), (0,)]
+    assert out.loss.item() == 0.0
+    out.loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.training is training and all(m.training is training for m in model.modules())
+
+
+@BOTH
+def test_everyone_leaving_ends_the_forward_pass(cls):
+    class Unreachable(nn.Module):
+        def forward(self, x):
+            raise AssertionError("a stage ran for nobody")
+
+    model = cls([nn.Identity(), Unreachable()], [Constant([SURE] * 3)] * 2, thresholds=0.5).eval()
+    assert model(SAMPLES).exit_index.tolist() == [0, 0, 0, 0]
+
+
+def test_later_stages_see_survivors_only():
+    sizes = []
+
+    class Spy(nn.Module):
+        def forward(self, x):
+            sizes.append(len(x))
+            return x
+
+    tables = [[UNSURE, SURE, UNSURE], [UNSURE, UNSURE, SURE], [UNSURE] * 3]
+    model = ELF([Spy(), Spy(), Spy()], [Constant(t) for t in tables])
+    model.eval()(SAMPLES)
+    assert sizes == [4, 3, 2]
+    sizes.clear()
+    model.train().drop_exited = False
+    model(SAMPLES, torch.zeros(4, dtype=torch.int64))
+    assert sizes == [4, 4, 4]
+
+
+def test_dropping_and_keeping_agree_without_batch_statistics():
+    x, y = torch.randn(40, 3, 6, 6), torch.randint(0, 5, (40,))
+    results = []
+    for drop in (True, False):
+        model = cnn(ELF, norm=False, thresholds=0.4, drop_exited=drop).train()
+        out = model(x, y)
+        out.loss.backward()
+        assert 0 < int((out.exit_index < 2).sum()) < 40
+        results.append((out.loss, out.exit_index, [p.grad for p in model.parameters()]))
+    torch.testing.assert_close(results[0], results[1])
+
+
+def test_confident_samples_stop_weighing_on_the_loss():
+    """Hard samples weigh more, whatever their class: their loss counts at every exit."""
+    tables = [[SURE, UNSURE, UNSURE]] * 3
+    model = lookup(ELF, tables, thresholds=0.9).train()
+    x, y = torch.tensor([[0.0], [1.0]]), torch.tensor([0, 0])
+    model(x, y).loss.backward()
+    for e, head in enumerate(model.heads):
+        assert bool(head.table.grad[0].any()) == (e == 0)
+        assert bool(head.table.grad[1].any())
+
+
+EXIT_LOSSES = {
+    "default": lambda C: None,
+    "callable": lambda C: nn.CrossEntropyLoss(reduction="none"),
+    "focal": lambda C: losses.FocalLoss(2.0),
+    "LDAM": lambda C: losses.LDAMLoss(list(range(1, C + 1)), scale=4.0),
+    "balanced": lambda C: losses.BalancedSoftmaxLoss(list(range(1, C + 1))),
+}
+
+
+def away_from_ties(model, x, y) -> torch.Tensor:
+    """Samples whose statistic is nowhere within 1e-4 of its threshold, judged in float64."""
+    exact = copy.deepcopy(model).double()
+    clear = torch.ones(len(x), dtype=torch.bool)
+    z, thresholds = x.double(), exact._active_thresholds()
+    for e in range(len(exact.stages) - 1):
+        z = exact.stages[e](z)
+        stat = reference.statistic(exact.heads[e](z), exact.temperatures[e], exact.criterion)
+        t = thresholds[e]
+        t = t[exact.heads[e](z).argmax(1)] if t.dim() else t
+        clear &= (stat - t).abs() > 1e-4
+    return clear
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    N=st.integers(1, 40),
+    exits=st.integers(1, 4),
+    classes=st.integers(1, 12),
+    criterion=st.sampled_from(["confidence", "margin", "entropy"]),
+    threshold=st.floats(0.05, 0.95),
+    per_class=st.booleans(),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    exit_loss=st.sampled_from(list(EXIT_LOSSES)),
+    drop_exited=st.booleans(),
+    training=st.booleans(),
+    channels_last=st.booleans(),
+    head=st.sampled_from([ExitHead, generic_head]),
+)
+def test_drop_in(
+    seed, N, exits, classes, criterion, threshold, per_class, temperature, dtype, exit_loss,
+    drop_exited, training, channels_last, head,
+):  # fmt: skip
+    """Exit index, prediction, logits, loss and every gradient agree on random networks."""
+    t = torch.full((exits - 1, classes), threshold) if per_class else threshold
+    if per_class:
+        t = (t + torch.linspace(-0.04, 0.04, classes)).clamp(0, 1)
+    model = cnn(
+        reference.ELF, exits=exits, classes=classes, norm=N > 1, head=head, seed=seed, thresholds=t,
+        temperatures=temperature, criterion=criterion, drop_exited=drop_exited,
+        exit_loss=EXIT_LOSSES[exit_loss](classes),
+    ).to(dtype).train(training)  # fmt: skip
+    fused = elf_fast.fuse(copy.deepcopy(model))
+    x = torch.randn(N, 3, 6, 6, dtype=dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+        model.to(memory_format=torch.channels_last)
+        fused.to(memory_format=torch.channels_last)
+    y = torch.randint(0, classes, (N,))
+    if not bool(away_from_ties(model, x, y).all()):
+        return
+    expected, out = model(x, y), fused(x, y)
+    assert torch.equal(out.exit_index, expected.exit_index)
+    assert torch.equal(out.prediction, expected.prediction)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
+    torch.testing.assert_close(out.logits, expected.logits, **tolerance)
+    torch.testing.assert_close(out.confidence, expected.confidence, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out.loss, expected.loss, **tolerance)
+    for twin in (model, fused):
+        twin.zero_grad()
+    (expected.loss + expected.logits.square().mean()).backward()
+    (out.loss + out.logits.square().mean()).backward()
+    for (name, p), q in zip(model.named_parameters(), fused.parameters(), strict=True):
+        assert (p.grad is None) == (q.grad is None), name
+        if p.grad is not None:
+            torch.testing.assert_close(q.grad, p.grad, **tolerance)
+    with torch.no_grad():
+        served, plain = fused.eval()(x), model.eval()(x)
+    if bool(away_from_ties(model, x, y).all()):
+        assert torch.equal(served.exit_index, plain.exit_index)
+        torch.testing.assert_close(served.logits, plain.logits, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_and_autocast_follow_the_reference(dtype):
+    model = cnn(reference.ELF, thresholds=0.6).eval()
+    x = torch.randn(64, 3, 6, 6)
+    with torch.inference_mode(), torch.autocast("cpu", dtype=dtype):
+        plain, fast = model(x), elf_fast.fuse(model)(x)
+    same = plain.exit_index == fast.exit_index
+    assert same.float().mean() > 0.9  # ties within the dtype's rounding may differ
+    torch.testing.assert_close(
+        fast.logits[same].float(), plain.logits[same].float(), rtol=5e-2, atol=5e-2
+    )
+
+
+def test_settings_are_buffers_and_keep_their_precision():
+    model = cnn(ELF, thresholds=0.9, train_thresholds=0.3)
+    assert {"thresholds", "train_thresholds", "temperatures"} <= set(model.state_dict())
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert model.to(dtype).thresholds.dtype == torch.float32
+        assert model.thresholds.tolist() == pytest.approx([0.9, 0.9], abs=1e-7)
+        assert next(model.parameters()).dtype == dtype
+    assert model.to("meta").thresholds.is_meta
+
+
+def test_state_dict_loads_both_ways():
+    plain, fast = cnn(reference.ELF, seed=1, thresholds=0.3), cnn(ELF, seed=2, thresholds=0.8)
+    assert list(plain.state_dict()) == list(fast.state_dict())
+    fast.load_state_dict(plain.state_dict())
+    assert torch.equal(fast.thresholds, plain.thresholds)
+    plain.load_state_dict(fast.state_dict())
+
+
+def test_fuse_and_unfuse_round_trip_and_share():
+    plain = cnn(reference.ELF)
+    outer = nn.Sequential(nn.Identity(), plain)
+    fused = elf_fast.fuse(outer)
+    assert type(fused[1]) is ELF and type(outer[1]) is reference.ELF
+    assert fused[1].stages is plain.stages and fused[1].thresholds is plain.thresholds
+    back = elf_fast.unfuse(fused)
+    assert type(back[1]) is reference.ELF
+    assert list(back.state_dict()) == list(outer.state_dict())
+    fused.eval()
+    assert fused[1].training is False and plain.training is True
+
+
+def test_hooks_and_replaced_classifiers_still_run():
+    """The fused head must not bypass what a user hung on to it."""
+    model = cnn(ELF).eval()
+    seen = []
+    model.heads[0].register_forward_hook(lambda *_: seen.append("head"))
+    model.heads[1].classifier = nn.Sequential(nn.Linear(8, 5), nn.Tanh())
+    x = torch.randn(4, 3, 6, 6)
+    expected = elf_fast.unfuse(model)(x)
+    seen.clear()
+    out = model(x)
+    assert seen == ["head"]
+    torch.testing.assert_close(out.logits, expected.logits)
+
+
+def test_user_tensors_are_left_alone():
+    """Inputs and a head's own tensors are not written into."""
+    model = lookup(ELF, [[UNSURE, SURE, UNSURE]] * 2, thresholds=0.9).eval()
+    tables = [head.table.detach().clone() for head in model.heads]
+    x = SAMPLES.clone()
+    with torch.inference_mode():
+        model(x)
+    assert torch.equal(x, SAMPLES)
+    assert all(torch.equal(h.table, t) for h, t in zip(model.heads, tables, strict=True))
+
+
+def test_copies_and_pickles():
+    import pickle
+
+    model = cnn(ELF).eval()
+    x = torch.randn(5, 3, 6, 6)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(twin(x).logits, model(x).logits)
