@@ -109,6 +109,7 @@ class ELF(reference.ELF):
             checks.poolable(features)
             weight, bias = head.classifier.weight, head.classifier.bias
             checks.classifier(weight, bias, features.shape[2 if features.dim() == 3 else 1])
+            self._check_classes(weight.shape[0], e)
             t, T = _in_arithmetic_of(weight, threshold, temperature)
             z, _, *gate = functional._call(
                 ops.exit_head, (features, weight, bias),

@@ -407,12 +407,16 @@ class ELF(nn.Module):
             raise ValueError(
                 f"heads[{e}]: expected logits of shape [{rows}, C], got {checks.describe(z)}"
             )
-        t = self.thresholds
-        if t.dim() == 2 and t.shape[1] != z.shape[1]:
-            raise ValueError(
-                f"thresholds: expected [E-1, C] with C = {z.shape[1]} (the classes of heads[{e}]), "
-                f"got {list(t.shape)}"
-            )
+        self._check_classes(z.shape[1], e)
+
+    def _check_classes(self, classes: int, e: int) -> None:
+        for name in ("thresholds", "train_thresholds"):
+            t = getattr(self, name)
+            if t is not None and t.dim() == 2 and t.shape[1] != classes:
+                raise ValueError(
+                    f"{name}: expected [E-1, C] with C = {classes} (the classes of heads[{e}]), "
+                    f"got {list(t.shape)}"
+                )
 
     def _forward_empty(self, x: Tensor, target: Tensor | None) -> ELFOutput:
         """N = 0: empty outputs and a zero loss that still backpropagates into every parameter.

@@ -72,6 +72,7 @@ def test_opcheck(name, device):
 
 @pytest.mark.parametrize("name", [n for n in CALLS if n != "compact_"])
 def test_compile_fullgraph(name):
+    torch.compiler.reset()
     op, args = CALLS[name]()
     args = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in args)
     compiled = torch.compile(lambda *a: op(*a), fullgraph=True, dynamic=False, backend="aot_eager")
