@@ -2,6 +2,7 @@
 
 from . import backend, functional, losses, reference
 from .backend import report, use_backend
+from .models import from_backbone
 from .modules import ELF, ELFOutput, ExitHead, fuse, unfuse
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "ELFOutput",
     "ExitHead",
     "backend",
+    "from_backbone",
     "functional",
     "fuse",
     "losses",

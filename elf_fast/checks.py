@@ -129,7 +129,9 @@ def number(name: str, value: Any) -> float:
 
 
 def positive(name: str, value: Any) -> None:
-    values = value.detach().flatten().tolist() if isinstance(value, Tensor) else [number(name, value)]
+    values = (
+        value.detach().flatten().tolist() if isinstance(value, Tensor) else [number(name, value)]
+    )
     for v in values:
         if not (v > 0 and math.isfinite(v)):
             raise ValueError(f"{name}: expected positive finite numbers, got {v}")
@@ -150,7 +152,9 @@ def per_class(name: str, value: Any, classes: int, device: torch.device) -> None
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating tensor, got {describe(value)}")
     if value.dim() != 1 or value.shape[0] != classes:
-        raise ValueError(f"{name}: expected shape [{classes}], one per class, got {describe(value)}")
+        raise ValueError(
+            f"{name}: expected shape [{classes}], one per class, got {describe(value)}"
+        )
     same_device(name, value, device)
 
 
@@ -164,7 +168,9 @@ def survivors(value: Any, rows: int, device: torch.device) -> None:
             f"survivors: expected shape [n] with n <= {rows} samples, got {describe(value)}"
         )
     if value.device != device:
-        raise ValueError(f"survivors: expected device {device}, as the features, got {value.device}")
+        raise ValueError(
+            f"survivors: expected device {device}, as the features, got {value.device}"
+        )
     if value.device.type == "cpu" and value.shape[0] and not torch.compiler.is_compiling():
         low, high = int(value[0]), int(value[-1])
         if low < 0 or high >= rows or not bool((value[1:] > value[:-1]).all()):

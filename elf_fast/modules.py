@@ -20,9 +20,9 @@ class _Exit(NamedTuple):
     logits: Tensor  # [n, C]
     confidence: Tensor  # [n]
     prediction: Tensor  # [n]
-    survivors: Tensor  # [n] of which the first `count` are meant
-    count: Tensor  # []
-    losses: Tensor | None  # [n] or None without a target
+    survivors: Tensor  # [n] of which the first `survivor_count` are meant
+    survivor_count: Tensor  # []
+    losses: Tensor | None = None  # [n] or None without a target
 
 
 class ELF(reference.ELF):
@@ -72,7 +72,7 @@ class ELF(reference.ELF):
                 loss = reference._add(loss, self.exit_weights[e] * result.losses.sum())
             if e == last:
                 break
-            n = int(result.count)
+            n = int(result.survivor_count)
             if n == 0:
                 break
             if n < rows:
@@ -116,7 +116,7 @@ class ELF(reference.ELF):
                 features, weight, bias, t, T, code, None, early_stop,
             )  # fmt: skip
             self._check_logits(z, e, rows)
-            return _Exit(z, *gate, losses=None)
+            return _Exit(z, *gate)
         z = head(x)
         if kept is not None:
             z = z[kept]
@@ -128,9 +128,9 @@ class ELF(reference.ELF):
         family = self._family()
         if y is not None and self.training and family is not None:
             losses, _, *gate = _family_loss(z, y, family, t, T, code)
-            return _Exit(z, *gate, losses=losses)
+            return _Exit(z, *gate)._replace(losses=losses)
         gate = functional._call(ops.exit_gate, (), z, t, T, code, gate_target, early_stop)
-        return _Exit(z, *gate, losses=None if y is None else self._losses(z, y))
+        return _Exit(z, *gate)._replace(losses=None if y is None else self._losses(z, y))
 
     def _family(self) -> dict[str, Any] | None:
         """Arguments of the long-tail family if the exit loss is one of it, else None."""

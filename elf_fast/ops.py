@@ -23,8 +23,7 @@ from .reference import CRITERIA, accumulated
 
 _GATE = "Tensor threshold, Tensor temperature, int criterion"
 _FAMILY = (
-    "Tensor? weight, Tensor? margins, Tensor? bias, "
-    "float gamma, float scale, float label_smoothing"
+    "Tensor? weight, Tensor? margins, Tensor? bias, float gamma, float scale, float label_smoothing"
 )
 SCHEMAS = {
     # -> confidence [N], prediction [N], survivors [N], count []
@@ -39,12 +38,12 @@ SCHEMAS = {
     "compact_": "(Tensor(a!) features, Tensor survivors) -> Tensor",
     # -> [rows, ...]
     "compact_backward": "(Tensor grad, Tensor survivors, SymInt rows) -> Tensor",
-    # -> loss [N], log_sum [N] (log sum exp(x - max x)), confidence, prediction, survivors, count
+    # -> loss [N], log_sum [N] (log sum exp(x - max x)), and the gate's four
     "exit_loss": f"(Tensor logits, Tensor target, {_FAMILY}, {_GATE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # -> [N, C]
-    "exit_loss_backward": f"(Tensor grad_loss, Tensor logits, Tensor target, Tensor log_sum, {_FAMILY})"
-    " -> Tensor",
+    "exit_loss_backward": "(Tensor grad_loss, Tensor logits, Tensor target, Tensor log_sum,"
+    f" {_FAMILY}) -> Tensor",
 }
 
 _library = torch.library.Library("elf_fast", "DEF")
@@ -83,9 +82,7 @@ def _exit_gate(logits, threshold, temperature, criterion, target, early_stop):
     )
 
 
-def _exit_head(
-    features, weight, bias, threshold, temperature, criterion, target, early_stop
-):
+def _exit_head(features, weight, bias, threshold, temperature, criterion, target, early_stop):
     pooled = reference.pool(features).to(weight.dtype, copy=True)
     logits = torch.nn.functional.linear(pooled, weight, bias)
     gate = _exit_gate(logits, threshold, temperature, criterion, target, early_stop)
@@ -145,8 +142,8 @@ def _exit_loss(
 def _exit_loss_backward(
     grad_loss, logits, target, log_sum, weight, margins, bias, gamma, scale, label_smoothing
 ):
-    """dloss/dx_c = w (F (q_c - t_c) - G (1[c = y] - q_c)) with t the smoothed target, F = (1 - p)^gamma
-    and G = gamma (1 - p)^(gamma - 1) p CE."""
+    """dloss/dx_c = w (F (q_c - t_c) - G (1[c = y] - q_c)) with t the smoothed target,
+    F = (1 - p)^gamma and G = gamma (1 - p)^(gamma - 1) p CE."""
     C = logits.shape[1]
     x = _adjusted(logits, target, margins, bias, scale)
     log_q = (x - x.amax(dim=1, keepdim=True)) - log_sum[:, None]
@@ -222,9 +219,7 @@ def _fake_exit_gate(logits, threshold, temperature, criterion, target, early_sto
     return _fake_gate(logits)
 
 
-def _fake_exit_head(
-    features, weight, bias, threshold, temperature, criterion, target, early_stop
-):
+def _fake_exit_head(features, weight, bias, threshold, temperature, criterion, target, early_stop):
     N, D = features.shape[0], features.shape[2 if features.dim() == 3 else 1]
     logits = weight.new_empty(N, weight.shape[0])
     return logits, weight.new_empty(N, D), *_fake_gate(logits)
@@ -252,7 +247,7 @@ def _fake_exit_loss_backward(grad_loss, logits, *rest):
     return logits.new_empty(logits.shape)
 
 
-for _name, _fake in {
+_FAKES: dict[str, Callable[..., Any]] = {
     "exit_gate": _fake_exit_gate,
     "exit_head": _fake_exit_head,
     "compact": _fake_compact,
@@ -260,7 +255,8 @@ for _name, _fake in {
     "compact_backward": _fake_compact_backward,
     "exit_loss": _fake_exit_loss,
     "exit_loss_backward": _fake_exit_loss_backward,
-}.items():
+}
+for _name, _fake in _FAKES.items():
     torch.library.register_fake(f"elf_fast::{_name}", _fake, lib=_library)
 
 

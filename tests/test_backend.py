@@ -49,14 +49,14 @@ def test_backends_are_really_different_kernels(monkeypatch):
 
 
 def test_unknown_and_impossible_backends():
-    with pytest.raises(ValueError, match="backend: expected one of torch, cpu, cuda, triton"):
-        with elf_fast.use_backend("tpu"):
-            pass
+    message = "backend: expected one of torch, cpu, cuda, triton"
+    with pytest.raises(ValueError, match=message), elf_fast.use_backend("tpu"):
+        pass
     for name in ("cuda", "triton"):
         if elf_fast.backend._why_not(name) is not None:
-            with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run: "):
-                with elf_fast.use_backend(name):
-                    pass
+            message = f"backend '{name}' cannot run: "
+            with pytest.raises(RuntimeError, match=message), elf_fast.use_backend(name):
+                pass
 
 
 def test_a_chosen_backend_does_not_fall_back():
@@ -104,5 +104,8 @@ def test_narrower_instruction_sets_pass_the_same_tests(isa):
 
 def test_import_is_quick():
     """elf_fast adds under 0.3 s to `import torch`."""
-    code = "import time, torch; t = time.perf_counter(); import elf_fast; print(time.perf_counter() - t)"
+    code = (
+        "import time, torch; t = time.perf_counter(); import elf_fast; "
+        "print(time.perf_counter() - t)"
+    )
     assert min(float(run(code).stdout) for _ in range(3)) < 0.3

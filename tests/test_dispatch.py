@@ -119,7 +119,12 @@ def test_gradcheck_exit_loss(gamma, smoothing, plain, device):
 
     def loss(z):
         return functional.exit_loss(
-            z, TARGET, gamma=gamma, scale=1.0 if plain else 2.0, label_smoothing=smoothing, **vectors
+            z,
+            TARGET,
+            gamma=gamma,
+            scale=1.0 if plain else 2.0,
+            label_smoothing=smoothing,
+            **vectors,
         ).loss
 
     assert torch.autograd.gradcheck(loss, (_logits(torch.float64),))

@@ -54,7 +54,9 @@ def test_a_sample_leaves_at_its_first_passing_exit_and_order_is_restored(cls):
 @pytest.mark.parametrize("drop_exited", [True, False])
 def test_training_asks_for_a_right_prediction_and_sums_the_losses(cls, drop_exited):
     tables = [[SURE, SURE, UNSURE], [SURE, SURE, UNSURE], [UNSURE] * 3]
-    model = lookup(cls, tables, thresholds=0.9, exit_weights=[1.0, 2.0, 3.0], drop_exited=drop_exited)
+    model = lookup(
+        cls, tables, thresholds=0.9, exit_weights=[1.0, 2.0, 3.0], drop_exited=drop_exited
+    )
     target = torch.tensor([0, 1, 0, 0])  # sample 1 is sure and wrong
     out = model.train()(SAMPLES, target)
     assert out.exit_index.tolist() == [0, 2, 2, 0]
@@ -252,7 +254,9 @@ def test_drop_in(
     expected, out = model(x, y), fused(x, y)
     assert torch.equal(out.exit_index, expected.exit_index)
     assert torch.equal(out.prediction, expected.prediction)
-    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
+    )
     torch.testing.assert_close(out.logits, expected.logits, **tolerance)
     torch.testing.assert_close(out.confidence, expected.confidence, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.loss, expected.loss, **tolerance)

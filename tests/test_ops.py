@@ -112,7 +112,9 @@ def test_special_values(row, top, prediction, padding, device):
         )
 
 
-@pytest.mark.parametrize("criterion, always", [("confidence", 0.0), ("margin", 0.0), ("entropy", 1.0)])
+@pytest.mark.parametrize(
+    "criterion, always", [("confidence", 0.0), ("margin", 0.0), ("entropy", 1.0)]
+)
 def test_nan_never_exits(criterion, always, device):
     logits = torch.randn(50, 100, device=device)
     logits[torch.arange(0, 50, 7), torch.arange(0, 50, 7) * 2] = nan
@@ -140,9 +142,7 @@ def test_exit_loss(name, C, dtype, device):
     logits = (torch.randn(N, C, generator=generator) * 4).to(dtype).to(device)
     target = torch.randint(0, C, (N,), generator=generator).to(device)
     target[::2] = logits[::2].argmax(dim=1)
-    kwargs = {
-        k: v.to(device) if isinstance(v, Tensor) else v for k, v in LOSSES[name](C).items()
-    }
+    kwargs = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in LOSSES[name](C).items()}
     grad = torch.linspace(-1, 2, N, device=device)
 
     def run(function, z, settings):
@@ -157,7 +157,9 @@ def test_exit_loss(name, C, dtype, device):
     assert_as_accurate(out.loss.detach(), same.loss.detach(), truth.loss.detach(), 1e-6, 1.0)
     rounding = torch.finfo(dtype).eps if dtype in (torch.bfloat16, torch.float16) else 1e-6
     assert_as_accurate(z_grad, same_grad, true_grad, rounding, 1.0)
-    assert_same_gate(reference.ExitGate(*out[1:]), reference.ExitGate(*truth[1:]), 0.5, "confidence")
+    assert_same_gate(
+        reference.ExitGate(*out[1:]), reference.ExitGate(*truth[1:]), 0.5, "confidence"
+    )
 
 
 def test_exit_loss_of_infinite_logits_is_that_of_log_softmax(device):
@@ -230,7 +232,9 @@ def test_compact(shape, channels_last, kept, device):
 @pytest.mark.parametrize("view", ["transposed", "sliced", "expanded"])
 def test_compact_of_views(view, device):
     x = torch.randn(8, 6, 10, device=device)
-    x = {"transposed": x.mT, "sliced": x[:, 1:4, ::2], "expanded": x[:, :, :1].expand(8, 6, 4)}[view]
+    x = {"transposed": x.mT, "sliced": x[:, 1:4, ::2], "expanded": x[:, :, :1].expand(8, 6, 4)}[
+        view
+    ]
     survivors = torch.tensor([1, 2, 7], device=device)
     assert torch.equal(functional.compact(x, survivors), x[survivors])
 

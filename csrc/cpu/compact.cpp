@@ -1,7 +1,8 @@
 // compact: dense batches of survivors from features [N, ...], and the way back.
 //
 //   compact           out[k] = features[survivors[k]]                      2 s F bytes
-//   compact_          fills the holes below n with survivors of the tail,  about 2 s (1 - s) F bytes
+//   compact_          fills the holes below n with survivors of the tail,  about 2 s (1 - s) F
+//   bytes
 //                     features[j] = old features[order[j]], j < n
 //   compact_backward  grad_in[survivors[k]] = grad[k], 0 elsewhere         (1 + s) F bytes
 //
@@ -58,8 +59,8 @@ Tensor with_dense_samples(const Tensor& t) {
 Tensor empty_batch(const Samples& like, int64_t count, ScalarType dtype) {
   std::vector<int64_t> sizes = like.sizes;
   sizes[0] = count;
-  return empty_strided(sizes.data(), like.dense_strides.data(),
-                       static_cast<int64_t>(sizes.size()), dtype);
+  return empty_strided(sizes.data(), like.dense_strides.data(), static_cast<int64_t>(sizes.size()),
+                       dtype);
 }
 
 const int64_t* checked_survivors(const Tensor& survivors, int64_t N) {

@@ -6,9 +6,9 @@ void gate_rows_as(const T* z, int64_t stride, int64_t begin, int64_t end, int64_
   for (int64_t n = begin; n < end; ++n) {
     GatedRow<A> row;
     if constexpr (kCriterion == Criterion::confidence) {
-      row = test.early_stop ? gate_row_until(z + n * stride, C, test.a, test.threshold,
-                                             test.threshold_stride)
-                            : gate_row<kCriterion>(z + n * stride, C, test.a);
+      row = test.early_stop
+                ? gate_row_until(z + n * stride, C, test.a, test.threshold, test.threshold_stride)
+                : gate_row<kCriterion>(z + n * stride, C, test.a);
     } else {
       row = gate_row<kCriterion>(z + n * stride, C, test.a);
     }

@@ -29,9 +29,9 @@ struct LossFamily {
 template <class A>
 const A* per_class(const std::optional<Tensor>& t, const char* name, int64_t C, ScalarType acc) {
   if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == acc && t->dim() == 1 && t->size(0) == C &&
-                      (C <= 1 || t->stride(0) == 1),
-                  name, ": expected a contiguous [C] of the logits' arithmetic type, C = ", C);
+  STD_TORCH_CHECK(
+      t->scalar_type() == acc && t->dim() == 1 && t->size(0) == C && (C <= 1 || t->stride(0) == 1),
+      name, ": expected a contiguous [C] of the logits' arithmetic type, C = ", C);
   return data<const A>(*t);
 }
 
@@ -39,16 +39,18 @@ template <class A>
 LossFamily<A> family(const std::optional<Tensor>& weight, const std::optional<Tensor>& margins,
                      const std::optional<Tensor>& bias, double gamma, double scale,
                      double smoothing, int64_t C, ScalarType acc) {
-  return {per_class<A>(weight, "weight", C, acc), per_class<A>(margins, "margins", C, acc),
-          per_class<A>(bias, "bias", C, acc),     static_cast<A>(gamma),
-          static_cast<A>(scale),                  static_cast<A>(smoothing)};
+  return {per_class<A>(weight, "weight", C, acc),
+          per_class<A>(margins, "margins", C, acc),
+          per_class<A>(bias, "bias", C, acc),
+          static_cast<A>(gamma),
+          static_cast<A>(scale),
+          static_cast<A>(smoothing)};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_loss(
     const Tensor& logits, const Tensor& target, std::optional<Tensor> weight,
     std::optional<Tensor> margins, std::optional<Tensor> bias, double gamma, double scale,
-    double label_smoothing, const Tensor& threshold, const Tensor& temperature,
-    int64_t criterion) {
+    double label_smoothing, const Tensor& threshold, const Tensor& temperature, int64_t criterion) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits: expected [N, C] with C >= 1");
   const Tensor rows = dense_rows(logits);
   const int64_t N = rows.size(0), C = rows.size(1), stride = rows.stride(0);
@@ -59,8 +61,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_loss(
   for_floating(rows.scalar_type(), "exit_loss", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    const LossFamily<A> f =
-        family<A>(weight, margins, bias, gamma, scale, label_smoothing, C, acc);
+    const LossFamily<A> f = family<A>(weight, margins, bias, gamma, scale, label_smoothing, C, acc);
     const T* z = data<const T>(rows);
     const int64_t* y = data<const int64_t>(target);
     const GateTest<A> test =
@@ -103,8 +104,7 @@ Tensor exit_loss_backward(const Tensor& grad_loss, const Tensor& logits, const T
   for_floating(rows.scalar_type(), "exit_loss_backward", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
-    const LossFamily<A> f =
-        family<A>(weight, margins, bias, gamma, scale, label_smoothing, C, acc);
+    const LossFamily<A> f = family<A>(weight, margins, bias, gamma, scale, label_smoothing, C, acc);
     const T* z = data<const T>(rows);
     const int64_t* y = data<const int64_t>(target);
     const A* sums = data<const A>(log_sum);

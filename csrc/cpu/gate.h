@@ -8,11 +8,11 @@ namespace elf_fast {
 // Arguments of the confidence test, as the row kernels take them.
 template <class A>
 struct GateTest {
-  A a;                      // log2(e) / temperature
-  const A* threshold;       // [] or [C]
+  A a;                 // log2(e) / temperature
+  const A* threshold;  // [] or [C]
   int64_t threshold_stride;
   Criterion criterion;
-  const int64_t* target;    // [N], or null: leaving takes no correctness
+  const int64_t* target;  // [N], or null: leaving takes no correctness
   bool early_stop;
 };
 
@@ -20,7 +20,8 @@ template <class A>
 GateTest<A> gate_test(const Tensor& threshold, const Tensor& temperature, int64_t criterion,
                       const std::optional<Tensor>& target, bool early_stop, int64_t N, int64_t C,
                       ScalarType acc) {
-  STD_TORCH_CHECK(criterion >= 0 && criterion <= 2, "criterion: expected 0, 1 or 2, got ", criterion);
+  STD_TORCH_CHECK(criterion >= 0 && criterion <= 2, "criterion: expected 0, 1 or 2, got ",
+                  criterion);
   GateTest<A> test;
   int64_t unused;
   const void* t = scalar_or_classes(temperature, "temperature", 1, acc, &unused);

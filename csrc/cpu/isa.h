@@ -1,5 +1,6 @@
 // The instruction set the row kernels run on: the widest this processor has, chosen once.
-// ELF_FAST_ISA=portable|avx2|avx512 narrows the choice, so that tests reach every path on one machine.
+// ELF_FAST_ISA=portable|avx2|avx512 narrows the choice, so that tests reach every path on one
+// machine.
 #pragma once
 
 #include <cstdlib>
@@ -57,13 +58,13 @@ inline Isa isa() {
 
 // Calls NAME<TYPES> compiled for the running processor; see for_each_isa.inl.
 #if ELF_X86
-#define ELF_ON_ISA(CALL)                       \
-  do {                                         \
-    switch (isa()) {                           \
-      case Isa::avx512: avx512::CALL; break;   \
-      case Isa::avx2: avx2::CALL; break;       \
-      default: portable::CALL; break;          \
-    }                                          \
+#define ELF_ON_ISA(CALL)                     \
+  do {                                       \
+    switch (isa()) {                         \
+      case Isa::avx512: avx512::CALL; break; \
+      case Isa::avx2: avx2::CALL; break;     \
+      default: portable::CALL; break;        \
+    }                                        \
   } while (0)
 #else
 #define ELF_ON_ISA(CALL) portable::CALL

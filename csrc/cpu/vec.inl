@@ -28,8 +28,8 @@ ELF_INLINE vf load(const BFloat16* p) {
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 
-// binary16 -> binary32, where there is no instruction for it: move the exponent and mantissa up, scale by 2^112 (exact, subnormals
-// included), put the exponent of infinities and NaN back.
+// binary16 -> binary32, where there is no instruction for it: move the exponent and mantissa up,
+// scale by 2^112 (exact, subnormals included), put the exponent of infinities and NaN back.
 ELF_INLINE vf load(const Half* p) {
 #if ELF_LANES == 16
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

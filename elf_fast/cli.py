@@ -1,0 +1,150 @@
+"""The command `elf-fast`. Every command imports what it needs when it runs, so help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from pathlib import Path
+from typing import Any
+
+#: Modules of the `train` extra that the commands need.
+_EXTRA = {"matplotlib", "rich", "safetensors", "sklearn"}
+
+
+class UserError(Exception):
+    """What the user can put right: one line on stderr, exit status 2."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.command(arguments)
+    except UserError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRA:
+            raise
+        return _fail(f'{name} is not installed: pip install "elf_fast[train]"')
+    except BrokenPipeError:
+        # Whoever read stdout (`| head`) is gone; Python's flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("elf-fast: stopped", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    print(f"elf-fast: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="elf-fast", description="Early-exit training and inference for long-tailed data (ELF)."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train ELF and the same network without exits on long-tailed digits; write a report",
+        description="Trains a small network without exits and with them (ELF) on scikit-learn's "
+        "digits made long-tailed, chooses thresholds on validation, compares accuracy, FLOPs and "
+        "speed on the test set, and writes report.html, accuracy_flops.png, results.json and "
+        "model.safetensors. Takes about two minutes on two CPU cores.",
+    )
+    demo.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER",
+                      help="where to write (default: %(default)s)")  # fmt: skip
+    demo.add_argument("--seeds", type=_positive, default=3, metavar="N",
+                      help="trainings of each network (default: %(default)s)")  # fmt: skip
+    demo.add_argument("--epochs", type=_positive, default=40, metavar="N",
+                      help="passes over the training data (default: %(default)s)")  # fmt: skip
+    demo.set_defaults(command=_demo)
+
+    evaluate = commands.add_parser(
+        "eval",
+        help="evaluate a checkpoint of the demo on its test set",
+        description="Prints accuracy, exit shares and the share of FLOPs of a checkpoint that "
+        "`elf-fast demo` wrote: the same numbers as in its results.json.",
+    )
+    evaluate.add_argument("checkpoint", type=Path, help="a model.safetensors")
+    evaluate.add_argument("--json", action="store_true", help="print all metrics as JSON")
+    evaluate.set_defaults(command=_eval)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="say which kernels serve each device, and why",
+        description="Prints versions, devices and what serves the operators on each, and why.",
+    )
+    doctor.set_defaults(command=_doctor)
+    return parser
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from .training import demo
+
+    if arguments.output.exists() and not arguments.output.is_dir():
+        raise UserError(f"--output: expected a folder, got the file {arguments.output}")
+    demo.run(arguments.output, seeds=arguments.seeds, epochs=arguments.epochs)
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    from .training.checkpoint import CheckpointError
+    from .training.demo import evaluate_checkpoint
+
+    try:
+        metadata, metrics = evaluate_checkpoint(arguments.checkpoint)
+    except CheckpointError as error:
+        raise UserError(str(error)) from error
+    if arguments.json:
+        print(json.dumps(metrics, indent=1))
+        return 0
+    print(f"{arguments.checkpoint}: ELF, seed {metadata['seed']}, test set")
+    for key in ("overall", "many", "medium", "few", "flops_share"):
+        label = "FLOPs, % of without exits" if key == "flops_share" else f"accuracy {key}, %"
+        print(f"  {label:26}{_percent(metrics[key])}")
+    shares = " / ".join(_percent(share) for share in metrics["exit_shares"])
+    print(f"  {'left at each exit, %':26}{shares}")
+    return 0
+
+
+def _percent(value: Any) -> str:
+    return "none" if value is None else f"{100 * value:.1f}"
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from . import __version__, report
+
+    print(f"elf_fast {__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    print(f"CPU: {platform.machine()}, {torch.get_num_threads()} threads for torch")
+    if torch.cuda.is_available():
+        for i in range(torch.cuda.device_count()):
+            print(f"GPU {i}: {torch.cuda.get_device_name(i)}")
+    else:
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        print(f"GPU: none that torch can use (torch is {built})")
+    for key, line in report().items():
+        print(f"{'chosen backend' if key == 'chosen' else f'{key} tensors'}: {line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

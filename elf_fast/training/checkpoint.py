@@ -1,0 +1,99 @@
+"""Checkpoints: weights and what is needed to rebuild the network, in one safetensors file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FORMAT = "elf_fast checkpoint 1"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be used; the message names the file and the reason."""
+
+
+def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    """Writes `state` and JSON-able `metadata` to `path`, all or nothing.
+
+    The file is written beside its place, flushed to disk and renamed; a checkpoint that was there
+    is kept as `<name>.previous.safetensors`.
+    """
+    from safetensors.torch import save as to_bytes
+
+    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    described = json.dumps(metadata, sort_keys=True)
+    header = {"format": FORMAT, "metadata": described, "sha256": _digest(state, described)}
+    if path.exists():
+        _replace(previous(path), path)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(to_bytes(state, header))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(state, metadata) as they were saved.
+
+    Raises:
+        CheckpointError: the file is missing, cut short, changed or not a checkpoint of elf_fast.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a checkpoint file, found none")
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: expected a complete safetensors file; it is cut short, damaged or of another "
+            f"kind ({error})"
+        ) from error
+    if header.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path}: expected format {FORMAT!r}, got {header.get('format')!r}; only checkpoints "
+            "that elf-fast wrote can be read"
+        )
+    described = header.get("metadata", "")
+    if header.get("sha256") != _digest(state, described):
+        raise CheckpointError(
+            f"{path}: its contents were changed after it was written (checksum differs)"
+        )
+    return state, json.loads(described)
+
+
+def previous(path: Path) -> Path:
+    """Where `save` keeps the checkpoint that it replaces."""
+    return path.with_name(f"{path.stem}.previous{path.suffix}")
+
+
+def _replace(target: Path, source: Path) -> None:
+    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    try:
+        shutil.copyfile(source, partial)
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _digest(state: dict[str, Tensor], described: str) -> str:
+    """Against damage, not against an attacker, who could write a new one."""
+    digest = hashlib.sha256(described.encode())
+    for name in sorted(state):
+        value = state[name]
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
