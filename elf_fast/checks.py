@@ -71,13 +71,8 @@ def classifier(weight: Any, bias: Any, channels: int) -> None:
             raise ValueError(f"bias: expected shape [{weight.shape[0]}], got {describe(bias)}")
 
 
-def target(value: Any, rows: int, classes: int, device: torch.device) -> None:
-    """`value` must be int64 [N] on `device` with 0 <= target < C."""
-    target_shape(value, rows, device)
-    target_range(value, classes)
-
-
 def target_shape(value: Any, rows: int, device: torch.device) -> None:
+    """`value` must be int64 [N] on `device`."""
     tensor("target", value)
     if value.dtype != torch.int64:
         raise TypeError(f"target: expected int64 class indices, got {describe(value)}")
@@ -86,10 +81,10 @@ def target_shape(value: Any, rows: int, device: torch.device) -> None:
     same_device("target", value, device)
 
 
-def target_range(value: Tensor, classes: int) -> None:
-    """Reads the values on the CPU only: on another device that would wait for it, and the kernels
-    there check on their own."""
-    if value.numel() and value.device.type == "cpu" and not torch.compiler.is_compiling():
+def target_range(value: Tensor | None, classes: int) -> None:
+    """0 <= target < C. Reads the values, on the CPU only: another device would have to be waited
+    for, and the kernels there check on their own."""
+    if value is not None and value.numel() and value.device.type == "cpu":
         low, high = (int(v) for v in torch.aminmax(value))
         if low < 0 or high >= classes:
             raise ValueError(
@@ -158,8 +153,8 @@ def per_class(name: str, value: Any, classes: int, device: torch.device) -> None
     same_device(name, value, device)
 
 
-def survivors(value: Any, rows: int, device: torch.device) -> None:
-    """`value` must be int64 [n], ascending, in [0, rows). The values are read on the CPU only."""
+def survivors_shape(value: Any, rows: int, device: torch.device) -> None:
+    """`value` must be int64 [n] on `device`, n <= rows."""
     tensor("survivors", value)
     if value.dtype != torch.int64:
         raise TypeError(f"survivors: expected int64 indices, got {describe(value)}")
@@ -167,11 +162,12 @@ def survivors(value: Any, rows: int, device: torch.device) -> None:
         raise ValueError(
             f"survivors: expected shape [n] with n <= {rows} samples, got {describe(value)}"
         )
-    if value.device != device:
-        raise ValueError(
-            f"survivors: expected device {device}, as the features, got {value.device}"
-        )
-    if value.device.type == "cpu" and value.shape[0] and not torch.compiler.is_compiling():
+    same_device("survivors", value, device)
+
+
+def survivors_values(value: Tensor, rows: int) -> None:
+    """`value` must be ascending indices in [0, rows). Reads the values, on the CPU only."""
+    if value.device.type == "cpu" and value.shape[0]:
         low, high = int(value[0]), int(value[-1])
         if low < 0 or high >= rows or not bool((value[1:] > value[:-1]).all()):
             raise ValueError(

@@ -7,6 +7,7 @@ CPU: `csrc/cpu`. Where no native kernel serves, the reference does.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,14 +20,31 @@ from .reference import ExitGate, ExitHeadOutput, ExitLoss
 __all__ = ["compact", "compact_", "exit_gate", "exit_head", "exit_loss"]
 
 
-def _call(op: Any, differentiable: tuple[Tensor | None, ...], *args: Any) -> Any:
-    """op(*args), past the autograd layer (about 5 us) where nothing asks for a gradient."""
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
-    ):
+def _call(
+    op: Any,
+    differentiable: tuple[Tensor | None, ...],
+    args: tuple[Any, ...],
+    explain: Callable[[], object] | None = None,
+) -> Any:
+    """op(*args), past the autograd layer (about 5 us) where nothing asks for a gradient.
+
+    Kernels refuse targets and survivors that would lead them astray before they touch anything;
+    reading those values here, too, would cost more than a small kernel. When one refuses,
+    `explain` looks again and says what is wrong.
+    """
+    if torch.compiler.is_compiling():
         return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+    try:
+        if torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in differentiable
+        ):
+            return op(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+    except (RuntimeError, IndexError):
+        if explain is not None:
+            explain()
+        raise
 
 
 def _setting(name: str, value: float | Tensor, logits_dtype: torch.dtype, classes: int, device):
@@ -104,10 +122,13 @@ def exit_gate(
     N, C = logits.shape
     t, T, code = _gate_settings(threshold, temperature, criterion, logits.dtype, C, logits.device)
     if target is not None:
-        checks.target(target, N, C, logits.device)
+        checks.target_shape(target, N, logits.device)
         target = target.contiguous()
     confidence, prediction, survivors, count = _call(
-        ops.exit_gate, (logits,), logits, t, T, code, target, False
+        ops.exit_gate,
+        (logits,),
+        (logits, t, T, code, target, False),
+        lambda: checks.target_range(target, C),
     )
     return ExitGate(confidence, prediction, survivors[: int(count)])
 
@@ -143,10 +164,13 @@ def exit_head(
             checks.same_device(name, parameter, features.device)
     t, T, code = _gate_settings(threshold, temperature, criterion, weight.dtype, C, features.device)
     if target is not None:
-        checks.target(target, features.shape[0], C, features.device)
+        checks.target_shape(target, features.shape[0], features.device)
         target = target.contiguous()
     logits, _, confidence, prediction, survivors, count = _call(
-        ops.exit_head, (features, weight, bias), features, weight, bias, t, T, code, target, False
+        ops.exit_head,
+        (features, weight, bias),
+        (features, weight, bias, t, T, code, target, False),
+        lambda: checks.target_range(target, C),
     )
     return ExitHeadOutput(logits, confidence, prediction, survivors[: int(count)])
 
@@ -161,8 +185,14 @@ def compact(features: Tensor, survivors: Tensor) -> Tensor:
         [n, ...]; differentiable in the features.
     """
     checks.features(features)
-    checks.survivors(survivors, features.shape[0], features.device)
-    return _call(ops.compact, (features,), features, survivors.contiguous())
+    N = features.shape[0]
+    checks.survivors_shape(survivors, N, features.device)
+    return _call(
+        ops.compact,
+        (features,),
+        (features, survivors.contiguous()),
+        lambda: checks.survivors_values(survivors, N),
+    )
 
 
 def compact_(features: Tensor, survivors: Tensor) -> Tensor:
@@ -178,10 +208,16 @@ def compact_(features: Tensor, survivors: Tensor) -> Tensor:
         order [n] int64: row j now holds what was row order[j].
     """
     checks.features(features)
-    checks.survivors(survivors, features.shape[0], features.device)
+    N = features.shape[0]
+    checks.survivors_shape(survivors, N, features.device)
     if features.requires_grad and torch.is_grad_enabled():
         raise ValueError("features: expected no gradient for compact_, got requires_grad=True")
-    order = ops.compact_(features, survivors.contiguous())
+    order = _call(
+        ops.compact_,
+        (),
+        (features, survivors.contiguous()),
+        lambda: checks.survivors_values(survivors, N),
+    )
     if not features.is_inference():
         torch.autograd.graph.increment_version(features)
     return order
@@ -219,7 +255,7 @@ def exit_loss(
     """
     checks.logits(logits)
     N, C = logits.shape
-    checks.target(target, N, C, logits.device)
+    checks.target_shape(target, N, logits.device)
     if threshold is None:
         threshold = -math.inf if criterion == "entropy" else math.inf
     t, T, code = _gate_settings(threshold, temperature, criterion, logits.dtype, C, logits.device)
@@ -232,7 +268,10 @@ def exit_loss(
     checks.positive("scale", scale)
     checks.at_least("label_smoothing", label_smoothing, 0.0, 1.0)
     loss, _, confidence, prediction, survivors, count = _call(
-        ops.exit_loss, (logits,), logits, target.contiguous(), *vectors,
-        float(gamma), float(scale), float(label_smoothing), t, T, code,
+        ops.exit_loss,
+        (logits,),
+        (logits, target.contiguous(), *vectors, float(gamma), float(scale), float(label_smoothing),
+         t, T, code),
+        lambda: checks.target_range(target, C),
     )  # fmt: skip
     return ExitLoss(loss, confidence, prediction, survivors[: int(count)])

@@ -78,7 +78,7 @@ class ELF(reference.ELF):
             if n < rows:
                 survivors = result.survivors[:n]
                 if drop:
-                    x = functional._call(ops.compact, (x,), x, survivors)
+                    x = functional._call(ops.compact, (x,), (x, survivors))
                 alive = survivors if alive is None else alive.index_select(0, survivors)
                 y = None if y is None else y.index_select(0, survivors)
         assert out is not None
@@ -112,9 +112,10 @@ class ELF(reference.ELF):
             self._check_classes(weight.shape[0], e)
             t, T = _in_arithmetic_of(weight, threshold, temperature)
             z, _, *gate = functional._call(
-                ops.exit_head, (features, weight, bias),
-                features, weight, bias, t, T, code, None, early_stop,
-            )  # fmt: skip
+                ops.exit_head,
+                (features, weight, bias),
+                (features, weight, bias, t, T, code, None, early_stop),
+            )
             self._check_logits(z, e, rows)
             return _Exit(z, *gate)
         z = head(x)
@@ -122,14 +123,17 @@ class ELF(reference.ELF):
             z = z[kept]
         self._check_logits(z, e, rows)
         checks.logits(z)
-        if e == 0 and y is not None:
-            checks.target_range(y, z.shape[1])
         t, T = _in_arithmetic_of(z, threshold, temperature)
         family = self._family()
         if y is not None and self.training and family is not None:
             losses, _, *gate = _family_loss(z, y, family, t, T, code)
             return _Exit(z, *gate)._replace(losses=losses)
-        gate = functional._call(ops.exit_gate, (), z, t, T, code, gate_target, early_stop)
+        gate = functional._call(
+            ops.exit_gate,
+            (),
+            (z, t, T, code, gate_target, early_stop),
+            lambda: checks.target_range(gate_target, z.shape[1]),
+        )
         return _Exit(z, *gate)._replace(losses=None if y is None else self._losses(z, y))
 
     def _family(self) -> dict[str, Any] | None:
@@ -193,9 +197,11 @@ def _family_loss(z: Tensor, y: Tensor, family: dict[str, Any], t: Tensor, T: Ten
         checks.per_class(name, value, z.shape[1], z.device)
         vectors.append(None if value is None else value.detach().to(acc).contiguous())
     return functional._call(
-        ops.exit_loss, (z,), z, y.contiguous(), *vectors,
-        family.get("gamma", 0.0), family.get("scale", 1.0), family.get("label_smoothing", 0.0),
-        t, T, code,
+        ops.exit_loss,
+        (z,),
+        (z, y.contiguous(), *vectors, family.get("gamma", 0.0), family.get("scale", 1.0),
+         family.get("label_smoothing", 0.0), t, T, code),
+        lambda: checks.target_range(y, z.shape[1]),
     )  # fmt: skip
 
 

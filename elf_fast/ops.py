@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from . import checks, reference
 from .reference import CRITERIA, accumulated
 
 _GATE = "Tensor threshold, Tensor temperature, int criterion"
@@ -59,7 +59,7 @@ exit_loss = torch.ops.elf_fast.exit_loss.default
 exit_loss_backward = torch.ops.elf_fast.exit_loss_backward.default
 
 
-# Reference kernels
+# Reference kernels. Like the native ones they look at targets and survivors before they run.
 
 
 def _padded(gate: reference.ExitGate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -71,6 +71,7 @@ def _padded(gate: reference.ExitGate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _exit_gate(logits, threshold, temperature, criterion, target, early_stop):
+    checks.target_range(target, logits.shape[1])
     return _padded(
         reference.exit_gate(
             logits,
@@ -90,11 +91,13 @@ def _exit_head(features, weight, bias, threshold, temperature, criterion, target
 
 
 def _compact(features, survivors):
+    checks.survivors_values(survivors, features.shape[0])
     out = _empty_batch(features, survivors.shape[0])  # index_select alone loses channels-last
     return torch.index_select(features, 0, survivors, out=out)
 
 
 def _compact_in_place(features, survivors):
+    checks.survivors_values(survivors, features.shape[0])
     n = survivors.shape[0]
     staying = survivors[survivors < n]
     order = torch.arange(n, device=features.device)
@@ -106,6 +109,7 @@ def _compact_in_place(features, survivors):
 
 
 def _compact_backward(grad, survivors, rows):
+    checks.survivors_values(survivors, rows)
     return _empty_batch(grad, rows).zero_().index_copy_(0, survivors, grad)
 
 
@@ -121,6 +125,7 @@ def _exit_loss(
     logits, target, weight, margins, bias, gamma, scale, label_smoothing, threshold, temperature,
     criterion,
 ):  # fmt: skip
+    checks.target_range(target, logits.shape[1])
     out = reference.exit_loss(
         logits,
         target,

@@ -4,6 +4,8 @@
 //
 // Exponentials are taken to base 2: with a = log2(e) / T, exp((z - m) / T) = 2^(a (z - m)). The
 // difference first: it is exact near the maximum, where a z - a m would carry the rounding of a m.
+// Only one_pass() may take the single instruction fma(a, z, -shift) with shift = a origin: its
+// ratio of exponentials has the same rounded shift above and below.
 
 template <class T>
 struct ExpSums {
@@ -106,6 +108,15 @@ inline double exp_sum_until(const double* z, int64_t C, double a, double m, doub
   return sum;
 }
 
+// a (x - origin), fused where the processor can: without it a x would be rounded on its own.
+ELF_INLINE vf exponent(vf x, float a, float origin, float shift) {
+#if ELF_LANES >= 8
+  return x * a - shift;
+#else
+  return (x - origin) * a;
+#endif
+}
+
 // Maxima and sum in a single pass. Floating point is scale free, so any value near the top serves
 // as origin: the largest of the first vector. Where it is too far below the maximum the sum
 // overflows and the caller takes the careful path.
@@ -119,6 +130,7 @@ ELF_INLINE OnePass<float> one_pass(const T* z, int64_t C, float a) {
     const Tail tail = load_tail(z, C);
     origin = horizontal_max(select(tail.keep, tail.x, lowest));
   }
+  const float shift = a * origin;
   vf m[4] = {lowest, lowest, lowest, lowest}, second[4] = {lowest, lowest, lowest, lowest};
   vf s[4] = {};
   sweep(z, C, [&](int u, vf x, vi keep) {
@@ -128,7 +140,7 @@ ELF_INLINE OnePass<float> one_pass(const T* z, int64_t C, float a) {
       second[u] = vmax(lesser, second[u]);
     }
     m[u] = vmax(top, m[u]);
-    s[u] += select(keep, exp2_vector((x - origin) * a), vf{});
+    s[u] += select(keep, exp2_vector(exponent(x, a, origin, shift)), vf{});
   });
   OnePass<float> row;
   row.max = horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
@@ -226,6 +238,15 @@ GatedRow<A> careful_gate(const T* z, int64_t C, A a, Criterion criterion) {
   return {(1 - second) / total, prediction};
 }
 
+// 2^(a (z - origin)) as one_pass() computes it: the errors of the two then cancel.
+ELF_INLINE float power_of_two(float a, float z, float origin) {
+  return exp2_vector(exponent(splat(z), a, origin, a * origin))[0];
+}
+
+inline double power_of_two(double a, double z, double origin) {
+  return std::exp2(a * (z - origin));
+}
+
 // Statistic and prediction of a row under a criterion (design: the gate's section).
 template <Criterion kCriterion, class A, class T>
 ELF_INLINE GatedRow<A> gate_row(const T* z, int64_t C, A a) {
@@ -237,10 +258,11 @@ ELF_INLINE GatedRow<A> gate_row(const T* z, int64_t C, A a) {
   } else {
     constexpr bool kSecond = kCriterion == Criterion::margin;
     const OnePass<A> row = one_pass<kSecond>(z, C, a);
-    if (std::isfinite(row.sum) && std::isfinite(row.max)) {
-      A top = std::exp2(a * (row.max - row.origin));
+    // Beyond 2^16 the rounding of a origin alone could overflow or empty the sum.
+    if (std::isfinite(row.sum) && std::isfinite(row.max) && std::abs(a * row.origin) < A(1 << 16)) {
+      A top = power_of_two(a, row.max, row.origin);
       if constexpr (kSecond)
-        if (C > 1) top -= std::exp2(a * (row.second - row.origin));
+        if (C > 1) top -= power_of_two(a, row.second, row.origin);
       const A statistic = top / row.sum;
       if (std::isfinite(statistic)) return {statistic, first_equal(z, C, row.max)};
     }
