@@ -100,7 +100,7 @@ def gate_rows(rows: list[Row]) -> None:
 
 
 def compact_rows(rows: list[Row]) -> None:
-    for name, size in (
+    for layer, size in (
         ("ResNet-32 stage 1", (64, 16, 32, 32)),
         ("ResNet-50 layer2", (32, 512, 28, 28)),
         ("ResNet-50 layer4", (64, 2048, 7, 7)),
@@ -108,15 +108,19 @@ def compact_rows(rows: list[Row]) -> None:
         for layout, least in ((torch.contiguous_format, 1.0), (torch.channels_last, 5.0)):
             x = torch.randn(size).to(memory_format=layout)
             survivors = torch.arange(0, size[0], 2)
-            shape = f"{name} {str(layout).removeprefix('torch.').removesuffix('_format')}"
+            shape = f"{layer} {str(layout).removeprefix('torch.').removesuffix('_format')}"
             with torch.inference_mode():
                 assert torch.equal(functional.compact(x, survivors), x[survivors])
-                faster(rows, "functional.compact, half", "index_select", shape,
-                       lambda x=x, s=survivors: functional.compact(x, s),
-                       lambda x=x, s=survivors: x.index_select(0, s), least)  # fmt: skip
-                faster(rows, "functional.compact_, half", "compact", shape,
-                       lambda x=x, s=survivors: functional.compact_(x, s),
-                       lambda x=x, s=survivors: functional.compact(x, s), None)  # fmt: skip
+                for name, f, figure in (
+                    ("ops.compact, half", ops.compact, least),
+                    ("functional.compact, half", functional.compact, None),
+                ):
+                    faster(rows, name, "index_select", shape,
+                           lambda f=f, x=x, s=survivors: f(x, s),
+                           lambda x=x, s=survivors: x.index_select(0, s), figure)  # fmt: skip
+                faster(rows, "ops.compact_, half", "ops.compact", shape,
+                       lambda x=x, s=survivors: ops.compact_(x, s),
+                       lambda x=x, s=survivors: ops.compact(x, s), None)  # fmt: skip
 
 
 def loss_rows(rows: list[Row]) -> None:

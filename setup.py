@@ -1,0 +1,149 @@
+"""Builds the native libraries; pyproject.toml says everything else about the package.
+
+ELF_FAST_BUILD chooses what is compiled: `auto` (the default: the CPU library, and the CUDA library
+where torch and nvcc allow it), `cuda` (both, or an error), `cpu`, or `none`. CXX, CUDA_HOME,
+TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected. No GPU is needed to build.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import find_packages, setup
+
+MODES = ("auto", "cuda", "cpu", "none")
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+CGROUP = "/sys/fs/cgroup/memory.max"
+
+# The sources keep to the stable ABI of the oldest torch: one wheel then serves every later torch.
+OLDEST_TORCH = (2, 11)
+COMMON = "-std=c++20 -O3 -DTORCH_TARGET_VERSION=0x020b000000000000"
+
+# Instruction sets are chosen at run time, so -march has no place here. GCC 12 warns falsely about
+# its own AVX-512 intrinsics (uninitialized) and about vector types (attributes, psabi).
+CXX_FLAGS = (
+    f"{COMMON} -g0 -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
+    "-Wno-psabi -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized -Wno-attributes "
+    "-Wno-unknown-warning-option"
+).split()
+NVCC_FLAGS = f"{COMMON} -DUSE_CUDA -lineinfo -Xcompiler=-fvisibility=hidden".split()
+
+
+def import_torch() -> Any:
+    need = 'pip install "torch>={}.{}"'.format(*OLDEST_TORCH)
+    try:
+        import torch
+    except ImportError as error:
+        raise SystemExit(
+            f"elf_fast: the build needs torch ({error}): {need} setuptools ninja pybind11 first, "
+            "or drop --no-build-isolation"
+        ) from None
+    if tuple(int(n) for n in torch.__version__.split(".")[:2]) < OLDEST_TORCH:
+        raise SystemExit(f"elf_fast: torch {torch.__version__} is too old: {need}")
+    return torch
+
+
+def find_compiler() -> str:
+    """$CXX, which may hold a launcher and options, or else the first usual name on PATH."""
+    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for name in names:
+        if shutil.which(name.split()[0]):
+            return name
+    raise SystemExit(
+        f"elf_fast: no C++ compiler found (looked for {', '.join(names)}): install GCC or Clang, "
+        "name it in CXX, or set ELF_FAST_BUILD=none to install without native code"
+    )
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+
+
+def ask(pattern: str, *command: str) -> str:
+    """What the command prints where `pattern` has its group; empty where it does not print that."""
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    found = re.search(pattern, done.stdout)
+    return found[1].strip() if found else ""
+
+
+def cuda_problem(torch: Any, sources: list[str]) -> str | None:
+    """Why the CUDA library cannot be built, ending in what to do about it; None if it can."""
+    wanted = torch.version.cuda
+    if wanted is None:
+        return f"torch {torch.__version__} has no CUDA: install a CUDA build of torch"
+    toolkit, nvcc = f"CUDA {wanted.split('.')[0]} toolkit", find_nvcc()
+    if nvcc is None:
+        return f"no nvcc in CUDA_HOME or on PATH: install the {toolkit} or set CUDA_HOME"
+    release = ask(r"release (\d+\.\d+)", nvcc, "--version")
+    if release.split(".")[0] != wanted.split(".")[0]:
+        return (
+            f"{nvcc} is CUDA {release or 'of no known release'} and torch {torch.__version__} was "
+            f"built with CUDA {wanted}: set CUDA_HOME to a {toolkit}, or install a torch that fits"
+        )
+    return None if sources else "this source tree has no CUDA kernels: use ELF_FAST_BUILD=cpu"
+
+
+def toolkit_home(nvcc: str) -> str:
+    """The toolkit as nvcc itself sees it: the nvcc on PATH may be a wrapper script elsewhere."""
+    top = ask(r"(?m)^#\$ TOP=(.+)$", nvcc, "--dryrun", "-x", "cu", os.devnull)
+    return os.path.realpath(top if os.path.exists(f"{top}/bin/nvcc") else f"{nvcc}/../..")
+
+
+def jobs() -> int:
+    """Compilers to run at once: one per core and per 2 GB of memory."""
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1]
+    for path, pattern in (("/proc/meminfo", r"MemAvailable:\s*(\d+)"), (CGROUP, r"(\d+)\d{3}")):
+        if os.path.exists(path) and (kilobytes := re.search(pattern, Path(path).read_text())):
+            limits.append(int(kilobytes[1]) // 2_000_000)
+    return max(1, min(limits))
+
+
+def native(mode: str) -> dict[str, Any]:
+    """The arguments of `setup` that compile what `mode` asks for."""
+    torch = import_torch()
+    cpu, cuda = (sorted(map(str, Path("csrc").glob(p))) for p in ("cpu/*.cpp", "cuda/*.cu"))
+    problem = cuda_problem(torch, cuda) if mode != "cpu" else "not asked for"
+    if problem and mode == "cuda":
+        raise SystemExit(f"elf_fast: ELF_FAST_BUILD=cuda: {problem}")
+    elif problem and mode == "auto":
+        print(f"elf_fast: building the CPU library only; {problem}")
+    elif not problem:
+        os.environ["CUDA_HOME"] = toolkit_home(find_nvcc())
+        os.environ["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    os.environ.setdefault("MAX_JOBS", str(jobs()))
+    # The ninja of a virtual environment is not on PATH unless the environment is activated.
+    os.environ["PATH"] = f"{os.environ.get('PATH', '')}:{sysconfig.get_path('scripts')}"
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
+
+    class Build(BuildExtension):
+        def run(self) -> None:
+            os.environ["CXX"] = find_compiler()
+            try:
+                super().run()
+            except RuntimeError as error:
+                raise SystemExit(f"elf_fast: {error} (the compiler says why above)") from None
+
+    args = {"extra_compile_args": {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}, "py_limited_api": True}
+    libraries = [CppExtension("elf_fast._native_cpu", cpu, **args)]
+    if not problem:
+        libraries.append(CUDAExtension("elf_fast._native_cuda", cuda, **args))
+    command = Build.with_options(no_python_abi_suffix=True)
+    return {"ext_modules": libraries, "cmdclass": {"build_ext": command}}
+
+
+if __name__ == "__main__":
+    build = os.environ.get("ELF_FAST_BUILD") or "auto"
+    if build not in MODES:
+        raise SystemExit(f"elf_fast: ELF_FAST_BUILD: expected {', '.join(MODES)}, got {build!r}")
+    setup(
+        packages=[*find_packages(include=["elf_fast", "elf_fast.*"]), "elf_fast.kernels"],
+        package_dir={"elf_fast.kernels": "kernels"},
+        **(native(build) if build != "none" else {}),
+    )
