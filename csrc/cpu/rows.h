@@ -13,6 +13,7 @@
 #include "isa.h"
 
 #define ELF_INLINE static inline __attribute__((always_inline))
+#define ELF_LAMBDA __attribute__((always_inline))
 
 namespace elf_fast {
 

@@ -43,7 +43,7 @@ template <class T>
 ELF_INLINE float row_max(const T* z, int64_t C) {
   const vf lowest = splat(-INFINITY);
   vf m[4] = {lowest, lowest, lowest, lowest};
-  sweep(z, C, [&](int u, vf x, vi keep) { m[u] = vmax(select(keep, x, lowest), m[u]); });
+  sweep(z, C, [&](int u, vf x, vi keep) ELF_LAMBDA { m[u] = vmax(select(keep, x, lowest), m[u]); });
   return horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
 }
 
@@ -56,7 +56,7 @@ inline double row_max(const double* z, int64_t C) {
 template <class T>
 ELF_INLINE float row_sum(const T* z, int64_t C) {
   vf s[4] = {};
-  sweep(z, C, [&](int u, vf x, vi keep) { s[u] += select(keep, x, vf{}); });
+  sweep(z, C, [&](int u, vf x, vi keep) ELF_LAMBDA { s[u] += select(keep, x, vf{}); });
   return horizontal_sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
@@ -69,7 +69,7 @@ inline double row_sum(const double* z, int64_t C) {
 template <bool kWeighted, class T>
 ELF_INLINE ExpSums<float> exp_sums(const T* z, int64_t C, float a, float m) {
   vf s[4] = {}, w[4] = {};
-  sweep(z, C, [&](int u, vf x, vi keep) {
+  sweep(z, C, [&](int u, vf x, vi keep) ELF_LAMBDA {
     const vf t = (x - m) * a;
     const vf e = select(keep, exp2_vector(t), vf{});
     s[u] += e;
@@ -133,7 +133,7 @@ ELF_INLINE OnePass<float> one_pass(const T* z, int64_t C, float a) {
   const float shift = a * origin;
   vf m[4] = {lowest, lowest, lowest, lowest}, second[4] = {lowest, lowest, lowest, lowest};
   vf s[4] = {};
-  sweep(z, C, [&](int u, vf x, vi keep) {
+  sweep(z, C, [&](int u, vf x, vi keep) ELF_LAMBDA {
     const vf top = select(keep, x, lowest);
     if constexpr (kSecond) {
       const vf lesser = m[u] < top ? m[u] : top;
@@ -146,15 +146,16 @@ ELF_INLINE OnePass<float> one_pass(const T* z, int64_t C, float a) {
   row.max = horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
   row.second = -INFINITY;
   if constexpr (kSecond) {
-    // The second largest of all: every lane's own second, and every lane's first but the maximum.
-    bool seen = false;
-    for (int u = 0; u < 4; ++u)
-      for (int i = 0; i < kLanes; ++i) {
-        const float first = m[u][i];
-        const float candidate = first == row.max && !seen ? second[u][i] : first;
-        seen = seen || first == row.max;
-        row.second = candidate > row.second ? candidate : row.second;
-      }
+    // The maximum again if two lanes hold it; else the best of that lane's second and the others.
+    vf rest[4], holders = {};
+    for (int u = 0; u < 4; ++u) {
+      const vi holds = (vi)(m[u] == row.max);
+      rest[u] = select(holds, second[u], m[u]);
+      holders += select(holds, splat(1.0f), vf{});
+    }
+    row.second = horizontal_sum(holders) > 1.0f
+                     ? row.max
+                     : horizontal_max(vmax(vmax(rest[0], rest[1]), vmax(rest[2], rest[3])));
   }
   row.origin = origin;
   row.sum = horizontal_sum((s[0] + s[1]) + (s[2] + s[3]));
