@@ -50,6 +50,7 @@ class ELF(reference.ELF):
         temperatures = self.temperatures.unbind(0)
         last = len(self.stages) - 1
         alive: Tensor | None = None  # [n] samples that reach the current stage; None: all
+        present: Tensor | None = None  # [n] their rows in x, where x holds others, too
         y = target
         out: ELFOutput | None = None
         loss: Tensor | None = None
@@ -61,7 +62,7 @@ class ELF(reference.ELF):
                 x,
                 head,
                 y,
-                None if drop else alive,
+                present,
                 rows,
                 thresholds[e] if e < last else torch.scalar_tensor(self._never),
                 temperatures[e] if e < last else torch.scalar_tensor(1.0),
@@ -77,10 +78,14 @@ class ELF(reference.ELF):
                 break
             if n < rows:
                 survivors = result.survivors[:n]
-                if drop:
-                    x = functional._call(ops.compact, (x,), (x, survivors))
                 alive = survivors if alive is None else alive.index_select(0, survivors)
                 y = None if y is None else y.index_select(0, survivors)
+                if drop:
+                    keep = survivors if present is None else present.index_select(0, survivors)
+                    keep, present = self._rows_to_keep(keep, x.shape[0])
+                    x = functional._call(ops.compact, (x,), (x, keep))
+                else:
+                    present = alive
         assert out is not None
         return out._replace(loss=None if loss is None else loss / N)
 
@@ -90,20 +95,19 @@ class ELF(reference.ELF):
         x: Tensor,
         head: nn.Module,
         y: Tensor | None,
-        kept: Tensor | None,
+        present: Tensor | None,
         rows: int,
         threshold: Tensor,
         temperature: Tensor,
         *,
         is_last: bool,
     ) -> _Exit:
-        """Logits, gate and losses at exit e. `kept` selects the rows of x that are still alive
-        where exited samples stay in the batch."""
+        """Logits, gate and losses at exit e of the n = `rows` samples that reach it."""
         code = checks.CRITERIA.index(self.criterion)
         # Nobody reads the confidence of a sample that goes on: a later exit overwrites it.
         early_stop = not is_last
         gate_target = y if self.training else None
-        if y is None and kept is None and _is_fusable(head):
+        if y is None and present is None and _is_fusable(head):
             assert isinstance(head, ExitHead)
             features = head.stem(x)
             checks.poolable(features)
@@ -119,8 +123,8 @@ class ELF(reference.ELF):
             self._check_logits(z, e, rows)
             return _Exit(z, *gate)
         z = head(x)
-        if kept is not None:
-            z = z[kept]
+        if present is not None:
+            z = z[present]
         self._check_logits(z, e, rows)
         checks.logits(z)
         t, T = _in_arithmetic_of(z, threshold, temperature)

@@ -272,7 +272,8 @@ class ELF(nn.Module):
             `elf_fast.losses`; None: cross-entropy.
         exit_weights: a scalar or E values w_k >= 0.
         drop_exited: in training, drop samples that left from later stages; if False they stay in
-            the forward pass with weight 0, so that batch statistics see the full batch.
+            the forward pass with weight 0, so that batch statistics see the full batch. Which of
+            the two trains better depends on data and loss.
 
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
     never rounded to another dtype.
@@ -340,13 +341,14 @@ class ELF(nn.Module):
         drop = self.drop_exited or not self.training
         thresholds = self._active_thresholds()
         alive = torch.arange(N, device=x.device)  # [n] the samples that reach the current stage
+        present: Tensor | None = None  # [n] their rows in x, where x holds others, too
         out: ELFOutput | None = None
         loss: Tensor | None = None
         for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
             x = stage(x)
             z = head(x)
-            if not drop:
-                z = z[alive]
+            if present is not None:
+                z = z[present]
             self._check_logits(z, e, len(alive))
             if e == 0 and target is not None:
                 checks.target_range(target, z.shape[1])
@@ -365,11 +367,24 @@ class ELF(nn.Module):
                 loss = _add(loss, self.exit_weights[e] * losses.sum())
             if last or len(gate.survivors) == 0:
                 break
-            if drop:
-                x = compact(x, gate.survivors)
             alive = alive[gate.survivors]
+            if drop:
+                rows = gate.survivors if present is None else present[gate.survivors]
+                rows, present = self._rows_to_keep(rows, len(x))
+                x = compact(x, rows)
+            else:
+                present = alive
         assert out is not None
         return out._replace(loss=None if loss is None else loss / N)
+
+    def _rows_to_keep(self, survivors: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
+        """The rows [m] of x that go on, and where the survivors [n] then stand among them (None:
+        they are all there is). In training a lone survivor takes one exited sample along with
+        weight 0: BatchNorm has no statistics of a single value per channel."""
+        if self.training and len(survivors) == 1 < rows:
+            first = torch.zeros_like(survivors)
+            return torch.cat([first, survivors.clamp_min(1)]), survivors.clamp_max(1)
+        return survivors, None
 
     @property
     def _never(self) -> float:

@@ -166,6 +166,42 @@ def test_later_stages_see_survivors_only():
     assert sizes == [4, 4, 4]
 
 
+@BOTH
+def test_a_lone_survivor_passes_batch_norm(cls):
+    """One sample of one pixel has no batch statistics: an exited one rides along, without a say."""
+    seen = []
+
+    class Norm(nn.BatchNorm1d):
+        def forward(self, x):
+            seen.append(x[:, 0].tolist())
+            return super().forward(x)
+
+    def model(survivor):
+        first = [SURE if i != survivor else UNSURE for i in range(3)]
+        stages = [nn.Identity(), Norm(1), nn.Identity()]
+        heads = [Constant(first), nn.Linear(1, 3), nn.Linear(1, 3)]
+        return cls(stages, heads, thresholds=[0.9, 1.0])
+
+    x, y = torch.tensor([[0.0], [1.0], [2.0]]), torch.zeros(3, dtype=torch.int64)
+    for survivor, together in ((0, [0.0, 1.0]), (1, [0.0, 1.0]), (2, [0.0, 2.0])):
+        torch.manual_seed(0)
+        elf = model(survivor).train()
+        out = elf(x, y)
+        out.loss.backward()
+        assert seen.pop() == together
+        assert out.exit_index.tolist() == [2 if i == survivor else 0 for i in range(3)]
+        with torch.no_grad():
+            normed = torch.nn.functional.batch_norm(
+                torch.tensor(together)[:, None], None, None, training=True
+            )[together.index(float(survivor))]
+            expected = reference.exit_loss(elf.heads[0](x), y).loss.sum()
+            for head in elf.heads[1:]:
+                expected += reference.exit_loss(head(normed[None]), y[:1]).loss.sum()
+        assert out.loss.item() == pytest.approx(expected.item() / 3, rel=1e-5)
+        elf.eval()(x)
+        assert seen.pop() == [float(survivor)]  # in evaluation nobody rides along
+
+
 def test_dropping_and_keeping_agree_without_batch_statistics():
     x, y = torch.randn(40, 3, 6, 6), torch.randint(0, 5, (40,))
     results = []
