@@ -55,6 +55,9 @@ def faster(
     ratio = t["other"].median / t["subject"].median
     figure = "" if least is None else f">= {least:g}x faster"
     holds = None if least is None else ratio >= least
+    if least == 1.0:  # as fast as the other: medians of equals fall on either side
+        figure = "no slower"
+        holds = t["subject"].low <= t["other"].high
     rows.append(Row(name, baseline, shape, ratio, figure, holds, t["subject"], t["other"]))
     print(rows[-1].line(), flush=True)
 
@@ -123,6 +126,23 @@ def compact_rows(rows: list[Row]) -> None:
                        lambda x=x, s=survivors: ops.compact(x, s), None)  # fmt: skip
 
 
+def head_rows(rows: list[Row]) -> None:
+    for layer, size in (
+        ("digits stage 2", (256, 64, 4, 4)),
+        ("ResNet-32 stage 1", (64, 16, 32, 32)),
+        ("ResNet-50 layer4", (64, 2048, 7, 7)),
+    ):
+        weight, bias = torch.randn(100, size[1]), torch.randn(100)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(size).to(memory_format=layout)
+            shape = f"{layer} {str(layout).removeprefix('torch.').removesuffix('_format')}"
+            with torch.inference_mode():
+                faster(rows, "functional.exit_head", "reference", shape,
+                       lambda x=x, w=weight, b=bias: functional.exit_head(x, w, b, 0.9),
+                       lambda x=x, w=weight, b=bias: reference.exit_head(x, w, b, 0.9),
+                       None)  # fmt: skip
+
+
 def loss_rows(rows: list[Row]) -> None:
     for N, C in ((16, 10), (64, 100), (256, 1000)):
         x = (torch.randn(N, C) * 3).requires_grad_()
@@ -167,6 +187,7 @@ def main() -> None:
     rows: list[Row] = []
     gate_rows(rows)
     compact_rows(rows)
+    head_rows(rows)
     loss_rows(rows)
     missed = [row for row in rows if row.holds is False]
     print(f"\n{sum(row.holds is True for row in rows)} figures hold, {len(missed)} missed")

@@ -24,6 +24,7 @@ struct Samples {
 
 // True when the dimensions 1.. of t, in some order, fill one block of memory without gaps.
 bool sample_is_dense(const Tensor& t) {
+  if (t.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> stride_size;
   for (int64_t d = 1; d < t.dim(); ++d)
     if (t.size(d) != 1) stride_size.emplace_back(t.stride(d), t.size(d));
