@@ -87,6 +87,14 @@ def _gate_settings(threshold, temperature, criterion, logits_dtype, classes, dev
     )
 
 
+def _class_vectors(logits: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
+    """Per-class settings [C] as the kernels take them: detached, in the arithmetic dtype."""
+    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    for name, value in vectors.items():
+        checks.per_class(name, value, logits.shape[1], logits.device)
+    return [None if v is None else v.detach().to(acc).contiguous() for v in vectors.values()]
+
+
 def exit_gate(
     logits: Tensor,
     threshold: float | Tensor,
@@ -259,11 +267,7 @@ def exit_loss(
     if threshold is None:
         threshold = -math.inf if criterion == "entropy" else math.inf
     t, T, code = _gate_settings(threshold, temperature, criterion, logits.dtype, C, logits.device)
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    vectors = []
-    for name, value in (("weight", weight), ("margins", margins), ("bias", bias)):
-        checks.per_class(name, value, C, logits.device)
-        vectors.append(None if value is None else value.detach().to(acc).contiguous())
+    vectors = _class_vectors(logits, weight=weight, margins=margins, bias=bias)
     checks.at_least("gamma", gamma, 0.0)
     checks.positive("scale", scale)
     checks.at_least("label_smoothing", label_smoothing, 0.0, 1.0)

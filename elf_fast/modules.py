@@ -194,12 +194,8 @@ def _in_arithmetic_of(x: Tensor, *settings: Tensor) -> tuple[Tensor, ...]:
 
 
 def _family_loss(z: Tensor, y: Tensor, family: dict[str, Any], t: Tensor, T: Tensor, code: int):
-    acc = torch.float64 if z.dtype == torch.float64 else torch.float32
-    vectors = []
-    for name in ("weight", "margins", "bias"):
-        value = family.get(name)
-        checks.per_class(name, value, z.shape[1], z.device)
-        vectors.append(None if value is None else value.detach().to(acc).contiguous())
+    names = ("weight", "margins", "bias")
+    vectors = functional._class_vectors(z, **{name: family.get(name) for name in names})
     return functional._call(
         ops.exit_loss,
         (z,),
