@@ -31,10 +31,9 @@ def _load(backend: str) -> str | None:
     stem = _LIBRARIES[backend]
     found = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
     if not found:
-        return (
-            f"elf_fast was built without its {backend.upper()} library; reinstall from source with "
-            f"ELF_FAST_BUILD={backend}"
-        )
+        if backend == "cuda":
+            return "this build of elf_fast has no CUDA kernels"
+        return "elf_fast was built without its CPU library; reinstall with ELF_FAST_BUILD=cpu"
     if backend == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
     try:
