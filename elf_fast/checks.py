@@ -44,6 +44,27 @@ def features(value: Any) -> None:
         raise ValueError(f"features: expected shape [N, ...], got {describe(value)}")
 
 
+def samples_are_dense(x: Tensor) -> bool:
+    """Whether the dimensions 1.. of x, in some order, fill one block of memory without gaps."""
+    inner = sorted((st, sz) for st, sz in zip(x.stride()[1:], x.shape[1:], strict=True) if sz != 1)
+    expected = 1
+    for stride, size in inner:
+        if stride != expected:
+            return False
+        expected = expected * size
+    return True
+
+
+def movable(value: Tensor) -> None:
+    """Samples of `value` must each be one block of memory, shared with no other."""
+    apart = value.shape[0] <= 1 or value.stride(0) >= value.shape[1:].numel()
+    if not (apart and samples_are_dense(value)):
+        raise ValueError(
+            "features: expected every sample dense in memory, sharing none, got "
+            f"{describe(value)} with strides {list(value.stride())}"
+        )
+
+
 def poolable(value: Any) -> None:
     """`value` must be floating [N, D], [N, T, D] or [N, D, H, W], with something to average."""
     tensor("features", value)

@@ -220,12 +220,12 @@ def compact_(features: Tensor, survivors: Tensor) -> Tensor:
     checks.survivors_shape(survivors, N, features.device)
     if features.requires_grad and torch.is_grad_enabled():
         raise ValueError("features: expected no gradient for compact_, got requires_grad=True")
-    order = _call(
-        ops.compact_,
-        (),
-        (features, survivors.contiguous()),
-        lambda: checks.survivors_values(survivors, N),
-    )
+
+    def explain() -> None:
+        checks.movable(features)
+        checks.survivors_values(survivors, N)
+
+    order = _call(ops.compact_, (), (features, survivors.contiguous()), explain)
     if not features.is_inference():
         torch.autograd.graph.increment_version(features)
     return order

@@ -159,14 +159,11 @@ class ELF(reference.ELF):
         confidence = r.confidence.detach()
         if confidence.dtype != torch.float32:
             confidence = confidence.float()
-        if out is None:
-            exit_index = torch.zeros_like(r.prediction)
+        if out is None or alive is None:
             # A head of the user's may hand out a tensor it keeps: later exits write into a copy.
             logits = r.logits if torch.is_grad_enabled() else r.logits.clone()
+            exit_index = torch.full_like(r.prediction, e)
             return ELFOutput(logits, r.prediction, confidence, exit_index, None)
-        if alive is None:
-            exit_index = out.exit_index.fill_(e)
-            return ELFOutput(r.logits, r.prediction, confidence, exit_index, None)
         z = r.logits.to(out.logits.dtype)
         return ELFOutput(
             out.logits.index_copy(0, alive, z)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import checks, reference
-from .reference import CRITERIA, accumulated
+from .reference import CRITERIA
 
 _GATE = "Tensor threshold, Tensor temperature, int criterion"
 _FAMILY = (
@@ -97,6 +97,7 @@ def _compact(features, survivors):
 
 
 def _compact_in_place(features, survivors):
+    checks.movable(features)
     checks.survivors_values(survivors, features.shape[0])
     n = survivors.shape[0]
     staying = survivors[survivors < n]
@@ -111,14 +112,6 @@ def _compact_in_place(features, survivors):
 def _compact_backward(grad, survivors, rows):
     checks.survivors_values(survivors, rows)
     return _empty_batch(grad, rows).zero_().index_copy_(0, survivors, grad)
-
-
-def _adjusted(logits, target, margins, bias, scale):
-    x = accumulated(logits)
-    if margins is not None:
-        x = x - margins[target, None] * torch.nn.functional.one_hot(target, logits.shape[1])
-    x = scale * x
-    return x if bias is None else x + bias
 
 
 def _exit_loss(
@@ -139,7 +132,7 @@ def _exit_loss(
         temperature=temperature,
         criterion=CRITERIA[criterion],
     )
-    x = _adjusted(logits, target, margins, bias, scale)
+    x = reference.adjusted(logits, target, margins, bias, scale)
     log_sum = (x - x.amax(dim=1, keepdim=True)).exp().sum(dim=1).log()
     return out.loss, log_sum, *_padded(reference.ExitGate(*out[1:]))
 
@@ -150,7 +143,7 @@ def _exit_loss_backward(
     """dloss/dx_c = w (F (q_c - t_c) - G (1[c = y] - q_c)) with t the smoothed target,
     F = (1 - p)^gamma and G = gamma (1 - p)^(gamma - 1) p CE."""
     C = logits.shape[1]
-    x = _adjusted(logits, target, margins, bias, scale)
+    x = reference.adjusted(logits, target, margins, bias, scale)
     log_q = (x - x.amax(dim=1, keepdim=True)) - log_sum[:, None]
     q = log_q.exp()
     nll = -log_q.gather(1, target[:, None]).squeeze(1)
@@ -193,13 +186,9 @@ register_reference(_library, "CompositeExplicitAutograd")
 def _batch_strides(x: Tensor) -> list[Any]:
     """Strides of a batch like x whose samples lie one after the other: x's own where every sample
     is one block of memory (contiguous, channels-last), else those of a contiguous tensor."""
-    inner = sorted((st, sz) for st, sz in zip(x.stride()[1:], x.shape[1:], strict=True) if sz != 1)
-    expected: Any = 1
-    for stride, size in inner:
-        if stride != expected:
-            return list(torch.empty(x.shape, device="meta").stride())
-        expected = expected * size
-    return [max(expected, 1), *x.stride()[1:]]
+    if not checks.samples_are_dense(x):
+        return list(torch.empty(x.shape, device="meta").stride())
+    return [max(x.shape[1:].numel(), 1), *x.stride()[1:]]
 
 
 def _empty_batch(x: Tensor, rows: Any) -> Tensor:

@@ -175,6 +175,17 @@ def compact(features: Tensor, survivors: Tensor) -> Tensor:
     return features.index_select(0, survivors)
 
 
+def adjusted(
+    logits: Tensor, target: Tensor, margins: Tensor | None, bias: Tensor | None, scale: float
+) -> Tensor:
+    """x [N, C] = scale * (logits - margins_y e_y) + bias, the logits that `exit_loss` reads."""
+    x = accumulated(logits)
+    if margins is not None:
+        x = x - margins[target, None] * F.one_hot(target, logits.shape[1])
+    x = scale * x
+    return x if bias is None else x + bias
+
+
 def exit_loss(
     logits: Tensor,
     target: Tensor,
@@ -202,12 +213,7 @@ def exit_loss(
     eq. 4) or, times tau, logit adjustment (Menon et al., arXiv 2007.07314, eq. 10).
     The gate reads `logits`, not x. threshold None: no sample leaves.
     """
-    x = accumulated(logits)
-    if margins is not None:
-        x = x - margins[target, None] * F.one_hot(target, logits.shape[1])
-    x = scale * x
-    if bias is not None:
-        x = x + bias
+    x = adjusted(logits, target, margins, bias, scale)
     log_q = torch.log_softmax(x, dim=1)
     nll = -log_q.gather(1, target[:, None]).squeeze(1)
     loss = nll

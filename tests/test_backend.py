@@ -63,9 +63,14 @@ def test_a_chosen_backend_does_not_fall_back():
     """Every operator refuses a device that the chosen backend does not serve."""
     if not NATIVE:
         pytest.skip("built without native CPU kernels")
+
+    def registered(name: str) -> bool:
+        return torch._C._dispatch_has_kernel_for_dispatch_key(f"elf_fast::{name}", "CUDA")
+
+    before = [registered(name) for name in ops.SCHEMAS]
     with elf_fast.use_backend("cpu"):
-        for name in ops.SCHEMAS:
-            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"elf_fast::{name}", "CUDA")
+        assert all(registered(name) for name in ops.SCHEMAS)
+    assert [registered(name) for name in ops.SCHEMAS] == before
     kernel = elf_fast.backend._refusing("exit_gate", "cpu", "CUDA")
     with pytest.raises(RuntimeError, match="backend 'cpu' was chosen and cannot serve CUDA"):
         kernel()

@@ -369,6 +369,27 @@ def test_hooks_and_replaced_classifiers_still_run():
     torch.testing.assert_close(out.logits, expected.logits)
 
 
+@pytest.mark.parametrize("keeper", [0, 1])
+def test_a_tensor_that_a_head_keeps_is_not_written_into(keeper):
+    """Whether its exit is the first or the first that anybody leaves at."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = torch.tensor([UNSURE, SURE, UNSURE, UNSURE])
+
+        def forward(self, x):
+            return self.kept
+
+    heads = [Constant([UNSURE] * 3) for _ in range(keeper)] + [Keeps(), Constant([UNSURE] * 3)]
+    model = ELF([nn.Identity() for _ in heads], heads, thresholds=0.9).eval()
+    before = heads[keeper].kept.clone()
+    with torch.inference_mode():
+        out = model(SAMPLES)
+    assert out.exit_index.tolist() == [keeper + 1, keeper, keeper + 1, keeper + 1]
+    assert torch.equal(heads[keeper].kept, before)
+
+
 def test_user_tensors_are_left_alone():
     """Inputs and a head's own tensors are not written into."""
     model = lookup(ELF, [[UNSURE, SURE, UNSURE]] * 2, thresholds=0.9).eval()

@@ -1,10 +1,9 @@
 // compact: dense batches of survivors from features [N, ...], and the way back.
 //
-//   compact           out[k] = features[survivors[k]]                      2 s F bytes
-//   compact_          fills the holes below n with survivors of the tail,  about 2 s (1 - s) F
-//   bytes
-//                     features[j] = old features[order[j]], j < n
-//   compact_backward  grad_in[survivors[k]] = grad[k], 0 elsewhere         (1 + s) F bytes
+//   compact           out[k] = features[survivors[k]]: 2 s F bytes
+//   compact_          features[j] = old features[order[j]] for j < n, where survivors of the tail
+//                     fill the holes below n: about 2 s (1 - s) F bytes
+//   compact_backward  grad_in[survivors[k]] = grad[k], 0 elsewhere: (1 + s) F bytes
 //
 // with n survivors, s = n / N and F the bytes of the features. A sample is one block of memory in
 // either memory format, so channels-last features move as fast as contiguous ones and stay so.
@@ -99,6 +98,8 @@ Tensor compact_(Tensor features, const Tensor& survivors) {
   STD_TORCH_CHECK(features.dim() >= 1 && sample_is_dense(features),
                   "features: expected [N, ...] with every sample dense in memory");
   const Samples batch = samples_of(features);
+  STD_TORCH_CHECK(batch.count <= 1 || batch.pitch >= batch.bytes,
+                  "features: expected samples that do not share memory");
   const int64_t* rows = checked_survivors(survivors, batch.count);
   const int64_t n = survivors.size(0);
   Tensor order_tensor = empty_vector(n, ScalarType::Long);
