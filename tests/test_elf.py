@@ -381,7 +381,10 @@ def test_a_tensor_that_a_head_keeps_is_not_written_into(keeper):
         def forward(self, x):
             return self.kept
 
-    heads = [Constant([UNSURE] * 3) for _ in range(keeper)] + [Keeps(), Constant([[0.3, 0.2, 0.1]] * 3)]
+    heads = [Constant([UNSURE] * 3) for _ in range(keeper)] + [
+        Keeps(),
+        Constant([[0.3, 0.2, 0.1]] * 3),
+    ]
     model = ELF([nn.Identity() for _ in heads], heads, thresholds=0.9).eval()
     before = heads[keeper].kept.clone()
     with torch.inference_mode():
