@@ -1,16 +1,21 @@
 """The one place that loads native code and decides which kernels serve.
 
 Every operator has a reference kernel (`ops.py`). Native kernels for a device take its place when
-their library loads; `use_backend` and ELF_FAST_BACKEND choose on purpose, and a choice that cannot
-run raises instead of falling back.
+they load; `use_backend` and ELF_FAST_BACKEND choose on purpose, and a choice that cannot run raises
+instead of falling back.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
+import importlib.util
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,9 +24,34 @@ from . import ops
 BACKENDS = ("torch", "cpu", "cuda", "triton")
 _DEVICE_KEYS = ("CPU", "CUDA")
 
-#: Native library by backend, and why it does not serve (None: it does).
+#: Operators with a CUDA C++ kernel (`csrc/cuda`), and the Triton module of each (`kernels/`).
+CUDA_CPP = ("exit_gate", "compact", "compact_into", "compact_", "compact_backward")
+TRITON = {
+    "exit_gate": "exit_gate",
+    "exit_head": "exit_head",
+    "compact": "compact",
+    "compact_into": "compact",
+    "compact_": "compact",
+    "compact_backward": "compact",
+    "exit_loss": "exit_loss",
+    "exit_loss_backward": "exit_loss",
+}
+
+#: What serves an operator on CUDA where both backends have it, and the benchmark row that decided
+#: it. There is no GPU result yet: CUDA C++ serves the inference path because it needs one launch
+#: where Triton needs two (exit_gate) and waits for no Python.
+CUDA_DEFAULT = {
+    "exit_gate": ("cuda", "no GPU result yet"),
+    "compact": ("cuda", "no GPU result yet"),
+    "compact_into": ("cuda", "no GPU result yet"),
+    "compact_": ("cuda", "no GPU result yet"),
+    "compact_backward": ("cuda", "no GPU result yet"),
+}
+
+#: Native library by backend.
 _LIBRARIES = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
-_unavailable: dict[str, str | None] = {}
+#: Why a backend does not serve (None: it does).
+_unavailable: dict[str, str | None] = {"torch": None}
 
 _chosen: str | None = None
 _override: torch.library.Library | None = None
@@ -32,7 +62,10 @@ def _load(backend: str) -> str | None:
     found = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
     if not found:
         if backend == "cuda":
-            return "this build of elf_fast has no CUDA kernels"
+            return (
+                "elf_fast was built without its CUDA library (CUDA C++ needs nvcc and a CUDA build "
+                "of torch at installation); reinstall with ELF_FAST_BUILD=cuda"
+            )
         return "elf_fast was built without its CPU library; reinstall with ELF_FAST_BUILD=cpu"
     if backend == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"
@@ -43,13 +76,63 @@ def _load(backend: str) -> str | None:
     return None
 
 
+def _interpreted() -> bool:
+    """Whether Triton runs its kernels in its interpreter, which takes CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on")
+
+
+def _triton_problem() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if not _interpreted() and torch.version.cuda is None:
+        return f"torch {torch.__version__} is a build without CUDA"
+    return None
+
+
 def _why_not(backend: str) -> str | None:
-    """The reason that a backend cannot serve, or None."""
-    if backend == "torch":
-        return None
+    """The reason that a backend cannot serve anything here, or None."""
+    reason = _unavailable[backend]
+    needs_gpu = backend == "cuda" or (backend == "triton" and not _interpreted())
+    if reason is None and needs_gpu and not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return reason
+
+
+@functools.cache
+def _triton(name: str) -> Callable[..., Any]:
+    """The Triton kernel of an operator. Triton is imported when one is first called."""
+    module = importlib.import_module(f".kernels.{TRITON[name]}", __package__)
+    return getattr(module, name)
+
+
+def _triton_kernel(name: str) -> Callable[..., Any]:
+    def kernel(*args):
+        device = args[0].device
+        if device.type != "cuda":
+            return _triton(name)(*args)
+        with torch.cuda.device(device):
+            return _triton(name)(*args)
+
+    return kernel
+
+
+def _served_by(name: str, key: str) -> str:
+    """The backend that serves an operator on a device when none was chosen."""
+    if key == "CPU":
+        return "cpu" if _unavailable["cpu"] is None else "torch"
+    order = ["triton"] if name in TRITON else []
+    if name in CUDA_CPP:
+        order.insert(CUDA_DEFAULT[name][0] == "triton", "cuda")
+    return next((b for b in order if _unavailable[b] is None), "torch")
+
+
+def _serves(backend: str, name: str, key: str) -> bool:
+    """Whether a chosen backend has a kernel of an operator for tensors of a device."""
     if backend == "triton":
-        return "this version of elf_fast has no Triton kernels"
-    return _unavailable[backend]
+        return name in TRITON and (key == "CUDA" or _interpreted())
+    if backend == "cuda":
+        return key == "CUDA" and name in CUDA_CPP
+    return key.lower() == backend
 
 
 def _refusing(name: str, backend: str, key: str):
@@ -61,7 +144,9 @@ def _refusing(name: str, backend: str, key: str):
     return kernel
 
 
-def _choose(backend: str | None) -> None:
+def _install(backend: str | None) -> None:
+    """Registers what a choice (None: the defaults) puts in the place of the native kernels, which
+    register themselves."""
     global _chosen, _override
     if backend is not None:
         if backend not in BACKENDS:
@@ -71,56 +156,72 @@ def _choose(backend: str | None) -> None:
             raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
     if _override is not None:
         _override._destroy()
-        _override = None
     _chosen = backend
-    if backend is None:
-        return
     _override = torch.library.Library("elf_fast", "IMPL")
-    for key in _DEVICE_KEYS:
-        if backend == "torch":
+    if backend == "torch":
+        for key in _DEVICE_KEYS:
             ops.register_reference(_override, key, allow_override=True)
-        elif key.lower() != backend:
-            for name in ops.SCHEMAS:
-                _override.impl(name, _refusing(name, backend, key), key, allow_override=True)
+        return
+    for key, name in itertools.product(_DEVICE_KEYS, ops.SCHEMAS):
+        if backend is not None and not _serves(backend, name, key):
+            _override.impl(name, _refusing(name, backend, key), key, allow_override=True)
+        elif (backend or _served_by(name, key)) == "triton":
+            _override.impl(name, _triton_kernel(name), key, allow_override=True)
 
 
 @contextlib.contextmanager
 def use_backend(backend: str) -> Iterator[None]:
     """Serve every operator from one backend inside the block, for tests and benchmarks.
 
-    backend: "torch" (the reference), "cpu", "cuda" or "triton". The choice holds for the whole
-    process, not for one thread.
+    backend: "torch" (the reference), "cpu", "cuda" (CUDA C++: exit_gate and compaction only) or
+    "triton" (also on CPU tensors where TRITON_INTERPRET=1). The choice holds for the whole process,
+    not for one thread.
 
     Raises:
         ValueError: no such backend. RuntimeError: it cannot run here (the message says why), or,
-        inside the block, it is asked to serve tensors of another device.
+        inside the block, it is asked for an operator or a device that it does not serve.
     """
     before = _chosen
-    _choose(backend)
+    _install(backend)
     try:
         yield
     finally:
-        _choose(before)
+        _install(before)
+
+
+_WHAT = {"torch": "plain PyTorch", "cpu": "C++", "cuda": "CUDA C++", "triton": "Triton"}
 
 
 def report() -> dict[str, str]:
-    """What serves CPU and CUDA tensors, and why; the keys are "cpu", "cuda" and "chosen"."""
-    lines = {"chosen": _chosen or "none: the fastest that is there"}
+    """What serves CPU and CUDA tensors, and why; the keys are "chosen", "cpu" and "cuda"."""
+    lines = {"chosen": _chosen or "none: the defaults"}
     for key in _DEVICE_KEYS:
-        device = key.lower()
-        reason = _why_not(device)
-        if _chosen == "torch":
-            lines[device] = "torch (plain PyTorch): chosen"
-        elif _chosen is not None and _chosen != device:
-            lines[device] = f"nothing: backend {_chosen!r} was chosen"
-        elif reason is None:
-            lines[device] = f"{device} (native kernels)"
-        else:
-            lines[device] = f"torch (plain PyTorch): {reason}"
+        served: dict[str, list[str]] = {}
+        for name in ops.SCHEMAS:
+            by = _chosen or _served_by(name, key)
+            if by != "torch" and not _serves(by, name, key):
+                by = "nothing"
+            served.setdefault(by, []).append(name)
+        everything = len(served) == 1
+        parts = [
+            (f"{by} ({_WHAT[by]})" if by in _WHAT else by)
+            + ("" if everything else f" for {', '.join(names)}")
+            for by, names in served.items()
+        ]
+        lines[key.lower()] = "; ".join(parts) + _reason(key, set(served))
     return lines
+
+
+def _reason(key: str, served: set[str]) -> str:
+    """Why a device's tensors are served as they are."""
+    if _chosen is not None:
+        return f": backend {_chosen!r} was chosen"
+    wanted = ("cpu",) if key == "CPU" else ("cuda", "triton")
+    missing = [f"{b}: {_unavailable[b]}" for b in wanted if _unavailable[b] is not None]
+    return f" ({'; '.join(missing)})" if missing else ""
 
 
 for _backend in _LIBRARIES:
     _unavailable[_backend] = _load(_backend)
-if os.environ.get("ELF_FAST_BACKEND"):
-    _choose(os.environ["ELF_FAST_BACKEND"])
+_unavailable["triton"] = _triton_problem()
+_install(os.environ.get("ELF_FAST_BACKEND") or None)

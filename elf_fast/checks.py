@@ -65,6 +65,18 @@ def movable(value: Tensor) -> None:
         )
 
 
+def batch_like(name: str, value: Any, batch: Tensor, rows: int) -> None:
+    """`value` must hold at least `rows` samples of the batch's shape, dtype and memory format."""
+    tensor(name, value)
+    same = value.dtype == batch.dtype and value.shape[1:] == batch.shape[1:]
+    if not same or value.shape[0] < rows or value.stride()[1:] != batch.stride()[1:]:
+        raise ValueError(
+            f"{name}: expected at least {rows} samples like {describe(batch)} with strides "
+            f"{list(batch.stride())}, got {describe(value)} with strides {list(value.stride())}"
+        )
+    same_device(name, value, batch.device)
+
+
 def poolable(value: Any) -> None:
     """`value` must be floating [N, D], [N, T, D] or [N, D, H, W], with something to average."""
     tensor("features", value)
@@ -103,9 +115,8 @@ def target_shape(value: Any, rows: int, device: torch.device) -> None:
 
 
 def target_range(value: Tensor | None, classes: int) -> None:
-    """0 <= target < C. Reads the values, on the CPU only: another device would have to be waited
-    for, and the kernels there check on their own."""
-    if value is not None and value.numel() and value.device.type == "cpu":
+    """0 <= target < C. Reads the values, and waits for them where another device holds them."""
+    if value is not None and value.numel():
         low, high = (int(v) for v in torch.aminmax(value))
         if low < 0 or high >= classes:
             raise ValueError(

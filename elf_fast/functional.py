@@ -47,6 +47,14 @@ def _call(
         raise
 
 
+def _exact(survivors: Tensor, count: Tensor, target: Tensor | None, classes: int) -> Tensor:
+    """The first `count` survivors. Waits for the device, once, and hears of a bad target."""
+    n = int(count)
+    if n < 0:
+        checks.target_range(target, classes)
+    return survivors[:n]
+
+
 def _setting(name: str, value: float | Tensor, logits_dtype: torch.dtype, classes: int, device):
     """A threshold or temperature as the kernels take it: [] or [C] in the arithmetic dtype."""
     dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
@@ -138,7 +146,7 @@ def exit_gate(
         (logits, t, T, code, target, False),
         lambda: checks.target_range(target, C),
     )
-    return ExitGate(confidence, prediction, survivors[: int(count)])
+    return ExitGate(confidence, prediction, _exact(survivors, count, target, C))
 
 
 def exit_head(
@@ -150,6 +158,7 @@ def exit_head(
     temperature: float | Tensor = 1.0,
     criterion: str = "confidence",
     target: Tensor | None = None,
+    return_logits: bool = True,
 ) -> ExitHeadOutput:
     """Global average pool, linear classifier and gate in one.
 
@@ -157,10 +166,11 @@ def exit_head(
         features: [N, D, H, W] in any memory format, tokens [N, T, D] or vectors [N, D].
         weight: [C, D]. bias: [C] or None.
         threshold, temperature, criterion, target: as for `exit_gate`.
+        return_logits: False saves writing them, where a fused kernel has no need to.
 
     Returns:
-        ExitHeadOutput(logits [N, C], confidence [N], prediction [N], survivors [n]). The logits
-        are differentiable in features, weight and bias; the confidence carries no gradient.
+        ExitHeadOutput(logits [N, C] or None, confidence [N], prediction [N], survivors [n]). The
+        logits are differentiable in features, weight and bias; the confidence has no gradient.
 
     Under torch.autocast it behaves like nn.Linear followed by a float32 softmax.
     """
@@ -177,10 +187,11 @@ def exit_head(
     logits, _, confidence, prediction, survivors, count = _call(
         ops.exit_head,
         (features, weight, bias),
-        (features, weight, bias, t, T, code, target, False),
+        (features, weight, bias, t, T, code, target, False, return_logits),
         lambda: checks.target_range(target, C),
     )
-    return ExitHeadOutput(logits, confidence, prediction, survivors[: int(count)])
+    survivors = _exact(survivors, count, target, C)
+    return ExitHeadOutput(logits if return_logits else None, confidence, prediction, survivors)
 
 
 def compact(features: Tensor, survivors: Tensor) -> Tensor:
@@ -225,7 +236,7 @@ def compact_(features: Tensor, survivors: Tensor) -> Tensor:
         checks.movable(features)
         checks.survivors_values(survivors, N)
 
-    order = _call(ops.compact_, (), (features, survivors.contiguous()), explain)
+    order = _call(ops.compact_, (), (features, survivors.contiguous(), None), explain)
     if not features.is_inference():
         torch.autograd.graph.increment_version(features)
     return order
@@ -278,4 +289,4 @@ def exit_loss(
          t, T, code),
         lambda: checks.target_range(target, C),
     )  # fmt: skip
-    return ExitLoss(loss, confidence, prediction, survivors[: int(count)])
+    return ExitLoss(loss, confidence, prediction, _exact(survivors, count, target, C))

@@ -74,6 +74,8 @@ class ELF(reference.ELF):
             if e == last:
                 break
             n = int(result.survivor_count)
+            if n < 0:
+                checks.target_range(y, result.logits.shape[1])
             if n == 0:
                 break
             if n < rows:
@@ -118,7 +120,7 @@ class ELF(reference.ELF):
             z, _, *gate = functional._call(
                 ops.exit_head,
                 (features, weight, bias),
-                (features, weight, bias, t, T, code, None, early_stop),
+                (features, weight, bias, t, T, code, None, early_stop, True),
             )
             self._check_logits(z, e, rows)
             return _Exit(z, *gate)

@@ -7,7 +7,9 @@ checks its arguments; the operators check only what memory safety needs.
 Conventions: `threshold` is [] or [C] and `temperature` [], in the arithmetic dtype of the logits
 (float32, float64 for float64); `criterion` counts along `CRITERIA`; survivors come as [N] of which
 the first `count` [] are meant and the rest hold N, so that every shape is known without waiting.
-With `early_stop` the confidence of a sample that goes on may be NaN: it was not needed.
+With `early_stop` the confidence of a sample that goes on may be NaN: it was not needed. Where the
+device finds a target out of range it says so by a count of -1: nothing has to wait to hear of it,
+and whoever reads the count hears. A survivor out of range stops a device as it does in PyTorch.
 """
 
 from __future__ import annotations
@@ -29,13 +31,16 @@ SCHEMAS = {
     # -> confidence [N], prediction [N], survivors [N], count []
     "exit_gate": f"(Tensor logits, {_GATE}, Tensor? target, bool early_stop)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    # -> logits [N, C], pooled [N, D], confidence, prediction, survivors, count
+    # -> logits [N, C] ([0, C] without), pooled [N, D], confidence, prediction, survivors, count
     "exit_head": f"(Tensor features, Tensor weight, Tensor? bias, {_GATE}, Tensor? target,"
-    " bool early_stop) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " bool early_stop, bool with_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # -> features[survivors] [n, ...]
     "compact": "(Tensor features, Tensor survivors) -> Tensor",
-    # -> order [n]: row j < n of the features now holds what was row order[j]
-    "compact_": "(Tensor(a!) features, Tensor survivors) -> Tensor",
+    # out[k] = features[survivors[k]] for k < count (None: n), which nobody waits for; the rest of
+    # out [>= n, ...] stays as it was
+    "compact_into": "(Tensor(a!) out, Tensor features, Tensor survivors, Tensor? count) -> ()",
+    # -> order [n]: row j < count (None: n) now holds what was row order[j]; from there on N
+    "compact_": "(Tensor(a!) features, Tensor survivors, Tensor? count) -> Tensor",
     # -> [rows, ...]
     "compact_backward": "(Tensor grad, Tensor survivors, SymInt rows) -> Tensor",
     # -> loss [N], log_sum [N] (log sum exp(x - max x)), and the gate's four
@@ -53,6 +58,7 @@ for _name, _schema in SCHEMAS.items():
 exit_gate = torch.ops.elf_fast.exit_gate.default
 exit_head = torch.ops.elf_fast.exit_head.default
 compact = torch.ops.elf_fast.compact.default
+compact_into = torch.ops.elf_fast.compact_into.default
 compact_ = torch.ops.elf_fast.compact_.default
 compact_backward = torch.ops.elf_fast.compact_backward.default
 exit_loss = torch.ops.elf_fast.exit_loss.default
@@ -83,11 +89,13 @@ def _exit_gate(logits, threshold, temperature, criterion, target, early_stop):
     )
 
 
-def _exit_head(features, weight, bias, threshold, temperature, criterion, target, early_stop):
+def _exit_head(
+    features, weight, bias, threshold, temperature, criterion, target, early_stop, with_logits
+):
     pooled = reference.pool(features).to(weight.dtype, copy=True)
     logits = torch.nn.functional.linear(pooled, weight, bias)
     gate = _exit_gate(logits, threshold, temperature, criterion, target, early_stop)
-    return logits, pooled, *gate
+    return (logits if with_logits else logits.new_empty(0, logits.shape[1])), pooled, *gate
 
 
 def _compact(features, survivors):
@@ -96,9 +104,23 @@ def _compact(features, survivors):
     return torch.index_select(features, 0, survivors, out=out)
 
 
-def _compact_in_place(features, survivors):
+def _counted(survivors, count, rows):
+    """The survivors that are meant."""
+    survivors = survivors if count is None else survivors[: int(count)]
+    checks.survivors_values(survivors, rows)
+    return survivors
+
+
+def _compact_into(out, features, survivors, count):
+    checks.batch_like("out", out, features, survivors.shape[0])
+    survivors = _counted(survivors, count, features.shape[0])
+    out[: survivors.shape[0]] = features.index_select(0, survivors)
+
+
+def _compact_in_place(features, survivors, count):
     checks.movable(features)
-    checks.survivors_values(survivors, features.shape[0])
+    padded = torch.full_like(survivors, features.shape[0])
+    survivors = _counted(survivors, count, features.shape[0])
     n = survivors.shape[0]
     staying = survivors[survivors < n]
     order = torch.arange(n, device=features.device)
@@ -106,7 +128,8 @@ def _compact_in_place(features, survivors):
     hole[staying] = False
     order[hole] = survivors[len(staying) :]
     features[:n][hole] = features[order[hole]]
-    return order
+    padded[:n] = order
+    return padded
 
 
 def _compact_backward(grad, survivors, rows):
@@ -164,6 +187,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
     "exit_gate": _exit_gate,
     "exit_head": _exit_head,
     "compact": _compact,
+    "compact_into": _compact_into,
     "compact_": _compact_in_place,
     "compact_backward": _compact_backward,
     "exit_loss": _exit_loss,
@@ -197,8 +221,8 @@ def _empty_batch(x: Tensor, rows: Any) -> Tensor:
     )
 
 
-def _fake_gate(logits: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    N = logits.shape[0]
+def _fake_gate(logits: Tensor, rows: Any = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    N = logits.shape[0] if rows is None else rows
     acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
     index = logits.new_empty(N, dtype=torch.int64)
     return (
@@ -213,17 +237,23 @@ def _fake_exit_gate(logits, threshold, temperature, criterion, target, early_sto
     return _fake_gate(logits)
 
 
-def _fake_exit_head(features, weight, bias, threshold, temperature, criterion, target, early_stop):
+def _fake_exit_head(
+    features, weight, bias, threshold, temperature, criterion, target, early_stop, with_logits
+):
     N, D = features.shape[0], features.shape[2 if features.dim() == 3 else 1]
-    logits = weight.new_empty(N, weight.shape[0])
-    return logits, weight.new_empty(N, D), *_fake_gate(logits)
+    logits = weight.new_empty(N if with_logits else 0, weight.shape[0])
+    return logits, weight.new_empty(N, D), *_fake_gate(logits, N)
 
 
 def _fake_compact(features, survivors):
     return _empty_batch(features, survivors.shape[0])
 
 
-def _fake_compact_in_place(features, survivors):
+def _fake_compact_into(out, features, survivors, count):
+    return None
+
+
+def _fake_compact_in_place(features, survivors, count):
     return torch.empty_like(survivors)
 
 
@@ -245,6 +275,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "exit_gate": _fake_exit_gate,
     "exit_head": _fake_exit_head,
     "compact": _fake_compact,
+    "compact_into": _fake_compact_into,
     "compact_": _fake_compact_in_place,
     "compact_backward": _fake_compact_backward,
     "exit_loss": _fake_exit_loss,
@@ -284,6 +315,8 @@ class _GateGrad(torch.autograd.Function):
 class _HeadGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, features, weight, bias, *rest):
+        if not rest[-1]:
+            raise RuntimeError("exit_head: there is no gradient without the logits")
         out = kernel(features, weight, bias, *rest)
         ctx.save_for_backward(weight, out[1])
         ctx.features_shape, ctx.features_dtype = features.shape, features.dtype
@@ -306,7 +339,7 @@ class _HeadGrad(torch.autograd.Function):
             grad = (grad / shape[1])[:, None, :].expand(shape)
         layout = torch.channels_last if ctx.channels_last else torch.contiguous_format
         grad = grad.contiguous(memory_format=layout)
-        return None, grad, grad_weight, grad_bias, *_no_gradients(5)
+        return None, grad, grad_weight, grad_bias, *_no_gradients(6)
 
 
 class _CompactGrad(torch.autograd.Function):

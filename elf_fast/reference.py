@@ -48,7 +48,7 @@ class ExitGate(NamedTuple):
 
 
 class ExitHeadOutput(NamedTuple):
-    logits: Tensor  # [N, C]
+    logits: Tensor | None  # [N, C]; None where they were not asked for
     confidence: Tensor  # [N]
     prediction: Tensor  # [N] int64
     survivors: Tensor  # [n] int64

@@ -14,10 +14,11 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-#: [N, C]: empty, single, odd, below and above every vector width, past the thread grain.
+#: [N, C]: empty, single, odd, below and above every vector width, past the thread grain,
+#: split over blocks, more rows than one block turns into survivors.
 SHAPES = (
     (0, 10), (1, 1), (3, 1), (1, 2), (16, 10), (7, 17), (5, 31), (9, 64), (33, 257), (64, 100),
-    (200, 1000), (2, 8142),
+    (200, 1000), (2, 8142), (2500, 3),
 )  # fmt: skip
 
 #: [N, C] of the gate benchmarks (`benchmarks/`).

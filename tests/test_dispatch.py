@@ -19,6 +19,7 @@ def _logits(dtype=torch.float32):
 
 TARGET = torch.tensor([0, 4, 2, 1, 1, 3, 0])
 SURVIVORS = torch.tensor([0, 2, 5])
+PADDED = torch.tensor([0, 2, 5, 7, 7, 7, 7])
 PER_CLASS = torch.linspace(0.2, 1.0, 5)
 IMAGES = torch.randn(7, 6, 3, 3, generator=torch.Generator().manual_seed(1))
 
@@ -30,23 +31,35 @@ CALLS = {
     "exit_head": lambda: (
         ops.exit_head,
         (IMAGES.clone().requires_grad_(), torch.randn(5, 6).requires_grad_(),
-         torch.randn(5).requires_grad_(), HALF, ONE, 0, None, False),
+         torch.randn(5).requires_grad_(), HALF, ONE, 0, None, False, True),
     ),
     "exit_head channels last": lambda: (
         ops.exit_head,
         (IMAGES.to(memory_format=torch.channels_last).requires_grad_(), torch.randn(5, 6), None,
-         HALF, ONE, 0, TARGET, False),
+         HALF, ONE, 0, TARGET, False, True),
     ),
     "exit_head tokens": lambda: (
         ops.exit_head,
-        (torch.randn(7, 4, 6).requires_grad_(), torch.randn(5, 6), None, HALF, ONE, 0, None, False),
+        (torch.randn(7, 4, 6).requires_grad_(), torch.randn(5, 6), None, HALF, ONE, 0, None, False,
+         True),
+    ),
+    "exit_head without logits": lambda: (
+        ops.exit_head,
+        (torch.randn(7, 6), torch.randn(5, 6), None, HALF, ONE, 0, None, False, False),
     ),
     "compact": lambda: (ops.compact, (IMAGES.clone().requires_grad_(), SURVIVORS)),
     "compact channels last": lambda: (
         ops.compact,
         (IMAGES.to(memory_format=torch.channels_last).requires_grad_(), SURVIVORS),
     ),
-    "compact_": lambda: (ops.compact_, (IMAGES.clone(), SURVIVORS)),
+    "compact_into": lambda: (
+        ops.compact_into, (torch.zeros_like(IMAGES), IMAGES, SURVIVORS, None)
+    ),
+    "compact_into counted": lambda: (
+        ops.compact_into, (torch.zeros_like(IMAGES), IMAGES, PADDED, torch.tensor(3))
+    ),
+    "compact_": lambda: (ops.compact_, (IMAGES.clone(), SURVIVORS, None)),
+    "compact_ counted": lambda: (ops.compact_, (IMAGES.clone(), PADDED, torch.tensor(3))),
     "compact_backward": lambda: (ops.compact_backward, (IMAGES[:3].clone(), SURVIVORS, 7)),
     "exit_loss": lambda: (
         ops.exit_loss,
@@ -70,7 +83,9 @@ def test_opcheck(name, device):
     opcheck(op, args)
 
 
-@pytest.mark.parametrize("name", [n for n in CALLS if n != "compact_"])
+@pytest.mark.parametrize(
+    "name", [n for n in CALLS if "_into" not in n and "compact_ " not in n + " "]
+)
 def test_compile_fullgraph(name):
     torch.compiler.reset()
     op, args = CALLS[name]()
@@ -90,7 +105,7 @@ def test_inductor_fullgraph():
     x, w = IMAGES.clone().requires_grad_(), torch.randn(5, 6).requires_grad_()
 
     def step(x, w):
-        z, *_ = ops.exit_head(x, w, None, HALF, ONE, 0, None, False)
+        z, *_ = ops.exit_head(x, w, None, HALF, ONE, 0, None, False, True)
         loss, *_ = ops.exit_loss(z, TARGET, None, None, None, 0.0, 1.0, 0.0, HALF, ONE, 0)
         return loss.mean()
 

@@ -1,6 +1,7 @@
 // compact: dense batches of survivors from features [N, ...], and the way back.
 //
 //   compact           out[k] = features[survivors[k]]: 2 s F bytes
+//   compact_into      the same into a given batch, for the first `count` survivors
 //   compact_          features[j] = old features[order[j]] for j < n, where survivors of the tail
 //                     fill the holes below n: about 2 s (1 - s) F bytes
 //   compact_backward  grad_in[survivors[k]] = grad[k], 0 elsewhere: (1 + s) F bytes
@@ -63,47 +64,83 @@ Tensor empty_batch(const Samples& like, int64_t count, ScalarType dtype) {
                        dtype);
 }
 
-const int64_t* checked_survivors(const Tensor& survivors, int64_t N) {
+// The survivors that are meant: all, or the first `count` of them.
+struct Survivors {
+  const int64_t* rows;  // [n], ascending, below N
+  int64_t n;
+};
+
+Survivors checked_survivors(const Tensor& survivors, const std::optional<Tensor>& count,
+                            int64_t N) {
   STD_TORCH_CHECK(survivors.scalar_type() == ScalarType::Long && survivors.dim() == 1 &&
                       (survivors.size(0) <= 1 || survivors.stride(0) == 1),
                   "survivors: expected contiguous int64 [n]");
   const int64_t* rows = data<const int64_t>(survivors);
+  int64_t n = survivors.size(0);
+  if (count.has_value()) {
+    STD_TORCH_CHECK(count->scalar_type() == ScalarType::Long && count->numel() == 1,
+                    "count: expected one int64");
+    n = *data<const int64_t>(*count);
+    STD_TORCH_CHECK(n >= 0 && n <= survivors.size(0), "count: expected at most ", survivors.size(0),
+                    " survivors, got ", n);
+  }
   int64_t last = -1;
-  for (int64_t k = 0; k < survivors.size(0); ++k) {
+  for (int64_t k = 0; k < n; ++k) {
     STD_TORCH_CHECK(rows[k] > last && rows[k] < N,
                     "survivors: expected ascending indices below N = ", N, ", got ", rows[k],
                     " at position ", k);
     last = rows[k];
   }
-  return rows;
+  return {rows, n};
+}
+
+void gather(const Tensor& source, const Samples& from, const Survivors& survivors, char* dst,
+            int64_t dst_pitch) {
+  const char* src = data<const char>(source);
+  over_rows(survivors.n, from.bytes / 4, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k)
+      std::memcpy(dst + k * dst_pitch, src + survivors.rows[k] * from.pitch,
+                  static_cast<size_t>(from.bytes));
+  });
 }
 
 Tensor compact(const Tensor& features, const Tensor& survivors) {
   const Tensor source = with_dense_samples(features);
   const Samples from = samples_of(source);
-  const int64_t* rows = checked_survivors(survivors, from.count);
-  const int64_t n = survivors.size(0);
-  Tensor out = empty_batch(from, n, source.scalar_type());
-  const char* src = data<const char>(source);
-  char* dst = data<char>(out);
-  over_rows(n, from.bytes / 4, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      std::memcpy(dst + k * from.bytes, src + rows[k] * from.pitch,
-                  static_cast<size_t>(from.bytes));
-  });
+  const Survivors kept = checked_survivors(survivors, std::nullopt, from.count);
+  Tensor out = empty_batch(from, kept.n, source.scalar_type());
+  gather(source, from, kept, data<char>(out), from.bytes);
   return out;
 }
 
-Tensor compact_(Tensor features, const Tensor& survivors) {
+void compact_into(Tensor out, const Tensor& features, const Tensor& survivors,
+                  std::optional<Tensor> count) {
+  STD_TORCH_CHECK(features.dim() >= 1 && sample_is_dense(features),
+                  "features: expected [N, ...] with every sample dense in memory");
+  const Samples from = samples_of(features), to = samples_of(out);
+  STD_TORCH_CHECK(out.scalar_type() == features.scalar_type() && out.dim() == features.dim() &&
+                      std::equal(to.sizes.begin() + 1, to.sizes.end(), from.sizes.begin() + 1) &&
+                      std::equal(to.dense_strides.begin() + 1, to.dense_strides.end(),
+                                 from.dense_strides.begin() + 1) &&
+                      to.count >= survivors.size(0) && (to.count <= 1 || to.pitch >= to.bytes),
+                  "out: expected at least ", survivors.size(0),
+                  " samples of the features' shape, dtype and memory format");
+  const Survivors kept = checked_survivors(survivors, count, from.count);
+  gather(features, from, kept, data<char>(out), to.pitch);
+}
+
+Tensor compact_(Tensor features, const Tensor& survivors, std::optional<Tensor> count) {
   STD_TORCH_CHECK(features.dim() >= 1 && sample_is_dense(features),
                   "features: expected [N, ...] with every sample dense in memory");
   const Samples batch = samples_of(features);
   STD_TORCH_CHECK(batch.count <= 1 || batch.pitch >= batch.bytes,
                   "features: expected samples that do not share memory");
-  const int64_t* rows = checked_survivors(survivors, batch.count);
-  const int64_t n = survivors.size(0);
-  Tensor order_tensor = empty_vector(n, ScalarType::Long);
+  const Survivors kept = checked_survivors(survivors, count, batch.count);
+  const int64_t* rows = kept.rows;
+  const int64_t n = kept.n;
+  Tensor order_tensor = empty_vector(survivors.size(0), ScalarType::Long);
   int64_t* order = data<int64_t>(order_tensor);
+  std::fill(order + n, order + survivors.size(0), batch.count);
   // rows[0, staying) lie below n already; rows[staying, n) move into the holes, in order.
   const int64_t staying = std::lower_bound(rows, rows + n, n) - rows;
   std::vector<int64_t> holes;
@@ -129,8 +166,9 @@ Tensor compact_(Tensor features, const Tensor& survivors) {
 Tensor compact_backward(const Tensor& grad, const Tensor& survivors, int64_t N) {
   const Tensor source = with_dense_samples(grad);
   const Samples from = samples_of(source);
-  const int64_t* rows = checked_survivors(survivors, N);
-  const int64_t n = survivors.size(0);
+  const Survivors kept = checked_survivors(survivors, std::nullopt, N);
+  const int64_t* rows = kept.rows;
+  const int64_t n = kept.n;
   STD_TORCH_CHECK(from.count == n, "grad: expected ", n, " rows, got ", from.count);
   Tensor out = empty_batch(from, N, source.scalar_type());
   const char* src = data<const char>(source);
@@ -153,6 +191,7 @@ Tensor compact_backward(const Tensor& grad, const Tensor& survivors, int64_t N) 
 
 STABLE_TORCH_LIBRARY_IMPL(elf_fast, CPU, m) {
   m.impl("compact", TORCH_BOX(&elf_fast::compact));
+  m.impl("compact_into", TORCH_BOX(&elf_fast::compact_into));
   m.impl("compact_", TORCH_BOX(&elf_fast::compact_));
   m.impl("compact_backward", TORCH_BOX(&elf_fast::compact_backward));
 }

@@ -57,7 +57,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_head(
     const Tensor& features, const Tensor& weight, std::optional<Tensor> bias,
     const Tensor& threshold, const Tensor& temperature, int64_t criterion,
-    std::optional<Tensor> target, bool early_stop) {
+    std::optional<Tensor> target, bool early_stop, bool with_logits) {
   Tensor pooled = pool(features);
   if (pooled.scalar_type() != weight.scalar_type())
     pooled = torch::stable::to(pooled, weight.scalar_type());
@@ -65,7 +65,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_head(
                   "weight: expected [C, D] with D = ", pooled.size(1));
   const Tensor logits = linear(pooled, weight, bias);
   GateOutputs out = run_gate(logits, threshold, temperature, criterion, target, early_stop);
-  return {logits, pooled, out.confidence, out.prediction, out.survivors, out.count};
+  const int64_t none[2] = {0, weight.size(0)}, strides[2] = {weight.size(0), 1};
+  const Tensor handed =
+      with_logits ? logits : empty_strided(none, strides, 2, weight.scalar_type());
+  return {handed, pooled, out.confidence, out.prediction, out.survivors, out.count};
 }
 
 }  // namespace
