@@ -1,7 +1,7 @@
 """Builds the native libraries; pyproject.toml says everything else about the package.
 
-ELF_FAST_BUILD chooses what is compiled: `auto` (the default: the CPU library, and the CUDA library
-where torch and nvcc allow it), `cuda` (both, or an error), `cpu`, or `none`. CXX, CUDA_HOME,
+ELF_FAST_BUILD chooses what is compiled: `auto` (the default: the CPU library; the CUDA library joins
+it once it has been run on a GPU), `cuda` (both, or an error), `cpu`, or `none`. CXX, CUDA_HOME,
 TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected. No GPU is needed to build.
 """
 
@@ -109,7 +109,7 @@ def native(mode: str) -> dict[str, Any]:
     """The arguments of `setup` that compile what `mode` asks for."""
     torch = import_torch()
     cpu, cuda = (sorted(map(str, Path("csrc").glob(p))) for p in ("cpu/*.cpp", "cuda/*.cu"))
-    problem = cuda_problem(torch, cuda) if mode != "cpu" else "not asked for"
+    problem = cuda_problem(torch, cuda) if mode == "cuda" else "ELF_FAST_BUILD=cuda adds CUDA C++"
     if problem and mode == "cuda":
         raise SystemExit(f"elf_fast: ELF_FAST_BUILD=cuda: {problem}")
     elif problem and mode == "auto":

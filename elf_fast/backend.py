@@ -62,10 +62,7 @@ def _load(backend: str) -> str | None:
     found = sorted(Path(__file__).parent.glob(f"{stem}*.so"))
     if not found:
         if backend == "cuda":
-            return (
-                "elf_fast was built without its CUDA library (CUDA C++ needs nvcc and a CUDA build "
-                "of torch at installation); reinstall with ELF_FAST_BUILD=cuda"
-            )
+            return "elf_fast was built without its CUDA library; reinstall with ELF_FAST_BUILD=cuda"
         return "elf_fast was built without its CPU library; reinstall with ELF_FAST_BUILD=cpu"
     if backend == "cuda" and torch.version.cuda is None:
         return f"torch {torch.__version__} is a build without CUDA"

@@ -12,6 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import emulated_cuda
+
 import elf_fast
 from elf_fast import backend as backends
 
@@ -30,12 +32,17 @@ def _serving() -> list[tuple[str, str]]:
         pairs += [("torch", "cuda"), ("cuda", "cuda"), ("triton", "cuda")]
     else:
         pairs.append(("triton", "cpu"))
-    return [pair for pair in pairs if backends._why_not(pair[0]) is None]
+    pairs = [pair for pair in pairs if backends._why_not(pair[0]) is None]
+    if not torch.cuda.is_available() and emulated_cuda.compiler():
+        pairs.append(("emulated cuda", "cpu"))
+    return pairs
 
 
 @pytest.fixture(params=_serving(), ids=lambda pair: pair[0])
 def device(request):
-    """Every backend in turn; yields the device that it serves."""
+    """Every backend in turn; yields the device that it serves. "emulated cuda" leaves operators
+    without a CUDA C++ kernel to the default."""
     name, device = request.param
-    with elf_fast.use_backend(name):
+    serving = emulated_cuda.serving() if name == "emulated cuda" else elf_fast.use_backend(name)
+    with serving:
         yield device

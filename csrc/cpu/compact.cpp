@@ -11,58 +11,11 @@
 // Threads take runs of rows; every row is written by one thread.
 #include <algorithm>
 
+#include "../samples.h"
 #include "tensor.h"
 
 namespace elf_fast {
 namespace {
-
-// Bytes of one sample and the strides of a dense batch of them.
-struct Samples {
-  int64_t count, bytes, pitch;  // pitch: bytes from one sample to the next
-  std::vector<int64_t> sizes, dense_strides;
-};
-
-// True when the dimensions 1.. of t, in some order, fill one block of memory without gaps.
-bool sample_is_dense(const Tensor& t) {
-  if (t.is_contiguous()) return true;
-  std::vector<std::pair<int64_t, int64_t>> stride_size;
-  for (int64_t d = 1; d < t.dim(); ++d)
-    if (t.size(d) != 1) stride_size.emplace_back(t.stride(d), t.size(d));
-  std::sort(stride_size.begin(), stride_size.end());
-  int64_t expected = 1;
-  for (const auto& [stride, size] : stride_size) {
-    if (stride != expected) return false;
-    expected *= size;
-  }
-  return true;
-}
-
-Samples samples_of(const Tensor& t) {
-  Samples s;
-  s.count = t.size(0);
-  int64_t elements = 1;
-  for (int64_t d = 0; d < t.dim(); ++d) {
-    s.sizes.push_back(t.size(d));
-    s.dense_strides.push_back(t.stride(d));
-    if (d > 0) elements *= t.size(d);
-  }
-  s.dense_strides[0] = std::max<int64_t>(elements, 1);
-  s.bytes = elements * static_cast<int64_t>(t.element_size());
-  s.pitch = t.stride(0) * static_cast<int64_t>(t.element_size());
-  return s;
-}
-
-Tensor with_dense_samples(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() >= 1, "features: expected [N, ...], got a scalar");
-  return sample_is_dense(t) ? t : torch::stable::contiguous(t);
-}
-
-Tensor empty_batch(const Samples& like, int64_t count, ScalarType dtype) {
-  std::vector<int64_t> sizes = like.sizes;
-  sizes[0] = count;
-  return empty_strided(sizes.data(), like.dense_strides.data(), static_cast<int64_t>(sizes.size()),
-                       dtype);
-}
 
 // The survivors that are meant: all, or the first `count` of them.
 struct Survivors {
@@ -72,14 +25,10 @@ struct Survivors {
 
 Survivors checked_survivors(const Tensor& survivors, const std::optional<Tensor>& count,
                             int64_t N) {
-  STD_TORCH_CHECK(survivors.scalar_type() == ScalarType::Long && survivors.dim() == 1 &&
-                      (survivors.size(0) <= 1 || survivors.stride(0) == 1),
-                  "survivors: expected contiguous int64 [n]");
+  check_survivors(survivors, count);
   const int64_t* rows = data<const int64_t>(survivors);
   int64_t n = survivors.size(0);
   if (count.has_value()) {
-    STD_TORCH_CHECK(count->scalar_type() == ScalarType::Long && count->numel() == 1,
-                    "count: expected one int64");
     n = *data<const int64_t>(*count);
     STD_TORCH_CHECK(n >= 0 && n <= survivors.size(0), "count: expected at most ", survivors.size(0),
                     " survivors, got ", n);
@@ -108,37 +57,27 @@ Tensor compact(const Tensor& features, const Tensor& survivors) {
   const Tensor source = with_dense_samples(features);
   const Samples from = samples_of(source);
   const Survivors kept = checked_survivors(survivors, std::nullopt, from.count);
-  Tensor out = empty_batch(from, kept.n, source.scalar_type());
+  Tensor out = empty_batch(from, kept.n, source);
   gather(source, from, kept, data<char>(out), from.bytes);
   return out;
 }
 
 void compact_into(Tensor out, const Tensor& features, const Tensor& survivors,
                   std::optional<Tensor> count) {
-  STD_TORCH_CHECK(features.dim() >= 1 && sample_is_dense(features),
-                  "features: expected [N, ...] with every sample dense in memory");
-  const Samples from = samples_of(features), to = samples_of(out);
-  STD_TORCH_CHECK(out.scalar_type() == features.scalar_type() && out.dim() == features.dim() &&
-                      std::equal(to.sizes.begin() + 1, to.sizes.end(), from.sizes.begin() + 1) &&
-                      std::equal(to.dense_strides.begin() + 1, to.dense_strides.end(),
-                                 from.dense_strides.begin() + 1) &&
-                      to.count >= survivors.size(0) && (to.count <= 1 || to.pitch >= to.bytes),
-                  "out: expected at least ", survivors.size(0),
-                  " samples of the features' shape, dtype and memory format");
+  const Samples from = checked_samples(features), to = samples_of(out);
+  check_room(out, to, features, from, survivors.size(0));
+  check_apart(to, "out");
   const Survivors kept = checked_survivors(survivors, count, from.count);
   gather(features, from, kept, data<char>(out), to.pitch);
 }
 
 Tensor compact_(Tensor features, const Tensor& survivors, std::optional<Tensor> count) {
-  STD_TORCH_CHECK(features.dim() >= 1 && sample_is_dense(features),
-                  "features: expected [N, ...] with every sample dense in memory");
-  const Samples batch = samples_of(features);
-  STD_TORCH_CHECK(batch.count <= 1 || batch.pitch >= batch.bytes,
-                  "features: expected samples that do not share memory");
+  const Samples batch = checked_samples(features);
+  check_apart(batch, "features");
   const Survivors kept = checked_survivors(survivors, count, batch.count);
   const int64_t* rows = kept.rows;
   const int64_t n = kept.n;
-  Tensor order_tensor = empty_vector(survivors.size(0), ScalarType::Long);
+  Tensor order_tensor = empty_vector(survivors.size(0), ScalarType::Long, survivors);
   int64_t* order = data<int64_t>(order_tensor);
   std::fill(order + n, order + survivors.size(0), batch.count);
   // rows[0, staying) lie below n already; rows[staying, n) move into the holes, in order.
@@ -170,7 +109,7 @@ Tensor compact_backward(const Tensor& grad, const Tensor& survivors, int64_t N) 
   const int64_t* rows = kept.rows;
   const int64_t n = kept.n;
   STD_TORCH_CHECK(from.count == n, "grad: expected ", n, " rows, got ", from.count);
-  Tensor out = empty_batch(from, N, source.scalar_type());
+  Tensor out = empty_batch(from, N, source);
   const char* src = data<const char>(source);
   char* dst = data<char>(out);
   over_rows(N, from.bytes / 4, [&](int64_t begin, int64_t end) {

@@ -16,11 +16,10 @@ namespace {
 
 GateOutputs run_gate(const Tensor& logits, const Tensor& threshold, const Tensor& temperature,
                      int64_t criterion, const std::optional<Tensor>& target, bool early_stop) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits: expected [N, C] with C >= 1");
   const Tensor rows = dense_rows(logits);
   const int64_t N = rows.size(0), C = rows.size(1), stride = rows.stride(0);
   const ScalarType acc = acc_type(rows.scalar_type());
-  GateOutputs out(N, acc);
+  GateOutputs out(rows, acc);
   for_floating(rows.scalar_type(), "exit_gate", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;

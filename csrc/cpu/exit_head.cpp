@@ -7,6 +7,8 @@
 // the logits in cache. The product runs in the classifier's dtype.
 #include "exit_gate.h"
 
+#include <array>
+
 namespace elf_fast {
 namespace {
 #define ELF_ROW_KERNELS "pool_rows.inl"
@@ -30,7 +32,7 @@ Tensor pool(const Tensor& features) {
   const int64_t P = image ? x.size(2) * x.size(3) : x.size(1);
   STD_TORCH_CHECK(P > 0 && D > 0, "features: expected at least one position and one channel");
   const int64_t sizes[2] = {N, D}, strides[2] = {D, 1};
-  Tensor pooled = empty_strided(sizes, strides, 2, x.scalar_type());
+  Tensor pooled = empty_strided(sizes, strides, 2, x.scalar_type(), x);
   for_floating(x.scalar_type(), "exit_head", [&](auto tag) {
     using T = typename decltype(tag)::type;
     const T* src = data<const T>(x);
@@ -67,7 +69,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_head(
   GateOutputs out = run_gate(logits, threshold, temperature, criterion, target, early_stop);
   const int64_t none[2] = {0, weight.size(0)}, strides[2] = {weight.size(0), 1};
   const Tensor handed =
-      with_logits ? logits : empty_strided(none, strides, 2, weight.scalar_type());
+      with_logits ? logits : empty_strided(none, strides, 2, weight.scalar_type(), weight);
   return {handed, pooled, out.confidence, out.prediction, out.survivors, out.count};
 }
 

@@ -29,9 +29,7 @@ struct LossFamily {
 template <class A>
 const A* per_class(const std::optional<Tensor>& t, const char* name, int64_t C, ScalarType acc) {
   if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(
-      t->scalar_type() == acc && t->dim() == 1 && t->size(0) == C && (C <= 1 || t->stride(0) == 1),
-      name, ": expected a contiguous [C] of the logits' arithmetic type, C = ", C);
+  check_vector(*t, name, C, acc);
   return data<const A>(*t);
 }
 
@@ -51,13 +49,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_loss(
     const Tensor& logits, const Tensor& target, std::optional<Tensor> weight,
     std::optional<Tensor> margins, std::optional<Tensor> bias, double gamma, double scale,
     double label_smoothing, const Tensor& threshold, const Tensor& temperature, int64_t criterion) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits: expected [N, C] with C >= 1");
   const Tensor rows = dense_rows(logits);
   const int64_t N = rows.size(0), C = rows.size(1), stride = rows.stride(0);
   check_target(target, N, C);
   const ScalarType acc = acc_type(rows.scalar_type());
-  GateOutputs gate(N, acc);
-  Tensor loss = empty_vector(N, acc), log_sum = empty_vector(N, acc);
+  GateOutputs gate(rows, acc);
+  Tensor loss = empty_vector(N, acc, rows), log_sum = empty_vector(N, acc, rows);
   for_floating(rows.scalar_type(), "exit_loss", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;
@@ -89,18 +86,14 @@ Tensor exit_loss_backward(const Tensor& grad_loss, const Tensor& logits, const T
                           const Tensor& log_sum, std::optional<Tensor> weight,
                           std::optional<Tensor> margins, std::optional<Tensor> bias, double gamma,
                           double scale, double label_smoothing) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits: expected [N, C] with C >= 1");
   const Tensor rows = dense_rows(logits);
   const int64_t N = rows.size(0), C = rows.size(1), stride = rows.stride(0);
   const ScalarType acc = acc_type(rows.scalar_type());
   check_target(target, N, C);
-  STD_TORCH_CHECK(grad_loss.scalar_type() == acc && grad_loss.dim() == 1 && grad_loss.size(0) == N,
-                  "grad_loss: expected [N] with N = ", N);
-  STD_TORCH_CHECK(log_sum.scalar_type() == acc && log_sum.dim() == 1 && log_sum.size(0) == N &&
-                      (N <= 1 || log_sum.stride(0) == 1),
-                  "log_sum: expected contiguous [N] with N = ", N);
+  check_vector(grad_loss, "grad_loss", N, acc, /*strided=*/true);
+  check_vector(log_sum, "log_sum", N, acc);
   const int64_t sizes[2] = {N, C}, strides[2] = {C, 1};
-  Tensor grad = empty_strided(sizes, strides, 2, rows.scalar_type());
+  Tensor grad = empty_strided(sizes, strides, 2, rows.scalar_type(), rows);
   for_floating(rows.scalar_type(), "exit_loss_backward", [&](auto tag) {
     using T = typename decltype(tag)::type;
     using A = acc_t<T>;

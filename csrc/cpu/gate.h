@@ -20,15 +20,12 @@ template <class A>
 GateTest<A> gate_test(const Tensor& threshold, const Tensor& temperature, int64_t criterion,
                       const std::optional<Tensor>& target, bool early_stop, int64_t N, int64_t C,
                       ScalarType acc) {
-  STD_TORCH_CHECK(criterion >= 0 && criterion <= 2, "criterion: expected 0, 1 or 2, got ",
-                  criterion);
   GateTest<A> test;
-  int64_t unused;
-  const void* t = scalar_or_classes(temperature, "temperature", 1, acc, &unused);
-  test.a = kLog2e<A> / *static_cast<const A*>(t);
-  test.threshold = static_cast<const A*>(
-      scalar_or_classes(threshold, "threshold", C, acc, &test.threshold_stride));
-  test.criterion = static_cast<Criterion>(criterion);
+  check_setting(temperature, "temperature", 1, acc);
+  test.a = kLog2e<A> / *data<const A>(temperature);
+  test.threshold_stride = check_setting(threshold, "threshold", C, acc);
+  test.threshold = data<const A>(threshold);
+  test.criterion = checked_criterion(criterion);
   test.early_stop = early_stop;
   test.target = nullptr;
   if (target.has_value()) {
@@ -42,11 +39,11 @@ GateTest<A> gate_test(const Tensor& threshold, const Tensor& temperature, int64_
 struct GateOutputs {
   Tensor confidence, prediction, survivors, count;
 
-  GateOutputs(int64_t N, ScalarType acc)
-      : confidence(empty_vector(N, acc)),
-        prediction(empty_vector(N, ScalarType::Long)),
-        survivors(empty_vector(N, ScalarType::Long)),
-        count(empty_scalar(ScalarType::Long)) {}
+  GateOutputs(const Tensor& logits, ScalarType acc)
+      : confidence(empty_vector(logits.size(0), acc, logits)),
+        prediction(empty_vector(logits.size(0), ScalarType::Long, logits)),
+        survivors(empty_vector(logits.size(0), ScalarType::Long, logits)),
+        count(empty_scalar(ScalarType::Long, logits)) {}
 
   // The row kernels leave 1 (goes on) or 0 in survivors[n]; this turns the flags into ascending
   // indices in place: index k of the output never lies past flag k of the input. The rest is

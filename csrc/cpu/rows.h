@@ -1,15 +1,12 @@
 // What the row kernels of every instruction set share.
 #pragma once
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
 #include <vector>
 
+#include "../tensor.h"
 #include "isa.h"
 
 #define ELF_INLINE static inline __attribute__((always_inline))
@@ -17,18 +14,6 @@
 
 namespace elf_fast {
 
-using torch::headeronly::BFloat16;
-using torch::headeronly::Half;
-
-// The numbers that the schema's `criterion` stands for (elf_fast/reference.py: CRITERIA).
-enum class Criterion : int64_t { confidence = 0, margin = 1, entropy = 2 };
-
-// Arithmetic is float32, or float64 for float64 input.
-template <class T>
-using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
-
-template <class A>
-constexpr A kLog2e = static_cast<A>(1.4426950408889634);
 template <class A>
 constexpr A kLn2 = static_cast<A>(0.6931471805599453);
 

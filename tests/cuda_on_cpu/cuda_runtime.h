@@ -35,6 +35,7 @@
 // declared the originals before or declare these again after.
 #define torch_c10_cuda_check_msg elf_shim_check_msg
 #define torch_c10_cuda_free_error_msg elf_shim_free_error_msg
+#define __assert_fail elf_shim_assert_fail
 #define aoti_torch_get_current_cuda_stream elf_shim_current_stream
 #define aoti_torch_create_device_guard elf_shim_create_device_guard
 #define aoti_torch_delete_device_guard elf_shim_delete_device_guard

@@ -328,3 +328,9 @@ inline double max(double a, float b) { return fmax(a, b); }
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 #pragma GCC visibility pop
+
+// Assertions of kernels (CUDA_KERNEL_ASSERT).
+extern "C" __attribute__((visibility("default"), noreturn)) inline void elf_shim_assert_fail(
+    const char* message, const char*, unsigned, const char*) noexcept {
+  elf_shim::fail(elf_shim::LaneName{elf_shim::scheduler.running}, ": assertion failed: ", message);
+}

@@ -1,0 +1,222 @@
+// compact: dense batches of survivors from features [N, ...], and the way back.
+//
+//   compact           out[k] = features[survivors[k]]: 2 s F bytes
+//   compact_into      the same into a given batch, for the first `count` survivors, read here
+//   compact_          features[j] = old features[order[j]] for j < count, survivors of the tail
+//                     filling the holes below count: about 2 s (1 - s) F bytes
+//   compact_backward  grad_in[survivors[k]] = grad[k], 0 elsewhere: (1 + s) F bytes
+//
+// with n survivors, s = n / N and F the bytes of the features. A sample is one block of memory in
+// either memory format. A warp moves 2 KB of one row at a time, 16 bytes a lane and four loads in
+// flight (128 KB a multiprocessor), and a grid that fills the device walks over all of them. Where
+// a row's place among the survivors is asked for, the warp bisects with 32 probes at a time: 2
+// rounds for 1024 survivors, 3 for 32768, instead of a map that would have to be made first.
+//
+// Deterministic: every byte is written by one lane. In place, sources lie at or past row `count`
+// and destinations before it. A survivor outside [0, N) stops the kernel with an assertion.
+#include <torch/headeronly/macros/Macros.h>
+
+#include "../samples.h"
+#include "device.h"
+
+namespace elf_fast {
+namespace {
+
+constexpr int kBlock = 256;
+constexpr int kLoads = 4;  // words of a lane in flight
+constexpr unsigned kWholeWarp = 0xffffffffu;
+
+enum class Kind { gather, fill_holes, scatter };
+
+struct Move {
+  const char* from;
+  char* to;
+  int64_t from_pitch, to_pitch;  // bytes from one sample to the next
+  int64_t words;                 // in a sample
+  unsigned pieces;               // of a row
+  const int64_t* survivors;      // [n], ascending
+  int64_t n;
+  const int64_t* count;  // how many of them are meant, or null: all
+  int64_t N;             // rows that survivors may name
+  int64_t* order;        // [n], fill_holes only
+};
+
+// How many of survivors [n] are below `row`; the whole warp asks for the same.
+__device__ int64_t rank(const int64_t* survivors, int64_t n, int64_t row) {
+  const int lane = threadIdx.x % 32;
+  int64_t low = 0;  // the answer lies in [low, low + n]
+  while (n > 0) {
+    const int64_t step = (n + 31) / 32;
+    const int64_t last = (lane + 1) * step < n ? (lane + 1) * step : n;  // of this lane's share
+    const bool below = lane * step < n && survivors[low + last - 1] < row;
+    const int64_t shares = __popc(__ballot_sync(kWholeWarp, below));
+    if (shares * step >= n) return low + n;
+    low += shares * step;
+    n = (step < n - shares * step ? step : n - shares * step) - 1;
+  }
+  return low;
+}
+
+// The row that row k of the result comes from; -1: nothing is to be moved.
+template <Kind kKind>
+__device__ int64_t source_of(const Move& m, int64_t number, int64_t k, bool first_piece) {
+  if constexpr (kKind == Kind::gather) {
+    const int64_t row = m.survivors[k];
+    CUDA_KERNEL_ASSERT_MSG(row >= 0 && row < m.N, "survivors: expected indices in [0, N)");
+    return row;
+  } else if constexpr (kKind == Kind::scatter) {
+    const int64_t at = rank(m.survivors, number, k);
+    return at < number && m.survivors[at] == k ? at : -1;
+  } else {
+    int64_t row = m.N;
+    if (k < number) {
+      const int64_t below = rank(m.survivors, number, k);
+      row = k;
+      if (m.survivors[below] != k) {
+        // The (k - below)-th hole takes the survivor of that rank past the dense part.
+        const int64_t at = rank(m.survivors, number, number) + k - below;
+        row = m.survivors[at < number ? at : number - 1];
+        CUDA_KERNEL_ASSERT_MSG(row >= number && row < m.N,
+                               "survivors: expected ascending indices in [0, N)");
+      }
+    }
+    if (first_piece && threadIdx.x % 32 == 0) m.order[k] = row;
+    return k < number && row != k ? row : -1;
+  }
+}
+
+template <Kind kKind, class W>
+__global__ void __launch_bounds__(kBlock) move_rows(Move m) {
+  const int lane = threadIdx.x % 32;
+  int64_t number = m.n;
+  if (m.count != nullptr && *m.count < number) number = *m.count > 0 ? *m.count : 0;
+  const int64_t rows = kKind == Kind::gather ? number : kKind == Kind::scatter ? m.N : m.n;
+  const unsigned units = static_cast<unsigned>(rows) * m.pieces;
+  const unsigned warps = gridDim.x * (kBlock / 32);
+  for (unsigned unit = blockIdx.x * (kBlock / 32) + threadIdx.x / 32; unit < units; unit += warps) {
+    const unsigned k = unit / m.pieces, piece = unit - k * m.pieces;
+    const int64_t row = source_of<kKind>(m, number, k, piece == 0);
+    if (kKind == Kind::fill_holes && row < 0) continue;
+    const W* from = reinterpret_cast<const W*>(m.from + row * m.from_pitch);
+    W* to = reinterpret_cast<W*>(m.to + int64_t{k} * m.to_pitch);
+    const int64_t start = int64_t{piece} * (32 * kLoads) + lane;
+    W held[kLoads] = {};
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (row >= 0 && start + 32 * i < m.words) held[i] = from[start + 32 * i];
+#pragma unroll
+    for (int i = 0; i < kLoads; ++i)
+      if (start + 32 * i < m.words) to[start + 32 * i] = held[i];
+  }
+}
+
+template <Kind kKind, class W>
+void launch_words(const OnDeviceOf& device, Move m, int64_t bytes, int64_t rows) {
+  m.words = bytes / static_cast<int64_t>(sizeof(W));
+  const int64_t pieces = (m.words + 32 * kLoads - 1) / (32 * kLoads);
+  const int64_t units = rows * pieces;
+  STD_TORCH_CHECK(units < (int64_t{1} << 31), "features: expected fewer than 2^31 pieces of ",
+                  32 * kLoads * sizeof(W), " bytes, got ", units);
+  m.pieces = static_cast<unsigned>(pieces);
+  const int64_t needed = (units + kBlock / 32 - 1) / (kBlock / 32);
+  const int64_t fill = int64_t{8} * device.multiprocessors();
+  device.launch(dim3(static_cast<unsigned>(needed < fill ? needed : fill)), kBlock,
+                move_rows<kKind, W>, m);
+}
+
+// Moves whole words, as wide as sample size, pitches and addresses allow.
+template <Kind kKind>
+void launch_move(const OnDeviceOf& device, const Move& m, int64_t bytes, int64_t rows) {
+  if (rows == 0 || (bytes == 0 && kKind != Kind::fill_holes)) return;
+  const uintptr_t bits = reinterpret_cast<uintptr_t>(m.from) | reinterpret_cast<uintptr_t>(m.to) |
+                         static_cast<uintptr_t>(bytes | m.from_pitch | m.to_pitch);
+  if (bits % 16 == 0) return launch_words<kKind, uint4>(device, m, bytes, rows);
+  if (bits % 8 == 0) return launch_words<kKind, uint2>(device, m, bytes, rows);
+  if (bits % 4 == 0) return launch_words<kKind, uint32_t>(device, m, bytes, rows);
+  if (bits % 2 == 0) return launch_words<kKind, uint16_t>(device, m, bytes, rows);
+  return launch_words<kKind, uint8_t>(device, m, bytes, rows);
+}
+
+// Checks survivors and count; the rest of a Move is the caller's.
+Move move_of(const Tensor& survivors, const std::optional<Tensor>& count, const Tensor& features) {
+  check_survivors(survivors, count);
+  check_same_device(survivors, "survivors", features);
+  if (count.has_value()) check_same_device(*count, "count", features);
+  Move m{};
+  m.survivors = data<const int64_t>(survivors);
+  m.n = survivors.size(0);
+  m.count = count.has_value() ? data<const int64_t>(*count) : nullptr;
+  return m;
+}
+
+void gather(const OnDeviceOf& device, const Tensor& source, const Samples& from,
+            const Tensor& survivors, const std::optional<Tensor>& count, const Tensor& out,
+            int64_t pitch) {
+  Move m = move_of(survivors, count, source);
+  m.from = data<const char>(source);
+  m.from_pitch = from.pitch;
+  m.to = data<char>(out);
+  m.to_pitch = pitch;
+  m.N = from.count;
+  launch_move<Kind::gather>(device, m, from.bytes, m.n);
+}
+
+Tensor compact(const Tensor& features, const Tensor& survivors) {
+  const OnDeviceOf device(features);
+  const Tensor source = with_dense_samples(features);
+  const Samples from = samples_of(source);
+  STD_TORCH_CHECK(survivors.dim() == 1, "survivors: expected [n]");
+  Tensor out = empty_batch(from, survivors.size(0), source);
+  gather(device, source, from, survivors, std::nullopt, out, from.bytes);
+  return out;
+}
+
+void compact_into(Tensor out, const Tensor& features, const Tensor& survivors,
+                  std::optional<Tensor> count) {
+  const OnDeviceOf device(features);
+  const Samples from = checked_samples(features), to = samples_of(out);
+  check_room(out, to, features, from, survivors.size(0));
+  check_apart(to, "out");
+  check_same_device(out, "out", features);
+  gather(device, features, from, survivors, count, out, to.pitch);
+}
+
+Tensor compact_(Tensor features, const Tensor& survivors, std::optional<Tensor> count) {
+  const OnDeviceOf device(features);
+  const Samples batch = checked_samples(features);
+  check_apart(batch, "features");
+  Move m = move_of(survivors, count, features);
+  Tensor order = empty_vector(m.n, ScalarType::Long, survivors);
+  m.from = m.to = data<char>(features);
+  m.from_pitch = m.to_pitch = batch.pitch;
+  m.N = batch.count;
+  m.order = data<int64_t>(order);
+  launch_move<Kind::fill_holes>(device, m, batch.bytes, m.n);
+  return order;
+}
+
+Tensor compact_backward(const Tensor& grad, const Tensor& survivors, int64_t N) {
+  const OnDeviceOf device(grad);
+  const Tensor source = with_dense_samples(grad);
+  const Samples from = samples_of(source);
+  Move m = move_of(survivors, std::nullopt, source);
+  STD_TORCH_CHECK(from.count == m.n, "grad: expected ", m.n, " rows, got ", from.count);
+  Tensor out = empty_batch(from, N, source);
+  m.from = data<const char>(source);
+  m.from_pitch = from.pitch;
+  m.to = data<char>(out);
+  m.to_pitch = from.bytes;
+  m.N = N;
+  launch_move<Kind::scatter>(device, m, from.bytes, N);
+  return out;
+}
+
+}  // namespace
+}  // namespace elf_fast
+
+STABLE_TORCH_LIBRARY_IMPL(elf_fast, CUDA, m) {
+  m.impl("compact", TORCH_BOX(&elf_fast::compact));
+  m.impl("compact_into", TORCH_BOX(&elf_fast::compact_into));
+  m.impl("compact_", TORCH_BOX(&elf_fast::compact_));
+  m.impl("compact_backward", TORCH_BOX(&elf_fast::compact_backward));
+}

@@ -1,0 +1,254 @@
+// exit_gate: softmax statistics, argmax, confidence test and survivor indices of logits [N, C].
+//
+//   p = softmax(z / T);  statistic = max p | top-1 minus top-2 | entropy / log C
+//
+// One launch. A row is read once by 4 lanes, a warp or a block, by its length; few long rows are
+// cut into pieces, one per block. The last block to arrive merges pieces and scans one flag a row
+// into survivors. Early stop is not used: a row's maximum, which it needs, is known only when all
+// bytes are read, and bytes are what this kernel waits for.
+//
+// Bytes: L + 17 a row written (confidence, prediction, flag) and 9 a row by the scan.
+// Deterministic: merges in a fixed order, no atomics but the arrival count.
+#include "device.h"
+#include "survivors.cuh"
+
+#include <atomic>
+#include <map>
+#include <mutex>
+
+namespace elf_fast {
+namespace {
+
+template <class A>
+struct GateArguments {
+  int64_t N;
+  int C;
+  int64_t stride;  // from one row of logits to the next
+  Setting<A> threshold, temperature;
+  const int64_t* target;  // [N] or null
+  A* confidence;          // [N]
+  int64_t* prediction;    // [N]
+  unsigned char* flags;   // [N], see survivors.cuh
+  RowState<A>* pieces;    // [N, gridDim.y], where rows are cut
+  int64_t* survivors;     // [N]
+  int64_t* count;         // []
+  unsigned slot;          // of kArrived
+};
+
+// Blocks that have arrived, one counter for every grid that may be running: zero when the library
+// loads, and left at zero by every grid.
+constexpr unsigned kSlots = 1u << 18;
+constexpr unsigned kStreamSlots = 1u << 12;
+__device__ unsigned kArrived[kSlots];
+
+template <Criterion kCriterion, class A>
+__device__ A statistic(const RowState<A>& r, int C, A a) {
+  if constexpr (kCriterion == Criterion::confidence) return A(1) / r.s;
+  if (C == 1) return kCriterion == Criterion::margin ? A(1) : A(0);
+  if constexpr (kCriterion == Criterion::margin) return (A(1) - power_of_2(a * (r.u - r.m))) / r.s;
+  const A bits = log2(r.s) - r.u / r.s;
+  return bits > A(0) ? bits / log2(static_cast<A>(C)) : A(0);
+}
+
+// The statistic where the maximum is infinite: all mass evenly on the classes that have it.
+template <Criterion kCriterion, class A>
+__device__ A statistic_of_ties(int ties, int C) {
+  if constexpr (kCriterion == Criterion::confidence) return A(1) / static_cast<A>(ties);
+  if (C == 1) return kCriterion == Criterion::margin ? A(1) : A(0);
+  if constexpr (kCriterion == Criterion::margin) return ties > 1 ? A(0) : A(1);
+  return log2(static_cast<A>(ties)) / log2(static_cast<A>(C));
+}
+
+// Statistic, prediction and flag of row n from its state, by kLanes lanes that all call this.
+template <Criterion kCriterion, int kLanes, class T, class A>
+__device__ void finish_row(const GateArguments<A>& g, const T* row, int64_t n, RowState<A> r, A a,
+                           int lane, unsigned mask) {
+  A value;
+  if (r.s > A(0) && r.s < static_cast<A>(INFINITY) && r.index != kNowhere) {
+    value = statistic<kCriterion>(r, g.C, a);
+  } else {
+    const Careful<A> found = careful<kLanes, A>(row, g.C, lane, mask);
+    r.index = found.index;
+    if (found.m != found.m)
+      value = static_cast<A>(NAN);
+    else if (found.m - found.m != A(0))  // infinite
+      value = statistic_of_ties<kCriterion, A>(found.ties, g.C);
+    else
+      value = statistic<kCriterion>(r, g.C, a);
+  }
+  if (lane != 0) return;
+  const A t = g.threshold[r.index];
+  bool leaves = kCriterion == Criterion::entropy ? value <= t : value >= t;
+  unsigned char flag = 0;
+  if (g.target != nullptr) {
+    const int64_t y = g.target[n];
+    leaves = leaves && y == r.index;
+    if (y < 0 || y >= g.C) flag = kBadTarget;
+  }
+  g.confidence[n] = value;
+  g.prediction[n] = r.index;
+  g.flags[n] = leaves ? flag : flag | kGoesOn;
+}
+
+template <class A>
+__device__ A exponent_scale(const GateArguments<A>& g) {
+  return kLog2e<A> / g.temperature[0];
+}
+
+// kLanes lanes a row.
+template <Criterion kCriterion, int kLanes, class T, class A>
+__global__ void __launch_bounds__(kBlock) gate_by_lanes(const T* logits, GateArguments<A> g) {
+  const int lane = threadIdx.x % kLanes;
+  const unsigned group = kLanes == 32 ? kWholeWarp : (1u << kLanes % 32) - 1;
+  const unsigned mask = group << (threadIdx.x % 32 - lane);
+  const int64_t n = int64_t{blockIdx.x} * (kBlock / kLanes) + threadIdx.x / kLanes;
+  if (n < g.N) {
+    const A a = exponent_scale(g);
+    const T* row = logits + n * g.stride;
+    RowState<A> r = state_of<kCriterion, 4>(row, 0, g.C, lane, kLanes, a);
+    r = over_lanes<kCriterion, kLanes>(r, mask, a);
+    finish_row<kCriterion, kLanes>(g, row, n, r, a, lane, mask);
+  }
+  if (is_last_block(&kArrived[g.slot])) scan_flags(g.flags, g.N, g.survivors, g.count);
+}
+
+// A block a row, or with gridDim.y > 1 a piece of one.
+template <Criterion kCriterion, class T, class A>
+__global__ void __launch_bounds__(kBlock) gate_by_blocks(const T* logits, GateArguments<A> g) {
+  __shared__ RowState<A> of_warp[kBlockWarps];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t n = blockIdx.x;
+  const T* row = logits + n * g.stride;
+  const A a = exponent_scale(g);
+  // Pieces are multiples of 64 classes: whole 16-byte words where the rows are aligned.
+  const int words = (g.C + 63) / 64;
+  const int begin = static_cast<int>(int64_t{words} * blockIdx.y / gridDim.y) * 64;
+  const int end = static_cast<int>(int64_t{words} * (blockIdx.y + 1) / gridDim.y) * 64;
+  RowState<A> r =
+      state_of<kCriterion, 4>(row, begin, end < g.C ? end : g.C, threadIdx.x, kBlock, a);
+  r = over_lanes<kCriterion, 32>(r, kWholeWarp, a);
+  if (lane == 0) of_warp[warp] = r;
+  __syncthreads();
+  if (warp == 0) {
+    r = over_lanes<kCriterion, kBlockWarps>(of_warp[lane % kBlockWarps], kWholeWarp, a);
+    if (gridDim.y == 1)
+      finish_row<kCriterion, 32>(g, row, n, r, a, lane, kWholeWarp);
+    else if (lane == 0)
+      g.pieces[n * gridDim.y + blockIdx.y] = r;
+  }
+  if (!is_last_block(&kArrived[g.slot])) return;
+  if (gridDim.y > 1) {
+    for (int64_t i = warp; i < g.N; i += kBlockWarps) {
+      RowState<A> whole = no_state<kCriterion, A>();
+      for (unsigned piece = lane; piece < gridDim.y; piece += 32)
+        whole = merge<kCriterion>(whole, g.pieces[i * gridDim.y + piece], a);
+      whole = over_lanes<kCriterion, 32>(whole, kWholeWarp, a);
+      finish_row<kCriterion, 32>(g, logits + i * g.stride, i, whole, a, lane, kWholeWarp);
+    }
+    __syncthreads();
+  }
+  scan_flags(g.flags, g.N, g.survivors, g.count);
+}
+
+// A counter that no other running grid has. Grids on one stream follow each other and share one. A
+// grid in a graph under capture may later run beside anything, so it gets one for good.
+unsigned arrival_slot(const OnDeviceOf& device) {
+  static std::mutex mutex;
+  static std::map<std::pair<int, cudaStream_t>, unsigned> of_stream;
+  static std::map<int, unsigned> captured;
+  cudaStreamCaptureStatus status;
+  STD_CUDA_CHECK(cudaStreamIsCapturing(device.stream(), &status));
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (status == cudaStreamCaptureStatusNone) {
+    const auto key = std::make_pair(device.index(), device.stream());
+    const auto found = of_stream.find(key);
+    if (found != of_stream.end()) return found->second;
+    if (of_stream.size() < kStreamSlots)
+      return of_stream[key] = static_cast<unsigned>(of_stream.size());
+  }
+  const unsigned slot = kStreamSlots + captured[device.index()]++;
+  STD_TORCH_CHECK(slot < kSlots, "exit_gate: more than ", kSlots - kStreamSlots,
+                  " calls captured in CUDA graphs on one device");
+  return slot;
+}
+
+template <Criterion kCriterion, class T, class A>
+void launch_gate(const OnDeviceOf& device, const T* logits, GateArguments<A> g, unsigned pieces) {
+  const auto blocks = [&](int lanes) {
+    return dim3(static_cast<unsigned>((g.N * lanes + kBlock - 1) / kBlock));
+  };
+  if (g.C <= 32)
+    device.launch(blocks(4), kBlock, gate_by_lanes<kCriterion, 4, T, A>, logits, g);
+  else if (g.C <= 512)
+    device.launch(blocks(32), kBlock, gate_by_lanes<kCriterion, 32, T, A>, logits, g);
+  else
+    device.launch(dim3(static_cast<unsigned>(g.N), pieces), kBlock,
+                  gate_by_blocks<kCriterion, T, A>, logits, g);
+}
+
+// Blocks per row: enough to fill the device, each with some loads to keep in flight.
+unsigned pieces_of_row(const OnDeviceOf& device, int64_t N, int64_t C) {
+  constexpr int64_t kLeast = 2048;  // classes in a piece
+  const int64_t fill = 2 * device.multiprocessors() / N;
+  const int64_t most = C / kLeast;
+  const int64_t pieces = fill < most ? fill : most;
+  return pieces > 1 ? static_cast<unsigned>(pieces) : 1;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> exit_gate(const Tensor& logits, const Tensor& threshold,
+                                                     const Tensor& temperature, int64_t criterion,
+                                                     std::optional<Tensor> target,
+                                                     bool /*early_stop*/) {
+  const OnDeviceOf device(logits);
+  const Tensor rows = dense_rows(logits);
+  const int64_t N = rows.size(0), C = rows.size(1);
+  STD_TORCH_CHECK(C < kNowhere && N <= 0x7fffffff, "logits: expected fewer than 2^31 rows and ",
+                  "classes, got [", N, ", ", C, "]");
+  const Criterion kind = checked_criterion(criterion);
+  const ScalarType acc = acc_type(rows.scalar_type());
+  if (target.has_value()) {
+    check_vector(*target, "target", N, ScalarType::Long);
+    check_same_device(*target, "target", rows);
+  }
+  const Tensor confidence = empty_vector(N, acc, rows);
+  const Tensor prediction = empty_vector(N, ScalarType::Long, rows);
+  Tensor survivors = empty_vector(N, ScalarType::Long, rows);
+  Tensor count = empty_scalar(ScalarType::Long, rows);
+  if (N == 0) return {confidence, prediction, survivors, torch::stable::zero_(count)};
+  for_floating(rows.scalar_type(), "exit_gate", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    using A = acc_t<T>;
+    const unsigned pieces = pieces_of_row(device, N, C);
+    const int64_t piece_bytes = pieces > 1 ? N * pieces * sizeof(RowState<A>) : 0;
+    const int64_t flag_bytes = (N + 15) / 16 * 16;
+    const Tensor room = empty_vector(piece_bytes + flag_bytes, ScalarType::Byte, rows);
+    GateArguments<A> g;
+    g.N = N;
+    g.C = static_cast<int>(C);
+    g.stride = rows.stride(0);
+    g.threshold = setting<A>(threshold, "threshold", C, acc, rows);
+    g.temperature = setting<A>(temperature, "temperature", 1, acc, rows);
+    g.target = target.has_value() ? data<const int64_t>(*target) : nullptr;
+    g.confidence = data<A>(confidence);
+    g.prediction = data<int64_t>(prediction);
+    g.flags = data<unsigned char>(room);
+    g.pieces = reinterpret_cast<RowState<A>*>(g.flags + flag_bytes);
+    g.survivors = data<int64_t>(survivors);
+    g.count = data<int64_t>(count);
+    g.slot = arrival_slot(device);
+    const T* z = data<const T>(rows);
+    switch (kind) {
+      case Criterion::confidence: return launch_gate<Criterion::confidence>(device, z, g, pieces);
+      case Criterion::margin: return launch_gate<Criterion::margin>(device, z, g, pieces);
+      case Criterion::entropy: return launch_gate<Criterion::entropy>(device, z, g, pieces);
+    }
+  });
+  return {confidence, prediction, survivors, count};
+}
+
+}  // namespace
+}  // namespace elf_fast
+
+STABLE_TORCH_LIBRARY_IMPL(elf_fast, CUDA, m) {
+  m.impl("exit_gate", TORCH_BOX(&elf_fast::exit_gate));
+}

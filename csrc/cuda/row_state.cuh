@@ -1,0 +1,194 @@
+// Softmax statistics of a row that can be taken piece by piece: the state of a row over some of its
+// classes, and how two states merge. Exponentials are to base 2, with a = log2(e) / T.
+//
+// NaN and infinities leave a mark instead of being treated on the way: their sum is NaN or 0. Such
+// a row is looked at again by `careful`.
+#pragma once
+
+#include "../tensor.h"
+
+namespace elf_fast {
+
+constexpr unsigned kWholeWarp = 0xffffffffu;
+constexpr int kNowhere = 0x7fffffff;  // a class index above all others
+
+template <class A>
+struct RowState {
+  A m;        // largest logit
+  A s;        // sum e, with e = 2^(a (z - m))
+  A u;        // margin: the second largest logit; entropy: sum a (z - m) e
+  int index;  // class of the largest logit, the lowest of equals
+};
+
+// Finite, so that a first difference z - m is never infinity minus infinity.
+template <class A>
+constexpr A kLowest = std::is_same_v<A, double> ? static_cast<A>(-1.7976931348623157e308)
+                                                : static_cast<A>(-3.4028234663852886e38);
+
+template <Criterion kCriterion, class A>
+__device__ __forceinline__ RowState<A> no_state() {
+  return {kLowest<A>, A(0), kCriterion == Criterion::margin ? kLowest<A> : A(0), kNowhere};
+}
+
+__device__ __forceinline__ float power_of_2(float x) { return exp2f(x); }
+__device__ __forceinline__ double power_of_2(double x) { return exp2(x); }
+__device__ __forceinline__ float largest(float x, float y) { return fmaxf(x, y); }
+__device__ __forceinline__ double largest(double x, double y) { return fmax(x, y); }
+__device__ __forceinline__ float smallest(float x, float y) { return fminf(x, y); }
+__device__ __forceinline__ double smallest(double x, double y) { return fmin(x, y); }
+
+// The sums of a state whose maximum rises from r.m to m.
+template <Criterion kCriterion, class A>
+__device__ __forceinline__ void rebase(RowState<A>& r, A m, A a) {
+  const A shift = a * (r.m - m);
+  const A scale = power_of_2(shift);
+  if constexpr (kCriterion == Criterion::entropy)
+    r.u = scale > A(0) ? scale * (r.u + shift * r.s) : A(0);
+  r.s *= scale;
+  r.m = m;
+}
+
+// Takes kCount neighbouring classes from `first` on.
+template <Criterion kCriterion, int kCount, class A>
+__device__ __forceinline__ void take(RowState<A>& r, const A (&z)[kCount], int first, A a) {
+  A top = z[0];
+#pragma unroll
+  for (int k = 1; k < kCount; ++k) top = largest(top, z[k]);
+  if constexpr (kCriterion == Criterion::margin) {
+    A best = r.m;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      r.u = largest(r.u, smallest(best, z[k]));
+      best = largest(best, z[k]);
+    }
+  }
+  if (top > r.m) {  // rare after the first few classes
+    rebase<kCriterion>(r, top, a);
+#pragma unroll
+    for (int k = kCount - 1; k >= 0; --k)
+      if (z[k] == top) r.index = first + k;
+  }
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) {
+    const A t = a * (z[k] - r.m);
+    const A e = power_of_2(t);
+    r.s += e;
+    // Where t is -infinity, e is 0 and so must their product be.
+    if constexpr (kCriterion == Criterion::entropy) r.u += largest(t, A(-2000)) * e;
+  }
+}
+
+// Both orders of a and b give the same bits, so any fixed tree of merges is deterministic.
+template <Criterion kCriterion, class A>
+__device__ __forceinline__ RowState<A> merge(RowState<A> x, RowState<A> y, A a) {
+  const A m = largest(x.m, y.m);
+  const int index = x.m > y.m   ? x.index
+                    : y.m > x.m ? y.index
+                                : (x.index < y.index ? x.index : y.index);
+  const A lower = smallest(x.m, y.m);
+  rebase<kCriterion>(x, m, a);
+  rebase<kCriterion>(y, m, a);
+  RowState<A> r{m, x.s + y.s, x.u, index};
+  if constexpr (kCriterion == Criterion::margin) r.u = largest(largest(x.u, y.u), lower);
+  if constexpr (kCriterion == Criterion::entropy) r.u = x.u + y.u;
+  return r;
+}
+
+template <Criterion kCriterion, class A>
+__device__ __forceinline__ RowState<A> shuffled(const RowState<A>& r, unsigned mask, int lanes) {
+  RowState<A> other = r;
+  other.m = __shfl_xor_sync(mask, r.m, lanes);
+  other.s = __shfl_xor_sync(mask, r.s, lanes);
+  if constexpr (kCriterion != Criterion::confidence) other.u = __shfl_xor_sync(mask, r.u, lanes);
+  other.index = __shfl_xor_sync(mask, r.index, lanes);
+  return other;
+}
+
+// The state over all that kLanes neighbouring lanes of a warp hold; every one of them gets it.
+template <Criterion kCriterion, int kLanes, class A>
+__device__ __forceinline__ RowState<A> over_lanes(RowState<A> r, unsigned mask, A a) {
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2)
+    r = merge<kCriterion>(r, shuffled<kCriterion>(r, mask, lanes), a);
+  return r;
+}
+
+// State over the classes [begin, end) of a row that fall to `lane` of `lanes` threads: 16 bytes a
+// load, kLoads of them in flight before the first is used.
+template <Criterion kCriterion, int kLoads, class T, class A>
+__device__ __forceinline__ RowState<A> state_of(const T* row, int begin, int end, int lane,
+                                                int lanes, A a) {
+  constexpr int kWidth = 16 / sizeof(T);
+  RowState<A> r = no_state<kCriterion, A>();
+  const auto one = [&](int c) {
+    const A z[1] = {static_cast<A>(row[c])};
+    take<kCriterion>(r, z, c, a);
+  };
+  const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row + begin) % 16 / sizeof(T));
+  int head = past == 0 ? 0 : kWidth - past;
+  if (head > end - begin) head = end - begin;
+  const int body = begin + head;
+  for (int c = begin + lane; c < body; c += lanes) one(c);
+  const int vectors = (end - body) / kWidth;
+  const uint4* wide = reinterpret_cast<const uint4*>(row + body);
+  for (int v = lane; v < vectors; v += kLoads * lanes) {
+    uint4 loaded[kLoads];
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k)
+      if (v + k * lanes < vectors) loaded[k] = __ldg(wide + v + k * lanes);
+#pragma unroll
+    for (int k = 0; k < kLoads; ++k) {
+      if (v + k * lanes >= vectors) break;
+      T narrow[kWidth];
+      memcpy(narrow, &loaded[k], 16);
+      A z[kWidth];
+#pragma unroll
+      for (int i = 0; i < kWidth; ++i) z[i] = static_cast<A>(narrow[i]);
+      take<kCriterion>(r, z, body + (v + k * lanes) * kWidth, a);
+    }
+  }
+  for (int c = body + vectors * kWidth + lane; c < end; c += lanes) one(c);
+  return r;
+}
+
+// What infinities and NaN make of a row, by kLanes lanes that all call this.
+template <class A>
+struct Careful {
+  A m;        // largest logit; NaN if one was
+  int index;  // its class, the lowest of equals (of NaN, the first)
+  int ties;   // how many classes have it
+};
+
+template <int kLanes, class A, class T>
+__device__ Careful<A> careful(const T* row, int C, int lane, unsigned mask) {
+  A m = -INFINITY;
+  int nan = kNowhere, index = kNowhere, ties = 0;
+  for (int c = lane; c < C; c += kLanes) {
+    const A z = static_cast<A>(row[c]);
+    if (z != z) {
+      nan = c < nan ? c : nan;
+    } else if (z > m || index == kNowhere) {
+      m = z, index = c, ties = 1;
+    } else if (z == m) {
+      ++ties;
+    }
+  }
+#pragma unroll
+  for (int lanes = kLanes / 2; lanes > 0; lanes /= 2) {
+    const A other_m = __shfl_xor_sync(mask, m, lanes);
+    const int other_index = __shfl_xor_sync(mask, index, lanes);
+    const int other_ties = __shfl_xor_sync(mask, ties, lanes);
+    const int other_nan = __shfl_xor_sync(mask, nan, lanes);
+    nan = other_nan < nan ? other_nan : nan;
+    if (index == kNowhere || (other_index != kNowhere && other_m > m)) {
+      m = other_m, index = other_index, ties = other_ties;
+    } else if (other_index != kNowhere && other_m == m) {
+      index = other_index < index ? other_index : index;
+      ties += other_ties;
+    }
+  }
+  if (nan != kNowhere) return {static_cast<A>(NAN), nan, 0};
+  return {m, index, ties};
+}
+
+}  // namespace elf_fast

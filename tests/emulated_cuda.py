@@ -1,0 +1,69 @@
+"""The CUDA C++ kernels on the CPU: their own source, compiled as C++ against `cuda_on_cpu/`.
+
+The library registers its operators for CUDA as always; inside `serving()` CPU tensors are sent there.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from elf_fast import backend
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+TORCH = Path(torch.__file__).parent
+FLAGS = """-x c++ -std=c++20 -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wno-unknown-pragmas
+ -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 -include cuda_runtime.h""".split()
+
+
+def compiler() -> str | None:
+    return os.environ.get("CXX") or shutil.which("g++")
+
+
+def build(sources: Path, folder: Path) -> Path:
+    """A library of all sources/cuda/*.cu for CPU tensors."""
+    objects = []
+    for source in sorted((sources / "cuda").glob("*.cu")):
+        objects.append(str(folder / f"{source.stem}.o"))
+        command = [
+            *(compiler() or "g++").split(), *FLAGS, f"-I{ROOT}/tests/cuda_on_cpu",
+            f"-isystem{TORCH}/include", "-c", str(source), "-o", objects[-1],
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+    library = folder / "emulated_cuda.so"
+    command = [*(compiler() or "g++").split(), "-shared", *objects, "-o", str(library),
+               f"-L{TORCH}/lib", "-ltorch_cpu"]  # fmt: skip
+    subprocess.run(command, check=True)
+    return library
+
+
+@functools.cache
+def _load() -> None:
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    torch.ops.load_library(str(build(ROOT / "csrc", Path(folder))))
+
+
+@contextlib.contextmanager
+def serving() -> Iterator[None]:
+    """Serve CPU tensors from the emulated kernels inside the block."""
+    _load()
+    with contextlib.ExitStack() as stack:
+        library = torch.library.Library("elf_fast", "IMPL")
+        stack.callback(library._destroy)
+        cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+        for name in backend.CUDA_CPP:
+            op = getattr(torch.ops.elf_fast, name).default
+            library.impl(name, functools.partial(op.redispatch, cuda), "CPU", allow_override=True)
+        yield
