@@ -1,6 +1,6 @@
 """The CUDA C++ kernels on the CPU: their own source, compiled as C++ against `cuda_on_cpu/`.
 
-The library registers its operators for CUDA as always; inside `serving()` CPU tensors are sent there.
+The library registers its operators for CUDA as always; inside `serving()` CPU tensors go there.
 """
 
 from __future__ import annotations
