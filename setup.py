@@ -1,7 +1,7 @@
 """Builds the native libraries; pyproject.toml says everything else about the package.
 
-ELF_FAST_BUILD chooses what is compiled: `auto` (the default: the CPU library, until the CUDA library
-has been run on a GPU), `cuda` (both, or an error), `cpu`, or `none`. CXX, CUDA_HOME,
+ELF_FAST_BUILD chooses what is compiled: `auto` (the default: the CPU library only, until the CUDA
+one has been run on a GPU), `cuda` (both, or an error), `cpu`, or `none`. CXX, CUDA_HOME,
 TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected. No GPU is needed to build.
 """
 
