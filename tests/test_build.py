@@ -151,14 +151,14 @@ def test_wheel_runs(installed, tmp_path):
     said = probe(tmp_path, installed)
     assert Path(said["package"]).is_relative_to(installed)
     assert Path(said["kernels"]).is_relative_to(installed)
-    assert said["cpu"] == "cpu (native kernels)"
+    assert said["cpu"] == "cpu (C++)"
     assert said["survivors"] == [1] and said["prediction"] == [0, 0]
 
 
 def test_wheel_runs_on_another_torch(installed, torch_2_13, tmp_path):
     said = probe(tmp_path, installed, torch_2_13)
     assert said["torch"].startswith("2.13.0")
-    assert said["cpu"] == "cpu (native kernels)"
+    assert said["cpu"] == "cpu (C++)"
     assert said["survivors"] == [1] and said["prediction"] == [0, 0]
 
 
@@ -168,7 +168,7 @@ def test_none_compiles_nothing(sdist, tmp_path):
     assert native_libraries(wheel) == []
     pip("install", "-q", "--no-deps", "--target", tmp_path / "at", wheel, cwd=tmp_path)
     said = probe(tmp_path, tmp_path / "at")
-    assert said["cpu"].startswith("torch (plain PyTorch): elf_fast was built without its CPU")
+    assert said["cpu"].startswith("torch (plain PyTorch) (cpu: elf_fast was built without its CPU")
     assert said["survivors"] == [1] and said["prediction"] == [0, 0]
 
 
