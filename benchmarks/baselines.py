@@ -1,8 +1,16 @@
-"""What a user could run instead of an operator; each takes the same tensors as `functional`'s."""
+"""What a user could run instead of an operator; each takes the same tensors as `functional`'s.
+
+The `_without_waiting` functions never ask the device for a value, so a CUDA graph can hold them and
+torch.compile takes them whole. They pad survivors to [N] with N, as the operators do.
+"""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -14,7 +22,7 @@ def plain_gate(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor
 
 def plain_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross-entropy alone, without a gate."""
-    return torch.nn.functional.cross_entropy(logits, target, reduction="none")
+    return F.cross_entropy(logits, target, reduction="none")
 
 
 def plain_head(features: Tensor, linear: torch.nn.Linear, threshold: float):
@@ -24,3 +32,59 @@ def plain_head(features: Tensor, linear: torch.nn.Linear, threshold: float):
 def read_only(x: Tensor) -> Tensor:
     """The cheapest pass that PyTorch has over a buffer."""
     return x.sum()
+
+
+def gate_without_waiting(
+    logits: Tensor, threshold: float, criterion: str = "confidence", target: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """confidence [N], prediction [N], survivors [N]."""
+    N, C = logits.shape
+    p = torch.softmax(logits, dim=1, dtype=torch.float32)
+    confidence, prediction = p.max(dim=1)
+    if criterion == "margin":
+        best = p.topk(2, dim=1).values
+        confidence = best[:, 0] - best[:, 1]
+    elif criterion == "entropy":
+        confidence = torch.special.entr(p).sum(dim=1) / math.log(C)
+    leaves = confidence <= threshold if criterion == "entropy" else confidence >= threshold
+    if target is not None:
+        leaves = leaves & (prediction == target)
+    survivors = torch.nonzero_static(~leaves, size=N, fill_value=N).squeeze(1)
+    return confidence, prediction, survivors
+
+
+def head_without_waiting(
+    features: Tensor, weight: Tensor, bias: Tensor, threshold: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """logits [N, C] and the gate's three, of features [N, D, H, W] or tokens [N, T, D]."""
+    pooled = features.mean(dim=(2, 3) if features.dim() == 4 else 1)
+    logits = F.linear(pooled, weight, bias)
+    return logits, *gate_without_waiting(logits, threshold)
+
+
+def loss_without_waiting(
+    logits: Tensor, target: Tensor, threshold: float, *, weight: Tensor | None = None,
+    gamma: float = 0.0, scale: float = 1.0, margins: Tensor | None = None,
+    bias: Tensor | None = None, label_smoothing: float = 0.0,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """loss [N] and the gate's three; `reference.exit_loss` says what the settings mean."""
+    gate = gate_without_waiting(logits.detach(), threshold, target=target)
+    x = logits.float()
+    if margins is not None:
+        x = x - margins[target, None] * F.one_hot(target, logits.shape[1])
+    x = scale * x if bias is None else scale * x + bias
+    loss = F.cross_entropy(x, target, reduction="none", label_smoothing=label_smoothing)
+    if gamma > 0:
+        rest = -torch.expm1(-F.cross_entropy(x, target, reduction="none"))  # 1 - p
+        loss = rest.clamp_min(torch.finfo(rest.dtype).tiny) ** gamma * loss
+    if weight is not None:
+        loss = weight[target] * loss
+    return loss, *gate
+
+
+def forward_and_backward(loss: Any, logits: Tensor, target: Tensor, grad: Tensor):
+    """What `loss` returns, with the gradient [N, C] in the logits (a leaf) in the second place."""
+    with torch.enable_grad():
+        value, *gate = loss(logits, target)
+        (grad_logits,) = torch.autograd.grad(value, logits, grad)
+    return value.detach(), grad_logits, *gate
