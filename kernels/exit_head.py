@@ -44,21 +44,21 @@ def _pool(
 
 @triton.jit
 def _classify(
-    pooled, weight, stride_c, stride_d, bias, temperature, logits, states, indices, plane, N, C, D,
-    split_size,
+    pooled, weight, stride_c, stride_d, bias, temperature, logits, states, indices, plane, N, D,
+    class_vectors, split_size,
     CRITERION: tl.constexpr, T_IS_POINTER: tl.constexpr, HAS_BIAS: tl.constexpr,
-    WITH_LOGITS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    WITH_LOGITS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
     """Logits of ROWS rows and `split_size` classes, and the states of the rows over them. WIDEN
     multiplies as float32, which changes no product: Triton's interpreter takes bfloat16 for
-    integers."""
+    integers. See `gate.vector` for VECTOR."""
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     inside_rows = rows < N
     inverse_T = gate.inverse(temperature, T_IS_POINTER, states)
     start = split * split_size
-    end = tl.minimum(start + split_size, C)
+    end = tl.minimum(start + split_size, class_vectors * VECTOR)
     m, index, s, u = gate.no_state(inverse_T + tl.zeros([ROWS], tl.float32), CRITERION)
     for c in range(start, end, CLASSES):
         classes = c + tl.arange(0, CLASSES)
@@ -85,7 +85,7 @@ def _classify(
         # The gate reads the logits as they are handed out, rounded to the classifier's dtype.
         rounded = z.to(weight.dtype.element_ty)
         if WITH_LOGITS:
-            at = logits + rows[:, None] * C + classes[None, :]
+            at = logits + rows[:, None] * (class_vectors * VECTOR) + classes[None, :]
             tl.store(at, rounded, mask=inside_rows[:, None] & inside[None, :])
         m_b, index_b, s_b, u_b = gate.tile_state(
             rounded.to(tl.float32), classes, inside, inverse_T, CRITERION
@@ -154,14 +154,16 @@ def exit_head(
     splits = triton.cdiv(tiles, split_tiles)
     states, indices = gate.empty_states(splits, N, weight)
     logits = weight.new_empty((N if with_logits else 0, C))
+    vector = gate.vector(logits)
     T, T_is_pointer = gate.setting(temperature)
     if N:
         _classify[(blocks, splits)](
             pooled, weight, weight.stride(0), weight.stride(1), bias, T, logits, states, indices,
-            splits * N, N, C, D, split_tiles * classes, CRITERION=criterion,
+            splits * N, N, D, C // vector, split_tiles * classes, CRITERION=criterion,
             T_IS_POINTER=T_is_pointer, HAS_BIAS=bias is not None, WITH_LOGITS=with_logits,
-            PRECISION=_precision(), WIDEN=weight.device.type == "cpu", ROWS=rows, CLASSES=classes,
-            CHANNELS=max(16, min(64, triton.next_power_of_2(D))), num_warps=4, num_stages=3,
+            PRECISION=_precision(), WIDEN=weight.device.type == "cpu", VECTOR=vector, ROWS=rows,
+            CLASSES=classes, CHANNELS=max(16, min(32, triton.next_power_of_2(D))), num_warps=8,
+            num_stages=3,
         )  # fmt: skip
     gated = gate.finish(states, indices, threshold, temperature, criterion, target, C)
     return logits, pooled, *gated
