@@ -1,8 +1,8 @@
 """Builds the native libraries; pyproject.toml says everything else about the package.
 
-ELF_FAST_BUILD chooses what is compiled: `auto` (the default: the CPU library only, until the CUDA
-one has been run on a GPU), `cuda` (both, or an error), `cpu`, or `none`. CXX, CUDA_HOME,
-TORCH_CUDA_ARCH_LIST and MAX_JOBS are respected. No GPU is needed to build.
+ELF_FAST_BUILD chooses what is compiled: `auto` (the default: the CPU library, and the CUDA one if
+an nvcc fits torch), `cuda` (both, or an error), `cpu`, or `none`. CXX, CUDA_HOME, MAX_JOBS and
+TORCH_CUDA_ARCH_LIST are respected. No GPU is needed to build.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ CXX_FLAGS = (
     "-Wno-unknown-warning-option"
 ).split()
 NVCC_FLAGS = f"{COMMON} -DUSE_CUDA -lineinfo -Xcompiler=-fvisibility=hidden".split()
+NVCC_FLAGS += ["-Xfatbin=-compress-all", "--threads=2"]
 
 
 def import_torch() -> Any:
@@ -109,10 +110,10 @@ def native(mode: str) -> dict[str, Any]:
     """The arguments of `setup` that compile what `mode` asks for."""
     torch = import_torch()
     cpu, cuda = (sorted(map(str, Path("csrc").glob(p))) for p in ("cpu/*.cpp", "cuda/*.cu"))
-    problem = cuda_problem(torch, cuda) if mode == "cuda" else "ELF_FAST_BUILD=cuda adds CUDA C++"
+    problem = "not asked for" if mode == "cpu" else cuda_problem(torch, cuda)
     if problem and mode == "cuda":
         raise SystemExit(f"elf_fast: ELF_FAST_BUILD=cuda: {problem}")
-    elif problem and mode == "auto":
+    if problem and mode == "auto":
         print(f"elf_fast: building the CPU library only; {problem}")
     elif not problem:
         os.environ["CUDA_HOME"] = toolkit_home(find_nvcc())

@@ -1,7 +1,8 @@
 """What the GPU kernels compile to: registers, shared memory, spills and wide memory accesses, read
-from their machine code. No GPU is needed.
+from their machine code. Triton's kernels are compiled here, those in CUDA C++ are taken from the
+built library. No GPU is needed.
 
-    python tests/gpu_code.py update              compiles all kernels and rewrites gpu_budget.json
+    python tests/gpu_code.py update              rewrites gpu_budget.json
     python tests/gpu_code.py triton --arch 90    prints what the Triton kernels compile to
 
 test_gpu_code.py holds the kernels to that budget.
@@ -14,14 +15,13 @@ import importlib.util
 import json
 import os
 import re
-import runpy
 import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
@@ -32,8 +32,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Path(__file__).with_name("gpu_budget.json")
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-SETUP: dict[str, Any] = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+LIBRARY = ROOT / "elf_fast/_native_cuda.so"
 
 #: Compute capabilities that the budget speaks of.
 ARCHITECTURES = (80, 90, 100)
@@ -64,9 +63,9 @@ Codes = dict[str, Code]
 class Budget:
     """The numbers of COLUMNS by kernel and architecture, and the compilers that gave them."""
 
-    made_with: dict[str, str] = field(default_factory=dict)
-    triton: dict[str, dict[str, list[int]]] = field(default_factory=dict)
-    cuda: dict[str, dict[str, list[int]]] = field(default_factory=dict)
+    made_with: dict[str, str | None]
+    triton: dict[str, dict[str, list[int]]]
+    cuda: dict[str, dict[str, list[int]]]
 
 
 def load_budget() -> Budget:
@@ -290,49 +289,27 @@ def triton_code(arch: int) -> Codes:
 # CUDA C++
 
 
-def cuda_problem() -> str | None:
-    """Why the CUDA sources cannot be compiled; None if they can."""
-    return SETUP["cuda_problem"](torch, [str(s) for s in SOURCES])
-
-
-def nvcc_release() -> str:
-    return SETUP["ask"](r"release (\d+\.\d+)", SETUP["find_nvcc"](), "--version")
-
-
-def cuda_code(source: Path, architectures: str = SETUP["ARCHITECTURES"]) -> dict[int, Codes]:
-    """Compiles a source with the flags of setup.py and those that torch adds; code by architecture
-    and function, without the function's arguments."""
-    from torch.utils import cpp_extension
-
-    command = [SETUP["find_nvcc"](), "-fatbin", "--threads", "2", *SETUP["NVCC_FLAGS"]]
-    command += cpp_extension.COMMON_NVCC_FLAGS
-    for folder in cpp_extension.include_paths():
-        command += ["-isystem", folder]
-    for arch in architectures.split(";"):
-        number = arch.removesuffix("+PTX").replace(".", "")
-        codes = [f"sm_{number}"] + [f"compute_{number}"] * arch.endswith("+PTX")
-        command += ["-gencode", f"arch=compute_{number},code=[{','.join(codes)}]"]
+def cuda_code() -> dict[int, Codes]:
+    """Code in the built library, by architecture and function."""
     with tempfile.TemporaryDirectory() as folder:
-        binary = Path(folder) / "code.fatbin"
-        done = subprocess.run(
-            [*command, "-o", str(binary), str(source)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        assert done.returncode == 0, f"{source.name}: {' '.join(command)}\n{done.stdout}"
-        output(tool("cuobjdump"), "-xelf", "all", binary, cwd=folder)
-        cubins = {
-            int(re.search(r"sm_(\d+)", file.name)[1]): file.read_bytes()
-            for file in Path(folder).glob("*.cubin")
-        }
+        output(tool("cuobjdump"), "-xelf", "all", LIBRARY, cwd=folder)
+        cubins = [(file.name, file.read_bytes()) for file in Path(folder).glob("*.cubin")]
     found: dict[int, Codes] = {}
-    for arch, cubin in cubins.items():
+    for file, cubin in cubins:
+        arch = int(re.search(r"sm_(\d+)", file)[1])
         (codes,) = read_code([cubin], arch)
-        names = [f"{source.name}: {name}" for name in demangled(*codes)]
-        found[arch] = dict(zip(names, codes.values(), strict=True))
-        assert len(found[arch]) == len(codes), f"{source.name}: overloaded kernels"
+        named = dict(zip(demangled(*codes), codes.values(), strict=True))
+        of_arch = found.setdefault(arch, {})
+        assert len(named) == len(codes) and not named.keys() & of_arch, "kernels of one name"
+        of_arch |= named
     return found
+
+
+def nvcc_release() -> str | None:
+    """Of the nvcc on PATH, which built the library."""
+    if shutil.which("nvcc") is None:
+        return None
+    return re.search(r"release (\d+\.\d+)", output("nvcc", "--version"))[1]
 
 
 def demangled(*functions: str) -> list[str]:
@@ -342,8 +319,6 @@ def demangled(*functions: str) -> list[str]:
 
 
 def update() -> None:
-    budget = load_budget() if BUDGET.exists() else Budget()
-
     def rows(of_arch: dict[int, Codes]) -> dict[str, dict[str, list[int]]]:
         out: dict[str, dict[str, list[int]]] = {}
         for arch, codes in sorted(of_arch.items()):
@@ -354,16 +329,9 @@ def update() -> None:
                 out.setdefault(kernel, {})[str(arch)] = numbers
         return out
 
-    budget.triton = rows({arch: triton_code(arch) for arch in ARCHITECTURES})
-    budget.made_with["triton"] = version("triton")
-    if problem := cuda_problem():
-        print(f"the budget of the CUDA sources stays as it is: {problem}")
-    else:
-        budget.cuda = {}
-        for source in SOURCES:
-            budget.cuda |= rows(cuda_code(source))
-        budget.made_with["nvcc"] = nvcc_release()
-    save_budget(budget)
+    triton = rows({arch: triton_code(arch) for arch in ARCHITECTURES})
+    made_with = {"triton": version("triton"), "nvcc": nvcc_release()}
+    save_budget(Budget(made_with, triton, rows(cuda_code())))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "elf_fast/__init__.py").read_text())[1]
@@ -64,7 +65,8 @@ def pip(*arguments: str | Path, cwd: Path, check: bool = True, **changes: str):
 
 def build_wheel(source: Path, out: Path, mode: str) -> Path:
     flags = ("--no-build-isolation", "--no-deps", "-w", out)
-    pip("wheel", *flags, source, cwd=out.parent, ELF_FAST_BUILD=mode)
+    # One architecture is enough to see that the CUDA library gets there.
+    pip("wheel", *flags, source, cwd=out.parent, ELF_FAST_BUILD=mode, TORCH_CUDA_ARCH_LIST="9.0")
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -101,7 +103,7 @@ def sdist(tree) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
-    return build_wheel(sdist, tmp_path_factory.mktemp("cpu") / "wheel", "cpu")
+    return build_wheel(sdist, tmp_path_factory.mktemp("auto") / "wheel", "auto")
 
 
 @pytest.fixture(scope="module")
@@ -136,10 +138,12 @@ def test_sdist_holds_the_sources(tree, sdist):
     assert not [name for name in held if name.endswith((".so", ".pyc"))]
 
 
-def test_wheel_holds_the_package(wheel):
+def test_wheel_holds_the_package(wheel, recipe):
     held = names(wheel)
     assert {"elf_fast/__init__.py", "elf_fast/py.typed", "elf_fast/kernels/__init__.py"} <= held
-    assert native_libraries(wheel) == ["elf_fast/_native_cpu.so"]
+    fits = recipe.cuda_problem(torch, ["gate.cu"]) is None
+    built = ["elf_fast/_native_cpu.so", *["elf_fast/_native_cuda.so"] * fits]
+    assert native_libraries(wheel) == built
     info = f"elf_fast-{VERSION}.dist-info"
     assert {name.partition("/")[0] for name in held} == {"elf_fast", info}
     with zipfile.ZipFile(wheel) as archive:
