@@ -237,7 +237,7 @@ EXIT_LOSSES = {
 def away_from_ties(model, x, y) -> torch.Tensor:
     """Samples whose statistic is nowhere within 1e-4 of its threshold, judged in float64."""
     exact = copy.deepcopy(model).double()
-    clear = torch.ones(len(x), dtype=torch.bool)
+    clear = torch.ones(len(x), dtype=torch.bool, device=x.device)
     z, thresholds = x.double(), exact._active_thresholds()
     for e in range(len(exact.stages) - 1):
         z = exact.stages[e](z)
@@ -278,21 +278,39 @@ def test_drop_in(
         temperatures=temperature, criterion=criterion, drop_exited=drop_exited,
         exit_loss=EXIT_LOSSES[exit_loss](classes),
     ).to(dtype).train(training)  # fmt: skip
-    fused = elf_fast.fuse(copy.deepcopy(model))
     x = torch.randn(N, 3, 6, 6, dtype=dtype)
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
         model.to(memory_format=torch.channels_last)
-        fused.to(memory_format=torch.channels_last)
-    y = torch.randint(0, classes, (N,))
+    assert_drop_in(model, x, torch.randint(0, classes, (N,)))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("drop_exited", [True, False], ids=["dropping", "keeping"])
+@pytest.mark.parametrize("head", [ExitHead, generic_head], ids=["fused", "generic"])
+@pytest.mark.parametrize("exit_loss", ["default", "LDAM"])
+def test_drop_in_on_every_backend(device, exit_loss, head, drop_exited, training):
+    model = cnn(
+        reference.ELF, classes=7, head=head, thresholds=0.5, drop_exited=drop_exited,
+        exit_loss=EXIT_LOSSES[exit_loss](7), seed=15,
+    ).to(device).train(training)  # fmt: skip
+    x, y = torch.randn(33, 3, 6, 6), torch.randint(0, 7, (33,))
+    shares = assert_drop_in(model, x.to(device), y.to(device)).bincount(minlength=3)
+    assert bool((shares > 0).all()), "a test of exits that nobody takes"
+
+
+def assert_drop_in(model: reference.ELF, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The fused twin of `model` agrees with it. Returns the exit indices, of no sample if one is
+    too near a threshold to tell."""
+    fused = elf_fast.fuse(copy.deepcopy(model))
     if not bool(away_from_ties(model, x, y).all()):
-        return
+        return torch.zeros(0, dtype=torch.int64)
+    tolerance = (
+        {"rtol": 1e-4, "atol": 1e-5} if x.dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
+    )
     expected, out = model(x, y), fused(x, y)
     assert torch.equal(out.exit_index, expected.exit_index)
     assert torch.equal(out.prediction, expected.prediction)
-    tolerance = (
-        {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
-    )
     torch.testing.assert_close(out.logits, expected.logits, **tolerance)
     torch.testing.assert_close(out.confidence, expected.confidence, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(out.loss, expected.loss, **tolerance)
@@ -309,6 +327,7 @@ def test_drop_in(
     if bool(away_from_ties(model, x, y).all()):
         assert torch.equal(served.exit_index, plain.exit_index)
         torch.testing.assert_close(served.logits, plain.logits, **tolerance)
+    return out.exit_index
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -256,6 +256,28 @@ def test_compact_in_place_moves_only_what_must(shape, channels_last, kept, devic
     assert moved == int((survivors >= n).sum())
 
 
+@pytest.mark.parametrize("n", [0, 1, 5, 8])
+@pytest.mark.parametrize("shape, channels_last", FEATURES, ids=str)
+def test_count_on_the_device(shape, channels_last, n, device):
+    """Only the first `count` survivors are meant, whatever the rest hold; other rows stay."""
+    x = features(shape, channels_last, torch.float32).to(device)
+    N = len(x)
+    meant = sorted(torch.randperm(N, generator=torch.Generator().manual_seed(n))[:n].tolist())
+    n = len(meant)
+    survivors = torch.tensor(meant + [N] * (N - n), device=device)
+    count = torch.tensor(n, device=device)
+    out = torch.full_like(x, nan)
+    ops.compact_into(out, x, survivors, count)
+    assert torch.equal(out[:n], x[meant])
+    assert bool(out[n:].isnan().all())
+    moved = x.clone(memory_format=torch.preserve_format)
+    order = ops.compact_(moved, survivors, count)
+    assert sorted(order[:n].tolist()) == meant
+    assert order[n:].tolist() == [N] * (N - n)
+    assert torch.equal(moved[:n], x[order[:n]])
+    assert torch.equal(moved[n:], x[n:])
+
+
 def test_compact_in_place_byte_count():
     """Random survivors: the bytes moved match 2 s (1 - s) F."""
     N, F = 4096, 4096 * 16 * 4
@@ -294,6 +316,20 @@ def test_same_input_same_bits(device):
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("function", [functional.exit_gate, functional.exit_loss])
+@pytest.mark.parametrize("C", [5, 1000])
+@pytest.mark.parametrize("y", [-1, "C"])
+def test_target_out_of_range_is_heard_of(function, C, y, device):
+    """One of 2000, so that it is not in the block that writes the count."""
+    target = torch.zeros(2000, dtype=torch.int64, device=device)
+    target[1234] = C if y == "C" else y
+    logits = torch.randn(2000, C, device=device)
+    options = {"target": target} if function is functional.exit_gate else {}
+    arguments = (logits, 0.5) if options else (logits, target)
+    with pytest.raises(ValueError, match="target: expected 0 <= target <"):
+        function(*arguments, **options)
 
 
 @pytest.mark.parametrize("name", ["exit_gate", "exit_loss"])
