@@ -20,7 +20,8 @@ import torch
 from elf_fast import backend
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ROOT / "csrc" / "cuda"
+#: Another copy of csrc/, for tests of the tests.
+SOURCES = Path(os.environ.get("EMULATED_CUDA_SOURCES", ROOT / "csrc"))
 TORCH = Path(torch.__file__).parent
 FLAGS = """-x c++ -std=c++20 -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wno-unknown-pragmas
  -DUSE_CUDA -DTORCH_TARGET_VERSION=0x020b000000000000 -include cuda_runtime.h""".split()
@@ -30,10 +31,10 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("g++")
 
 
-def build(sources: Path, folder: Path) -> Path:
-    """A library of all sources/cuda/*.cu for CPU tensors."""
+def build(folder: Path) -> Path:
+    """A library of all cuda/*.cu for CPU tensors."""
     objects = []
-    for source in sorted((sources / "cuda").glob("*.cu")):
+    for source in sorted((SOURCES / "cuda").glob("*.cu")):
         objects.append(str(folder / f"{source.stem}.o"))
         command = [
             *(compiler() or "g++").split(), *FLAGS, f"-I{ROOT}/tests/cuda_on_cpu",
@@ -52,7 +53,7 @@ def build(sources: Path, folder: Path) -> Path:
 def _load() -> None:
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    torch.ops.load_library(str(build(ROOT / "csrc", Path(folder))))
+    torch.ops.load_library(str(build(Path(folder))))
 
 
 @contextlib.contextmanager
