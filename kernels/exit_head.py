@@ -163,7 +163,8 @@ def exit_head(
             T_IS_POINTER=T_is_pointer, HAS_BIAS=bias is not None, WITH_LOGITS=with_logits,
             PRECISION=_precision(), WIDEN=weight.device.type == "cpu", VECTOR=vector, ROWS=rows,
             CLASSES=classes, CHANNELS=max(16, min(32, triton.next_power_of_2(D))), num_warps=8,
-            num_stages=3,
+            # A third stage of float32 products would spill registers.
+            num_stages=2 if weight.dtype == torch.float32 else 3,
         )  # fmt: skip
     gated = gate.finish(states, indices, threshold, temperature, criterion, target, C)
     return logits, pooled, *gated
