@@ -26,7 +26,7 @@ LAYERS = (
     ("functional",),
     ("losses",),
     ("modules",),
-    ("models",),
+    ("models", "backbones"),
     ("",),
     ("training", "inference"),
     ("cli",),

@@ -1,0 +1,137 @@
+"""Networks by name: timm's, torchvision's, and the CIFAR ResNets of the long-tail papers; and where
+to put exits when nobody says."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["CifarResNet", "create", "default_exits"]
+
+#: Containers whose children are the network's steps, as timm and torchvision name them.
+_CONTAINERS = ("stages", "blocks", "trunk_output", "encoder.layers", "layers", "features")
+
+
+class _Block(nn.Module):
+    """Two 3x3 convolutions around a shortcut without parameters: where the shape changes, every
+    other pixel, and zeros for the new channels (option A). [N, in, H, W] -> [N, out, H/s, W/s]."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride = stride
+        self.new_channels = channels - in_channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        if self.stride > 1:
+            x = x[:, :, :: self.stride, :: self.stride]
+        if self.new_channels:
+            before = self.new_channels // 2
+            x = F.pad(x, (0, 0, 0, 0, before, self.new_channels - before))
+        return F.relu(y + x)
+
+
+class CifarResNet(nn.Module):
+    """ResNet of depth 6n + 2 for 32x32 images: 3 groups of n blocks of 16, 32 and 64 channels
+    (He et al., arXiv 1512.03385, section 4.2), `layer1` to `layer3`.
+
+    Shape: [N, 3, 32, 32] -> [N, num_classes].
+
+    Raises:
+        ValueError: depth is no 6n + 2.
+    """
+
+    def __init__(self, depth: int = 32, num_classes: int = 10) -> None:
+        super().__init__()
+        if depth < 8 or (depth - 2) % 6:
+            raise ValueError(f"depth: expected 6n + 2 with n >= 1 (20, 32, 44, ...), got {depth}")
+        n = (depth - 2) // 6
+        self.conv1 = nn.Conv2d(3, 16, 3, 1, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(_Block(16, 16, 1) for _ in range(n)))
+        self.layer2 = nn.Sequential(
+            *(_Block(16 if i == 0 else 32, 32, 1 + (i == 0)) for i in range(n))
+        )
+        self.layer3 = nn.Sequential(
+            *(_Block(32 if i == 0 else 64, 64, 1 + (i == 0)) for i in range(n))
+        )
+        self.fc = nn.Linear(64, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                nn.init.kaiming_normal_(module.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
+        return self.fc(x.mean((2, 3)))
+
+
+def create(name: str, num_classes: int, **options: Any) -> nn.Module:
+    """An untrained network with `num_classes` outputs.
+
+    Args:
+        name: "cifar_resnet32" (any depth 6n + 2), "timm/NAME", "torchvision/NAME", or a bare NAME,
+            which timm is asked for first.
+        options: keyword arguments of the network, such as timm's `drop_path_rate`.
+
+    Raises:
+        ValueError: nobody knows the name; the message lists near ones.
+        ModuleNotFoundError: the library that "timm/" or "torchvision/" names is not installed.
+    """
+    if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
+        return CifarResNet(int(name.removeprefix("cifar_resnet")), num_classes, **options)
+    library, _, bare = name.rpartition("/")
+    known: list[str] = []
+    if library == "timm" or (not library and importlib.util.find_spec("timm")):
+        import timm
+
+        if timm.is_model(bare):
+            return timm.create_model(bare, num_classes=num_classes, **options)
+        known += timm.list_models()
+    if library == "torchvision" or (not library and importlib.util.find_spec("torchvision")):
+        from torchvision.models import get_model, list_models
+
+        theirs = list_models()
+        if bare in theirs:
+            return get_model(bare, num_classes=num_classes, **options)
+        known += theirs
+    near = difflib.get_close_matches(bare, [*dict.fromkeys(known), "cifar_resnet32"], n=5)
+    raise ValueError(
+        "name: expected a network of timm or torchvision, or cifar_resnet32, "
+        f"got {name!r}{f'; near names: {near}' if near else ''}"
+    )
+
+
+def default_exits(backbone: nn.Module) -> list[str]:
+    """Names for `from_backbone`: the ends of the first three quarters of the network's stages or
+    blocks (with three stages, the first two).
+
+    Raises:
+        ValueError: the network's steps have none of the usual names.
+    """
+    steps = [f"layer{i}" for i in range(1, 9) if hasattr(backbone, f"layer{i}")]
+    for container in _CONTAINERS:
+        if steps:
+            break
+        try:
+            steps = [
+                f"{container}.{c}" for c, _ in backbone.get_submodule(container).named_children()
+            ]
+        except AttributeError:
+            continue
+    n = len(steps)
+    if n < 2:
+        raise ValueError(
+            f"exits: {type(backbone).__name__} has no layer1, layer2, ... and none of "
+            f"{', '.join(_CONTAINERS)}; name the modules after which to put exits"
+        )
+    ends = sorted({max(1, n * quarter // 4) for quarter in (1, 2, 3)}) if n > 3 else range(1, n)
+    return [steps[end - 1] for end in ends]
