@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from unittest import mock
 
 import pytest
 import torch
@@ -38,11 +41,21 @@ def _serving() -> list[tuple[str, str]]:
     return pairs
 
 
-@pytest.fixture(params=_serving(), ids=lambda pair: pair[0])
+@contextlib.contextmanager
+def _cuda_first() -> Iterator[None]:
+    """CUDA C++ for every operator that it has, whatever the defaults are."""
+    chosen = dict.fromkeys(backends.CUDA_CPP, ("cuda", "a test"))
+    with mock.patch.dict(backends.CUDA_DEFAULT, chosen):
+        backends._install(None)
+        yield
+    backends._install(None)
+
+
+@pytest.fixture(params=_serving(), ids=lambda pair: "-".join(dict.fromkeys(pair)))
 def device(request):
-    """Every backend in turn; yields the device that it serves. "emulated cuda" leaves operators
-    without a CUDA C++ kernel to the default."""
+    """Every backend in turn; yields the device that it serves. "cuda" and "emulated cuda" leave
+    operators without a CUDA C++ kernel to the default."""
     name, device = request.param
-    serving = emulated_cuda.serving() if name == "emulated cuda" else elf_fast.use_backend(name)
-    with serving:
+    named = {"cuda": _cuda_first, "emulated cuda": emulated_cuda.serving}
+    with named[name]() if name in named else elf_fast.use_backend(name):
         yield device

@@ -77,10 +77,17 @@ CALLS = {
 }  # fmt: skip
 
 
+def place(x, device):
+    """Tensors on the device, leaves where they were leaves."""
+    if not isinstance(x, torch.Tensor):
+        return x
+    return x.detach().to(device).requires_grad_(x.requires_grad)
+
+
 @pytest.mark.parametrize("name", CALLS)
 def test_opcheck(name, device):
     op, args = CALLS[name]()
-    opcheck(op, args)
+    opcheck(op, tuple(place(a, device) for a in args))
 
 
 @pytest.mark.parametrize(
@@ -121,8 +128,8 @@ def test_gradcheck_exit_gate(criterion, device):
     def confidence(z):
         return functional.exit_gate(z, 0.5, temperature=1.3, criterion=criterion).confidence
 
-    assert torch.autograd.gradcheck(confidence, (_logits(torch.float64),))
-    z = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(confidence, (place(_logits(torch.float64), device),))
+    z = torch.randn(3, 1, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(confidence, (z,))
 
 
@@ -130,39 +137,44 @@ def test_gradcheck_exit_gate(criterion, device):
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("plain", [True, False])
 def test_gradcheck_exit_loss(gamma, smoothing, plain, device):
-    vectors = {} if plain else {"weight": PER_CLASS, "margins": PER_CLASS, "bias": PER_CLASS}
+    names = () if plain else ("weight", "margins", "bias")
+    vectors = dict.fromkeys(names, PER_CLASS.to(device))
+    target = TARGET.to(device)
 
     def loss(z):
         return functional.exit_loss(
             z,
-            TARGET,
+            target,
             gamma=gamma,
             scale=1.0 if plain else 2.0,
             label_smoothing=smoothing,
             **vectors,
         ).loss
 
-    assert torch.autograd.gradcheck(loss, (_logits(torch.float64),))
+    assert torch.autograd.gradcheck(loss, (place(_logits(torch.float64), device),))
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 6, 2, 3)], ids=str)
 def test_gradcheck_exit_head(shape, device):
-    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
-    w = torch.randn(5, 6, dtype=torch.float64, requires_grad=True)
-    b = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    x, w, b = (
+        torch.randn(size, dtype=torch.float64, device=device, requires_grad=True)
+        for size in (shape, (5, 6), (5,))
+    )
     assert torch.autograd.gradcheck(lambda *a: functional.exit_head(*a, 0.5).logits, (x, w, b))
 
 
 def test_gradcheck_compact(device):
-    x = torch.randn(7, 3, 2, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: functional.compact(x, SURVIVORS), (x,))
+    x = torch.randn(7, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
+    survivors = SURVIVORS.to(device)
+    assert torch.autograd.gradcheck(lambda x: functional.compact(x, survivors), (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_is_linear_then_float32_softmax(dtype, device):
-    x, w, b = IMAGES.clone(), torch.randn(5, 6), torch.randn(5)
-    target = TARGET
-    with torch.autocast("cpu", dtype=dtype):
+    x, w, b, target = (
+        t.to(device) for t in (IMAGES, torch.randn(5, 6), torch.randn(5), TARGET)
+    )  # fmt: skip
+    with torch.autocast(device, dtype=dtype):
         head = functional.exit_head(x, w, b, 0.5)
         linear = torch.nn.functional.linear(x.mean(dim=(2, 3)), w, b)
         gate = functional.exit_gate(head.logits, 0.5)
@@ -179,11 +191,11 @@ def test_autocast_is_linear_then_float32_softmax(dtype, device):
 
 
 def test_autocast_gradients_reach_float32_parameters(device):
-    x = IMAGES.clone().requires_grad_()
-    w = torch.randn(5, 6, requires_grad=True)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    x = IMAGES.clone().to(device).requires_grad_()
+    w = torch.randn(5, 6, device=device, requires_grad=True)
+    with torch.autocast(device, dtype=torch.bfloat16):
         head = functional.exit_head(x, w, None, 0.5)
-        functional.exit_loss(head.logits, TARGET).loss.sum().backward()
+        functional.exit_loss(head.logits, TARGET.to(device)).loss.sum().backward()
     assert x.grad.dtype == w.grad.dtype == torch.float32
     assert bool(w.grad.abs().sum() > 0)
 

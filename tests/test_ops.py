@@ -32,6 +32,8 @@ def to_double(kwargs: dict) -> dict:
 def assert_same_gate(gate, truth, threshold, criterion: str) -> None:
     """Same predictions; same survivors but where the statistic is within 1e-6 of the threshold
     (relative; absolute for the entropy, whose own rounding is absolute)."""
+    gate, truth = (reference.ExitGate(*(x.cpu() for x in g)) for g in (gate, truth))
+    threshold = threshold.cpu() if isinstance(threshold, Tensor) else threshold
     assert torch.equal(gate.prediction, truth.prediction)
     N = len(gate.prediction)
     goes_on = torch.zeros(N, dtype=torch.bool)
@@ -69,7 +71,7 @@ def test_early_stop_decides_the_same(case, device):
     early = ops.exit_gate(logits, t, T, 0, kwargs["target"], True)
     for a, b in zip(full[1:], early[1:], strict=True):
         assert torch.equal(a, b)
-    exits = torch.ones(len(logits), dtype=torch.bool)
+    exits = torch.ones(len(logits), dtype=torch.bool, device=device)
     exits[full[2][: int(full[3])]] = False
     torch.testing.assert_close(early[0][exits], full[0][exits], rtol=2e-6, atol=0)
 
@@ -298,9 +300,9 @@ def test_empty_batches(device):
     functional.exit_loss(logits, target).loss.sum().backward()
     assert logits.grad.shape == (0, 10)
     x = torch.randn(0, 4, 3, 3, device=device)
-    head = functional.exit_head(x, torch.randn(10, 4), None, 0.5)
+    head = functional.exit_head(x, torch.randn(10, 4, device=device), None, 0.5)
     assert head.logits.shape == (0, 10)
-    empty = torch.zeros(0, dtype=torch.int64)
+    empty = torch.zeros(0, dtype=torch.int64, device=device)
     assert functional.compact(x, empty).shape == (0, 4, 3, 3)
     assert functional.compact_(x, empty).shape == (0,)
 
@@ -335,10 +337,10 @@ def test_target_out_of_range_is_heard_of(function, C, y, device):
 @pytest.mark.parametrize("name", ["exit_gate", "exit_loss"])
 def test_kernels_refuse_what_would_read_out_of_bounds(name, device):
     """The operators below `functional` keep memory safe on their own."""
-    logits, one = torch.randn(4, 5), torch.tensor(1.0)
-    bad = torch.tensor([0, 5, 1, 1])
+    logits, one = torch.randn(4, 5, device=device), torch.tensor(1.0)
+    bad = torch.tensor([0, 5, 1, 1], device=device)
     with pytest.raises((RuntimeError, ValueError)):
         if name == "exit_gate":
-            ops.exit_gate(logits, one, one, 0, torch.zeros(2, dtype=torch.int64), False)
+            ops.exit_gate(logits, one, one, 0, bad[:2], False)
         else:
             ops.exit_loss(logits, bad[:2], None, None, None, 0.0, 1.0, 0.0, one, one, 0)
