@@ -49,8 +49,18 @@ def gate_without_waiting(
     leaves = confidence <= threshold if criterion == "entropy" else confidence >= threshold
     if target is not None:
         leaves = leaves & (prediction == target)
-    survivors = torch.nonzero_static(~leaves, size=N, fill_value=N).squeeze(1)
-    return confidence, prediction, survivors
+    return confidence, prediction, padded_survivors(~leaves)
+
+
+def padded_survivors(goes_on: Tensor) -> Tensor:
+    """[N] from flags [N]: the rows that go on, ascending, then N."""
+    N = goes_on.shape[0]
+    if not torch.compiler.is_compiling():
+        return torch.nonzero_static(goes_on, size=N, fill_value=N).squeeze(1)
+    # torch.compile makes a kernel of its own of these, and calls four for nonzero_static.
+    place = torch.where(goes_on, goes_on.cumsum(0) - 1, N)
+    padded = torch.full((N + 1,), N, device=goes_on.device)
+    return padded.scatter(0, place, torch.arange(N, device=goes_on.device))[:N]
 
 
 def head_without_waiting(
