@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -na
 PACKAGES := elf_fast kernels
 FORMATTED := $(PACKAGES) benchmarks tests setup.py
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench gpu-check lint format clean
 
 demo: .venv/native
 	$(BIN)/elf-fast demo
@@ -19,6 +19,12 @@ bench: .venv/native
 	  --benchmark-max-time=0.3 --benchmark-min-rounds=5 --benchmark-group-by=group \
 	  --benchmark-sort=name --benchmark-columns=median,iqr,min,rounds
 	$(BIN)/python benchmarks/figures.py
+
+# Uses $(PYTHON) as it is, on a machine with a GPU, nvcc and torch.
+PARTS ?= build test sanitizer benchmarks
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py --out $(or $(OUT),$(error OUT: name a folder for the results)) \
+	  --parts $(PARTS)
 
 lint: .venv/deps
 	$(BIN)/ruff check $(FORMATTED)

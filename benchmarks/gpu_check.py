@@ -1,0 +1,243 @@
+"""Proof on a GPU in one command: build, tests, compute-sanitizer and kernel figures.
+
+    make gpu-check OUT=dir [PARTS="build test sanitizer benchmarks"]
+
+Needs nvcc and a Python with torch, Triton, pip, setuptools and pytest; no network. The package is
+installed into build/gpu-check, not into that Python, for the architecture of the GPU that is there;
+later calls of single parts find it there. A part that fails or runs out of time stops no other.
+OUT receives log.txt with everything printed, check.json with the results, rewritten after every
+part, and kernels.json with the figures. Exit status 1 if a part failed. --dry-run goes through
+cheap forms of all parts on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gpu_rows import figure_line, worst
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARY = ROOT / "build" / "gpu-check"
+
+#: Seconds for everything, and what is kept for each part while earlier ones run.
+TOTAL = 520.0
+KEPT = {"build": 120.0, "test": 180.0, "sanitizer": 90.0, "benchmarks": 120.0}
+#: Seconds between the request to end and the end of a part out of time.
+GRACE = 10.0
+#: Exit status of a part that cannot run here and says why in its last line.
+SKIPPED = 77
+
+#: What behaves differently on a GPU, in the order of its weight, and a package that it needs.
+TESTS = {
+    "test_cuda.py": None,
+    "test_ops.py": None,
+    "test_dispatch.py": None,
+    "test_elf.py": "hypothesis",
+    "test_losses.py": None,
+    "test_backend.py": None,
+    "test_bad_input.py": None,
+    "test_layers.py": None,
+}
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    command: Sequence[str]
+    kept: float  # seconds
+    env: dict[str, str] = field(default_factory=dict)
+    cwd: Path = ROOT
+
+
+@dataclass
+class Result:
+    part: str
+    outcome: str  # "ok", "failed", "out of time" or "skipped"
+    seconds: float
+    key_numbers: str  # the last line that the part printed
+    failures: list[str]  # its lines that begin with FAILED or ERROR
+
+
+def run_part(part: Part, limit: float, log: Path) -> Result:
+    """Runs a part for at most `limit` seconds; its output goes to the end of `log` as it comes."""
+    start = time.monotonic()
+    with log.open("ab") as output:
+        begin = output.tell()
+        process = subprocess.Popen(
+            part.command, cwd=part.cwd, env=os.environ | part.env, stdin=subprocess.DEVNULL,
+            stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    status = _wait(process, limit)
+    seconds = time.monotonic() - start
+    lines = log.read_bytes()[begin:].decode(errors="replace").split("\n")
+    named = {None: "out of time", 0: "ok", SKIPPED: "skipped"}
+    return Result(
+        part.name,
+        named.get(status, "failed"),
+        round(seconds, 1),
+        next((line.strip(" =") for line in reversed(lines) if line.strip(" =")), ""),
+        [line for line in lines if re.match(r"(FAILED|ERROR) ", line)],
+    )
+
+
+def _wait(process: subprocess.Popen[bytes], limit: float) -> int | None:
+    """The exit status, or None if the time was up. No process of its group is left."""
+    try:
+        return process.wait(limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGINT)  # pytest still says what failed so far
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(GRACE)
+        return None
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def check(parts: Sequence[Part], out: Path, about: dict[str, str], total: float = TOTAL) -> int:
+    """Runs the parts in turn and reports; what one leaves of its time, later ones may use.
+
+    Returns: 0, or 1 if a part failed or ran out of time.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    log = out / "log.txt"
+    log.write_text("")
+
+    def say(text: str) -> None:
+        print(text, flush=True)
+        with log.open("a") as file:
+            file.write(f"{text}\n")
+
+    say(", ".join(f"{name} {value}" for name, value in about.items()))
+    end = time.monotonic() + total
+    results: list[Result] = []
+    for i, part in enumerate(parts):
+        limit = end - time.monotonic() - sum(later.kept for later in parts[i + 1 :])
+        say(f"\n{part.name}: at most {limit:.0f} s: {shlex.join(part.command)}")
+        result = run_part(part, limit, log)
+        results.append(result)
+        say(f"{part.name}: {result.outcome}, {result.seconds:.1f} s: {result.key_numbers}")
+        for failure in result.failures[:40]:
+            say(f"  {failure[:200]}")
+        if (more := len(result.failures) - 40) > 0:
+            say(f"  and {more} more, see {log}")
+        summary = {"about": about, "parts": [asdict(r) for r in results]}
+        (out / "check.json").write_text(json.dumps(summary, indent=1) + "\n")
+    kernels = out / "kernels.json"
+    if any(part.name == "benchmarks" for part in parts) and kernels.exists():
+        say("\nthe ten figures that are furthest behind, or nearest")
+        for figure, row in worst(json.loads(kernels.read_text()), 10):
+            say(figure_line(figure, row))
+    say(f"\n{'part':12}{'result':14}{'seconds':>8}  key numbers")
+    for r in results:
+        say(f"{r.part:12}{r.outcome:14}{r.seconds:8.1f}  {r.key_numbers[:120]}")
+    return int(any(r.outcome not in ("ok", "skipped") for r in results))
+
+
+def _missing(package: str) -> bool:
+    return importlib.util.find_spec(package) is None
+
+
+def _tests() -> list[str]:
+    """Arguments of pytest; says what is left out."""
+    files = []
+    for name, package in TESTS.items():
+        if package and _missing(package):
+            print(f"{name} is left out: it needs the package {package}")
+        else:
+            files.append(str(ROOT / "tests" / name))
+    # Compiling takes most of the time, and Triton does it in the process that calls.
+    processes = min(8, os.cpu_count() or 1)
+    spread = [] if _missing("xdist") else ["-n", str(processes)]
+    return [*spread, "--maxfail=60", *files]
+
+
+def parts_of(out: Path, architecture: str | None) -> dict[str, Part]:
+    """By name. architecture: compute capability of the GPU ("9.0"); None: the dry run."""
+    dry = architecture is None
+    python, here = sys.executable, Path(__file__).parent
+    path = {"PYTHONPATH": str(LIBRARY), "PYTHONUNBUFFERED": "1"}
+    install = shlex.join(
+        [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--upgrade",
+         "--disable-pip-version-check", "--no-cache-dir", "--target", str(LIBRARY), "."]
+    )  # fmt: skip
+    if dry:
+        build = f"ELF_FAST_BUILD=none {install}"
+        tests = [str(ROOT / "tests/test_ops.py"), "-k", "test_compact_of_views and triton"]
+    else:
+        # Without the CUDA library the parts that follow still prove the Triton kernels.
+        build = f"ELF_FAST_BUILD=cuda {install} || (ELF_FAST_BUILD=cpu {install}; exit 1)"
+        tests = _tests()
+    pytest = [python, "-m", "pytest", "-v", "--tb=short", "-rfEs", "-p", "no:cacheprovider",
+              "-o", "faulthandler_timeout=60"]  # fmt: skip
+    sanitizer = [python, str(here / "gpu_sanitizer.py"), *(["--calls"] if dry else [])]
+    figures = [python, str(here / "gpu.py"), "--output", str(out / "kernels.json"),
+               *(["--dry-run", "--quick", "--budget", "5"] if dry else [])]  # fmt: skip
+    made = [
+        Part("build", ["sh", "-c", build], KEPT["build"],
+             {"TORCH_CUDA_ARCH_LIST": architecture or ""}),
+        # From another folder, so that the package is the installed one.
+        Part("test", [*pytest, *tests], KEPT["test"], path, LIBRARY),
+        Part("sanitizer", sanitizer, KEPT["sanitizer"], path),
+        Part("benchmarks", figures, KEPT["benchmarks"], path),
+    ]  # fmt: skip
+    return {part.name: part for part in made}
+
+
+def _ask(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for log and results")
+    parser.add_argument("--parts", nargs="+", choices=KEPT, default=list(KEPT), help="in order")
+    parser.add_argument("--dry-run", action="store_true", help="cheap forms, no GPU")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    gpu = _ask("nvidia-smi", "--query-gpu=compute_cap,name,driver_version", "--format=csv,noheader")
+    if not gpu and not options.dry_run:
+        parser.error("nvidia-smi sees no GPU; --dry-run needs none")
+    needs = {"build": ("pip", "setuptools"), "test": ("pytest",)}
+    missing = [p for part in options.parts for p in needs.get(part, ()) if _missing(p)]
+    if missing:
+        parser.error(f"{sys.executable} lacks the packages {', '.join(missing)}")
+    if "build" in options.parts:
+        shutil.rmtree(LIBRARY, ignore_errors=True)
+        LIBRARY.mkdir(parents=True)
+    elif not (LIBRARY / "elf_fast").exists():
+        parser.error(f"nothing is installed in {LIBRARY}: run the part build first")
+    first = gpu.split("\n")[0].split(", ")
+    about: dict[str, Any] = {
+        "date": datetime.datetime.now().isoformat(timespec="seconds"),
+        "commit": _ask("git", "rev-parse", "HEAD") or "unknown",
+        "gpu": "none: dry run" if options.dry_run else ", ".join(first[1:]),
+        "python": sys.version.split()[0],
+    }
+    parts = parts_of(out, None if options.dry_run else first[0])
+    return check([parts[name] for name in KEPT if name in options.parts], out, about)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
