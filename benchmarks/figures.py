@@ -2,7 +2,7 @@
 
     python benchmarks/figures.py [--output benchmarks/results/NAME.json]
 
-Ratios only: each row times two things in one run, interleaved (see interleave.py). A row that
+Ratios only: each row times two things in one run, interleaved. A row that
 misses its figure is printed like the others, marked.
 """
 
@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 from baselines import plain_gate, read_only
-from interleave import Timing, interleaved
 
 from elf_fast import functional, ops, reference
+from elf_fast.bench.timing import Timing, interleaved
 
 
 @dataclass

@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 import triton
-from interleave import Timing
 
 import elf_fast
+from elf_fast.bench.timing import Timing
 
 #: Calls in a graph, at most, and the bytes that a graph of long ones moves at least.
 CALLS = 160

@@ -1,0 +1,60 @@
+"""Inference: the same stages and heads, by whom they are run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import unfuse
+from ..reference import ELFOutput
+from .workload import InferenceWork
+
+#: Relative distance to a threshold within which two backends may decide differently.
+TIE = 1e-6
+
+
+def check_agreement(fast: ELFOutput, reference: ELFOutput, thresholds: Tensor) -> None:
+    """Raises RuntimeError unless both leave at the same exits with the same predictions, but for
+    samples whose confidence is within TIE of the threshold."""
+    moved = fast.exit_index != reference.exit_index
+    earlier = torch.minimum(fast.exit_index, reference.exit_index)
+    left = torch.where(
+        fast.exit_index <= reference.exit_index, fast.confidence, reference.confidence
+    )
+    at = thresholds[earlier.clamp(max=max(len(thresholds) - 1, 0))] if len(thresholds) else left
+    tie = moved & ((left - at).abs() <= TIE * at.abs())
+    wrong = (moved | (fast.prediction != reference.prediction)) & ~tie
+    if bool(wrong.any()):
+        raise RuntimeError(
+            f"elf_fast and its reference disagree on {int(wrong.sum())} of {len(wrong)} samples; "
+            "no speed is reported for wrong results"
+        )
+
+
+def candidates(work: InferenceWork) -> dict[str, Callable[[], Any]]:
+    """`elf_fast` and `reference`, the model; `full`, the network without exits; `oracle`, its
+    stages on batches compacted beforehand, without heads and tests: the time below which no early
+    exit can go. To be run under `torch.inference_mode()`.
+
+    Raises:
+        RuntimeError: elf_fast and the reference disagree (`check_agreement`).
+    """
+    model, images = work.model, work.images
+    plain = unfuse(model)
+    full = nn.Sequential(*model.stages, model.heads[-1])
+    with torch.inference_mode():
+        check_agreement(model(images), plain(images), model.thresholds)
+
+    def oracle() -> None:
+        for stage, x in zip(model.stages, work.stage_inputs, strict=False):
+            stage(x)
+
+    return {
+        "elf_fast": lambda: model(images),
+        "reference": lambda: plain(images),
+        "full": lambda: full(images),
+        "oracle": oracle,
+    }

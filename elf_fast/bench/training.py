@@ -1,0 +1,58 @@
+"""A training step (forward, loss, backward), by whom it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..modules import unfuse
+from .workload import TrainingWork
+
+
+def candidates(work: TrainingWork) -> dict[str, Callable[[], Tensor]]:
+    """`elf_fast` and `reference`, the model; `full`, the same network without exits. Each returns
+    its loss and leaves the gradients in the parameters, which all of them share.
+
+    Raises:
+        RuntimeError: loss or gradients of elf_fast and of the reference disagree.
+    """
+    model, images, target = work
+    plain = unfuse(model)
+    full = nn.Sequential(*model.stages, model.heads[-1])
+
+    def step(loss: Callable[[], Tensor]) -> Tensor:
+        model.zero_grad()
+        value = loss()
+        value.backward()
+        return value.detach()
+
+    steps = {
+        "elf_fast": lambda: step(lambda: model(images, target).loss),
+        "reference": lambda: step(lambda: plain(images, target).loss),
+        "full": lambda: step(lambda: F.cross_entropy(full(images), target)),
+    }
+    _check_agreement(model, steps["elf_fast"], steps["reference"])
+    return steps
+
+
+def _check_agreement(
+    model: nn.Module, fast: Callable[[], Tensor], reference: Callable[[], Tensor]
+) -> None:
+    """Loss and gradient, as vectors, to 1e-3 of their length: float32 sums in another order,
+    through many layers."""
+    ours, theirs = ((f(), _gradient(model)) for f in (fast, reference))
+    for name, a, b in zip(("loss", "gradient"), ours, theirs, strict=True):
+        if not bool((a - b).norm() <= 1e-3 * b.norm()):
+            raise RuntimeError(
+                f"the {name} of elf_fast and of its reference differ by "
+                f"{float((a - b).norm() / b.norm()):.1e} of its length; "
+                "no speed is reported for wrong results"
+            )
+
+
+def _gradient(model: nn.Module) -> Tensor:
+    grads = [p.grad.flatten() for p in model.parameters() if p.grad is not None]
+    return torch.cat(grads).clone()

@@ -1,0 +1,102 @@
+"""Work of a known shape: settings under which a chosen share of the samples goes on.
+
+Temperatures bring the logits of every exit to a standard deviation of 2, because an untrained
+network's confidences may differ by less than rounding, or all be 1; thresholds then lie between
+the confidences of two samples. Neither changes what an exit costs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..modules import ELF
+from ..reference import statistic
+
+
+class InferenceWork(NamedTuple):
+    model: ELF  # in evaluation mode, its thresholds set
+    images: Tensor  # [N, ...]
+    exit_index: Tensor  # [N] int64
+    stage_inputs: list[Tensor]  # what reaches each stage, compacted beforehand
+
+
+class TrainingWork(NamedTuple):
+    model: ELF  # in training mode, its training thresholds set
+    images: Tensor  # [N, ...]
+    target: Tensor  # [N] int64, the prediction of whoever leaves
+
+
+def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
+    """A copy of `model` that lets `share` in [0, 1] of the samples at each exit go on, to the
+    nearest sample. 1 switches the exits off."""
+    model = copy.deepcopy(model).eval()
+    alive = torch.arange(len(images), device=images.device)
+    exit_index = torch.full_like(alive, len(model.stages) - 1)
+    x, inputs = images, []
+    with torch.inference_mode():
+        for e, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
+            inputs.append(x)
+            x = stage(x)
+            if e == len(model.stages) - 1:
+                break
+            goes_on, _ = _decide(model, model.thresholds, e, head(x), share)
+            exit_index[alive[~goes_on]] = e
+            alive = alive[goes_on]
+            x = _select(x, goes_on)
+            if not len(alive):
+                break
+    return InferenceWork(model, images, exit_index, inputs)
+
+
+def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
+    """The same for a training step: the target of who leaves is what its exit predicts, that of
+    the rest is some class. Buffers (BatchNorm's statistics) are left as they were."""
+    model = copy.deepcopy(model).train()
+    scratch = copy.deepcopy(model)
+    alive = torch.arange(len(images), device=images.device)
+    target = torch.zeros_like(alive)
+    thresholds = model.train_thresholds if model.train_thresholds is not None else model.thresholds
+    x = images
+    with torch.no_grad():
+        for e, (stage, head) in enumerate(zip(scratch.stages, scratch.heads, strict=True)):
+            x = stage(x)
+            if e == len(scratch.stages) - 1:
+                break
+            logits = head(x) if model.drop_exited else head(x)[alive]
+            goes_on, target[alive] = _decide(model, thresholds, e, logits, share)
+            alive = alive[goes_on]
+            if not len(alive):
+                break
+            if model.drop_exited:
+                x = _select(x, goes_on)
+    return TrainingWork(model, images, target)
+
+
+def _decide(
+    model: ELF, thresholds: Tensor, e: int, logits: Tensor, share: float
+) -> tuple[Tensor, Tensor]:
+    """Sets temperature and threshold of exit e. Returns who goes on [n] and the predictions [n]."""
+    model.temperatures[e] = logits.std().clamp_min(1e-6) / 2
+    value = statistic(logits, model.temperatures[e], model.criterion)
+    sign = -1.0 if model.criterion == "entropy" else 1.0  # small entropies leave
+    ordered = (sign * value).sort().values
+    k = round(share * len(value))
+    if k >= len(value):
+        threshold = math.inf
+    elif k == 0:
+        threshold = float(ordered[0])
+    else:
+        threshold = float((ordered[k - 1].double() + ordered[k].double()) / 2)
+    thresholds[e] = sign * threshold
+    return sign * value < threshold, logits.argmax(1)
+
+
+def _select(x: Tensor, which: Tensor) -> Tensor:
+    """Rows of x, in its own memory format."""
+    layout = torch.channels_last if x.dim() == 4 and x.stride(1) == 1 else torch.contiguous_format
+    return x[which].contiguous(memory_format=layout)
