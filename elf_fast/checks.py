@@ -155,6 +155,14 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def integer(name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name}: expected an integer, got {describe(value)}")
+    if value < low or (high is not None and value > high):
+        bound = f">= {low}" if high is None else f"in [{low}, {high}]"
+        raise ValueError(f"{name}: expected an integer {bound}, got {value}")
+
+
 def positive(name: str, value: Any) -> None:
     values = (
         value.detach().flatten().tolist() if isinstance(value, Tensor) else [number(name, value)]

@@ -24,7 +24,7 @@ LAYERS = (
     ("ops",),
     ("backend",),
     ("functional",),
-    ("losses",),
+    ("losses", "samplers"),
     ("modules",),
     ("models", "backbones"),
     ("",),

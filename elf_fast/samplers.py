@@ -1,0 +1,189 @@
+"""Which samples an epoch shows, in which order, and which of them a rank takes.
+
+The order of an epoch depends on seed and epoch only. Rank r of R takes its positions r, r + R,
+r + 2R and so on: batch by batch the ranks together see the order from front to back, however many
+they are, and an interrupted epoch goes on exactly where it stopped.
+
+Shapes: N samples, C classes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy
+import torch
+from torch import Tensor, distributed
+from torch.utils.data import Sampler
+
+from . import checks
+
+__all__ = [
+    "ClassSampler",
+    "EpochSampler",
+    "EvaluationSampler",
+    "InstanceSampler",
+    "ProgressiveSampler",
+    "class_probabilities",
+]
+
+
+def class_probabilities(class_counts: Tensor, q: float) -> Tensor:
+    """p_c = n_c^q / sum_k n_k^q, [C] float64 (Kang et al., arXiv 1910.09217, eq. 1), from
+    class_counts [C]; 0 for a class without samples. q = 1 shows every sample equally often, q = 0
+    every class, q = 1/2 is square-root sampling."""
+    power = class_counts.double() ** q * (class_counts > 0)
+    return power / power.sum()
+
+
+def _classes(targets: Sequence[int] | Tensor) -> Tensor:
+    classes = torch.as_tensor(targets, device="cpu")
+    if classes.dim() != 1 or classes.numel() == 0 or classes.is_floating_point():
+        raise ValueError(f"targets: expected integers [N], N >= 1, got {checks.describe(targets)}")
+    if int(classes.min()) < 0:
+        raise ValueError(f"targets: expected classes of at least 0, got {int(classes.min())}")
+    return classes.long()
+
+
+def _share(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
+    """(R, r); None asks the process group, which stands for one rank where there is none."""
+    grouped = distributed.is_available() and distributed.is_initialized()
+    if num_replicas is None:
+        num_replicas = distributed.get_world_size() if grouped else 1
+    if rank is None:
+        rank = distributed.get_rank() if grouped else 0
+    checks.integer("num_replicas", num_replicas, 1)
+    checks.integer("rank", rank, 0, num_replicas - 1)
+    return num_replicas, rank
+
+
+class EpochSampler(Sampler[int], ABC):
+    """A sampler for training: a share of the epoch's `order`, equally long for every rank.
+
+    Where R does not divide the epoch, its end wraps round to the first samples of the order.
+
+    Args:
+        targets: [N] integers, the class of every sample of the data set.
+        num_replicas, rank: R and r; None: those of the default process group, or 1 and 0.
+        seed: the order's, the same on all ranks.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[int] | Tensor,
+        *,
+        num_replicas: int | None = None,
+        rank: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.targets = _classes(targets)
+        self.num_replicas, self.rank = _share(num_replicas, rank)
+        checks.integer("seed", seed, 0)
+        self.seed = seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Chooses the epoch, counted from 0, that the next iteration shows.
+
+        To resume it, `start` is the number of samples of it that all ranks together have used:
+        finished steps times the global batch. What follows is what would have followed, with
+        another number of ranks, too; from N on, nothing is left.
+        """
+        checks.integer("epoch", epoch, 0)
+        checks.integer("start", start, 0)
+        self.epoch = epoch
+        self.start = start
+
+    def __len__(self) -> int:
+        """Samples that this rank has left in the epoch."""
+        return max(0, -((self.start - len(self.targets)) // self.num_replicas))
+
+    def __iter__(self) -> Iterator[int]:
+        seed = numpy.random.SeedSequence([self.seed, self.epoch]).generate_state(1, numpy.uint64)
+        order = self.order(torch.Generator().manual_seed(int(seed[0])))
+        own = self.start + self.rank + self.num_replicas * torch.arange(len(self))
+        return iter(order[own % len(order)].tolist())
+
+    @abstractmethod
+    def order(self, generator: torch.Generator) -> Tensor:
+        """The samples of epoch `self.epoch`, for all ranks: [N] int64 into the data set."""
+
+
+class InstanceSampler(EpochSampler):
+    """Every sample once an epoch, in random order."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        return torch.randperm(len(self.targets), generator=generator)
+
+
+class _ClassDrawer(EpochSampler):
+    """Draws N times with replacement: a class with `probabilities`, then one of its samples."""
+
+    def __init__(self, targets: Sequence[int] | Tensor, **share: Any) -> None:
+        super().__init__(targets, **share)
+        self.class_counts = torch.bincount(self.targets)
+        self._by_class = self.targets.argsort(stable=True)
+        self._first = self.class_counts.cumsum(0) - self.class_counts
+
+    @abstractmethod
+    def probabilities(self) -> Tensor:
+        """p [C] of the classes in epoch `self.epoch`, float64."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        N = len(self.targets)
+        classes = torch.multinomial(self.probabilities(), N, replacement=True, generator=generator)
+        at = torch.rand(N, generator=generator, dtype=torch.float64) * self.class_counts[classes]
+        return self._by_class[self._first[classes] + at.long()]
+
+
+class ClassSampler(_ClassDrawer):
+    """N draws an epoch with replacement, of a class with probability n_c^q / sum_k n_k^q and then
+    of one of its samples (Kang et al., arXiv 1910.09217, eq. 1): class-balanced for q = 0,
+    square-root for q = 1/2. share: `num_replicas`, `rank` and `seed` of `EpochSampler`."""
+
+    def __init__(self, targets: Sequence[int] | Tensor, q: float = 0.0, **share: Any) -> None:
+        super().__init__(targets, **share)
+        checks.at_least("q", q, 0.0, 1.0)
+        self.q = float(q)
+
+    def probabilities(self) -> Tensor:
+        return class_probabilities(self.class_counts, self.q)
+
+
+class ProgressiveSampler(_ClassDrawer):
+    """Draws as `ClassSampler` does, from instance-balanced at epoch 0 to class-balanced from epoch
+    `epochs` on: p(t) = (1 - t/T) p_instance + t/T p_class at epoch t of T = `epochs` (Kang et al.,
+    arXiv 1910.09217, eq. 2)."""
+
+    def __init__(self, targets: Sequence[int] | Tensor, epochs: int, **share: Any) -> None:
+        super().__init__(targets, **share)
+        checks.integer("epochs", epochs, 1)
+        self.epochs = epochs
+
+    def probabilities(self) -> Tensor:
+        done = min(self.epoch / self.epochs, 1.0)
+        instance, balanced = (class_probabilities(self.class_counts, q) for q in (1.0, 0.0))
+        return (1 - done) * instance + done * balanced
+
+
+class EvaluationSampler(Sampler[int]):
+    """Every sample of a data set of `length` exactly once over all ranks, in order; the ranks'
+    shares differ by one sample at most. num_replicas, rank: as for `EpochSampler`."""
+
+    def __init__(
+        self, length: int, *, num_replicas: int | None = None, rank: int | None = None
+    ) -> None:
+        checks.integer("length", length, 0)
+        num_replicas, rank = _share(num_replicas, rank)
+        self._indices = range(rank, length, num_replicas)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
