@@ -15,14 +15,14 @@ import math
 import operator
 import textwrap
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from . import checks
+from .modes import mode
 from .modules import ELF, ExitHead
 
 __all__ = ["from_backbone", "split"]
@@ -118,9 +118,9 @@ def split(backbone: nn.Module, exits: Sequence[str]) -> list[nn.Module]:
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone: expected an nn.Module, got {checks.describe(backbone)}")
     exits = _check_names(backbone, exits)
-    with _mode(backbone, training=True):
+    with mode(backbone, training=True):
         trace = _trace(backbone, exits)
-    with _mode(backbone, training=False):
+    with mode(backbone, training=False):
         trace = _follow_mode(trace, _trace(backbone, exits))
     _drop_unused_sizes(trace.graph)
     _check_order(trace, exits)
@@ -154,20 +154,6 @@ def _check_names(backbone: nn.Module, exits: Any) -> list[str]:
             )
         seen[module] = name
     return list(exits)
-
-
-@contextmanager
-def _mode(model: nn.Module, *, training: bool) -> Iterator[None]:
-    """Sets `training` everywhere and restores each module's own flag. Not through train(): some
-    networks override it, to freeze BatchNorm for one."""
-    before = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in before:
-            module.training = training
-        yield
-    finally:
-        for module, flag in before:
-            module.training = flag
 
 
 class _Tracer(fx.Tracer):
@@ -490,7 +476,7 @@ def _run(
     chain = nn.ModuleList([backbone, *stages])
     # So that the features' dtype is the one the heads' parameters need.
     outside_autocast = torch.autocast(x.device.type, enabled=False)
-    with _mode(chain, training=False), torch.no_grad(), outside_autocast:
+    with mode(chain, training=False), torch.no_grad(), outside_autocast:
         try:
             expected = backbone(x.clone())
         except Exception as error:

@@ -19,14 +19,14 @@ ROOT = Path(__file__).resolve().parents[1]
 #: what elf_fast/__init__.py exports may be used through it only to its right. A folder is one
 #: layer with all that is in it.
 LAYERS = (
-    ("checks", "kernels"),
+    ("checks", "modes", "kernels"),
     ("reference",),
     ("ops",),
     ("backend",),
     ("functional",),
-    ("losses", "samplers"),
-    ("modules",),
-    ("models", "backbones"),
+    ("losses", "samplers", "flops"),
+    ("modules", "metrics"),
+    ("models",),
     ("",),
     ("training", "inference"),
     ("cli",),
