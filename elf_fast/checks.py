@@ -193,6 +193,16 @@ def per_class(name: str, value: Any, classes: int, device: torch.device) -> None
     same_device(name, value, device)
 
 
+def class_counts(value: Any, least: int = 1) -> Tensor:
+    """[C] float64: the training samples of every class."""
+    counts = torch.as_tensor(value, dtype=torch.float64)
+    if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= least).all()):
+        raise ValueError(
+            f"class_counts: expected [C] training counts of at least {least}, got {describe(value)}"
+        )
+    return counts
+
+
 def survivors_shape(value: Any, rows: int, device: torch.device) -> None:
     """`value` must be int64 [n] on `device`, n <= rows."""
     tensor("survivors", value)

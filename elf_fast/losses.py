@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from . import checks, functional
@@ -86,16 +85,6 @@ class LongTailLoss(nn.Module):
         return f"gamma={self.gamma}, scale={self.scale}, label_smoothing={self.label_smoothing}"
 
 
-def _counts(class_counts: Sequence[int] | Tensor) -> Tensor:
-    counts = torch.as_tensor(class_counts, dtype=torch.float64)
-    if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= 1).all()):
-        raise ValueError(
-            "class_counts: expected [C] training counts of at least 1, "
-            f"got {checks.describe(class_counts)}"
-        )
-    return counts
-
-
 class CrossEntropyLoss(LongTailLoss):
     """-log p_y."""
 
@@ -125,7 +114,7 @@ class ClassBalancedLoss(LongTailLoss):
         checks.at_least("beta", beta, 0.0, 1.0)
         if beta == 1.0:
             raise ValueError("beta: expected a number in [0, 1), got 1.0")
-        effective_num = (1 - beta ** _counts(class_counts)) / (1 - beta)
+        effective_num = (1 - beta ** checks.class_counts(class_counts)) / (1 - beta)
         weight = 1 / effective_num
         weight = weight / weight.mean()
         super().__init__(weight=weight.float(), gamma=gamma, reduction=reduction)
@@ -145,7 +134,7 @@ class LDAMLoss(LongTailLoss):
         reduction: str = "mean",
     ) -> None:
         checks.positive("max_margin", max_margin)
-        margins = _counts(class_counts) ** -0.25
+        margins = checks.class_counts(class_counts) ** -0.25
         margins = margins * (max_margin / margins.max())
         super().__init__(weight=weight, scale=scale, margins=margins.float(), reduction=reduction)
 
@@ -154,7 +143,7 @@ class BalancedSoftmaxLoss(LongTailLoss):
     """CE(z + log n, y) (Ren et al., arXiv 2007.10740, eq. 4)."""
 
     def __init__(self, class_counts: Sequence[int] | Tensor, *, reduction: str = "mean") -> None:
-        super().__init__(bias=_counts(class_counts).log().float(), reduction=reduction)
+        super().__init__(bias=checks.class_counts(class_counts).log().float(), reduction=reduction)
 
 
 class LogitAdjustedLoss(LongTailLoss):
@@ -168,6 +157,6 @@ class LogitAdjustedLoss(LongTailLoss):
         reduction: str = "mean",
     ) -> None:
         checks.at_least("tau", tau, 0.0)
-        counts = _counts(class_counts)
+        counts = checks.class_counts(class_counts)
         log_prior = (counts / counts.sum()).log()
         super().__init__(bias=(tau * log_prior).float(), reduction=reduction)

@@ -1,30 +1,29 @@
-"""Data split, metrics, calibration, loop, checkpoints and the words made from results."""
+"""Data split, calibration, loop, checkpoints and the words made from results."""
 
 import json
 import math
 
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("sklearn")
 pytest.importorskip("safetensors")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+pytest.importorskip("torchmetrics")
 
-import elf_fast
+from elf_fast.flops import Flops, count_flops
 from elf_fast.reference import ELFOutput
 from elf_fast.training import (
     calibrate,
     checkpoint,
     data,
     demo,
-    metrics,
     network,
     summary,
     throughput,
 )
-from elf_fast.training.loop import Schedule, learning_rate_factor, train
+from elf_fast.training.loop import Schedule, learning_rate_factor, predict, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -87,62 +86,13 @@ def test_augmentation_keeps_shape_and_repeats_with_its_generator(digits):
     assert one.shape == images.shape and torch.equal(one, two) and not torch.equal(one, images)
 
 
-# Metrics
-
-
-def test_groups_split_at_20_and_100():
-    assert metrics.class_groups([101, 100, 20, 19]) == {"many": [0], "medium": [1, 2], "few": [3]}
-
-
-def test_metrics_against_numbers_worked_out_by_hand():
-    flops = metrics.Flops(stages=(10, 20, 30), heads=(1, 2, 3))
-    assert flops.without_exits == 63
-    assert [flops.leaving_at(e) for e in range(3)] == [11, 33, 66]
-    m = metrics.summarise(
-        prediction=torch.tensor([0, 0, 1, 1, 0, 2]),
-        exit_index=torch.tensor([0, 1, 0, 2, 2, 2]),
-        targets=torch.tensor([0, 0, 1, 0, 1, 2]),
-        class_counts=[500, 200, 5],
-        flops=flops,
-        flops_without_exits=63,
-    )
-    assert m["overall"] == pytest.approx(4 / 6)
-    assert m["many"] == pytest.approx(3 / 5)
-    assert m["medium"] is None
-    assert m["few"] == 1.0
-    assert m["exit_shares"] == pytest.approx([2 / 6, 1 / 6, 3 / 6])
-    assert m["exit_shares_by_class"] == [
-        pytest.approx([1 / 3, 1 / 3, 1 / 3]),
-        pytest.approx([1 / 2, 0, 1 / 2]),
-        [0, 0, 1],
-    ]
-    assert m["exit_accuracy"] == pytest.approx([1.0, 1.0, 1 / 3])
-    assert m["flops_per_sample"] == pytest.approx((11 + 33 + 11 + 66 * 3) / 6)
-    assert m["flops_share"] == pytest.approx((11 + 33 + 11 + 66 * 3) / 6 / 63)
-
-
-def test_an_exit_that_nobody_takes_has_no_accuracy():
-    m = metrics.summarise(
-        torch.tensor([0]), torch.tensor([1]), torch.tensor([0]), [30, 30],
-        metrics.Flops((1, 1), (1, 1)), 3,
-    )  # fmt: skip
-    assert m["exit_accuracy"] == [None, 1.0] and m["exit_shares_by_class"] == [[0, 1], None]
-
-
-def test_flops_of_a_network_small_enough_to_count():
-    model = elf_fast.ELF(
-        [nn.Conv2d(1, 2, 3, padding=1), nn.Conv2d(2, 4, 1)],
-        [elf_fast.ExitHead(2, 5), elf_fast.ExitHead(4, 5)],
-    )
-    flops = metrics.count_flops(model, torch.zeros(1, 1, 4, 4))
-    assert flops.stages == (2 * 16 * 2 * 9, 2 * 16 * 4 * 2)
-    assert flops.heads == (2 * 2 * 5, 2 * 4 * 5)
+# FLOPs
 
 
 def test_the_twin_without_exits_costs_what_the_shares_are_taken_of():
     image = torch.zeros(1, 1, 16, 16)
-    with_exits = metrics.count_flops(network.with_exits(10), image)
-    without = metrics.count_flops(network.without_exits(10), image)
+    with_exits = count_flops(network.with_exits(10), image)
+    without = count_flops(network.without_exits(10), image)
     assert with_exits.without_exits == without.leaving_at(0)
 
 
@@ -154,7 +104,7 @@ def test_the_sweep_and_the_cheapest_threshold_that_loses_nothing():
         confidence=torch.tensor([[0.9, 0.8, 0.7, 0.3], [0.1, 0.1, 0.1, 0.1]]),
         correct=torch.tensor([[True, True, False, False], [True, True, True, False]]),
     )
-    flops = metrics.Flops((10, 10), (0, 0))
+    flops = Flops((10, 10), (0, 0))
     points = calibrate.sweep(table, flops, (0.6, 0.75, 0.85, math.inf))
     assert [(p.accuracy, p.flops) for p in points] == [(0.5, 12.5), (0.75, 15), (0.75, 17.5),
                                                        (0.75, 20)]  # fmt: skip
@@ -184,7 +134,7 @@ def test_the_sweep_agrees_with_the_model_it_stands_for(digits):
     middle = table.confidence[0].sort().values[99:101]
     threshold = float(middle.mean())  # between two samples: no tie for rounding to settle
     model.thresholds.fill_(threshold)
-    out = metrics.predict(model, images, batch_size=64)
+    out = predict(model, images, batch_size=64)
     assert torch.equal(table.exit_index(threshold), out.exit_index)
     correct = table.correct.gather(0, out.exit_index[None])[0]
     assert torch.equal(correct, out.prediction == targets)

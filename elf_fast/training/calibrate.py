@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..flops import Flops
+from ..modes import mode
 from ..reference import ELF, statistic
-from .metrics import Flops
 
 #: Confidences that are tried; inf switches the exits off.
 THRESHOLDS = (*(round(0.20 + 0.01 * k, 2) for k in range(80)), 0.995, 0.999, math.inf)
@@ -48,19 +49,17 @@ def exit_table(model: ELF, images: Tensor, targets: Tensor, batch_size: int = 25
     """
     if model.criterion != "confidence":
         raise ValueError(f'criterion: expected "confidence", got {model.criterion!r}')
-    training = model.training
-    model.eval()
     temperatures = [*model.temperatures, torch.tensor(1.0)]
     confidence, correct = [], []
-    for x, y in zip(images.split(batch_size), targets.split(batch_size), strict=True):
-        logits = []
-        for stage, head in zip(model.stages, model.heads, strict=True):
-            x = stage(x)
-            logits.append(head(x))
-        pairs = zip(logits, temperatures, strict=True)
-        confidence.append(torch.stack([statistic(z, T) for z, T in pairs]))
-        correct.append(torch.stack([z.argmax(1) == y for z in logits]))
-    model.train(training)
+    with mode(model, training=False):
+        for x, y in zip(images.split(batch_size), targets.split(batch_size), strict=True):
+            logits = []
+            for stage, head in zip(model.stages, model.heads, strict=True):
+                x = stage(x)
+                logits.append(head(x))
+            pairs = zip(logits, temperatures, strict=True)
+            confidence.append(torch.stack([statistic(z, T) for z, T in pairs]))
+            correct.append(torch.stack([z.argmax(1) == y for z in logits]))
     return ExitTable(torch.cat(confidence, 1), torch.cat(correct, 1))
 
 
@@ -73,7 +72,8 @@ def sweep(
         exit_index = table.exit_index(threshold)
         correct = table.correct.gather(0, exit_index[None])
         accuracy = correct.double().mean().item()
-        points.append(OperatingPoint(threshold, accuracy, flops.mean(exit_index)))
+        exit_counts = torch.bincount(exit_index, minlength=len(table.correct)).tolist()
+        points.append(OperatingPoint(threshold, accuracy, flops.mean(exit_counts)))
     return points
 
 

@@ -18,12 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from .. import __version__
+from ..flops import Flops, count_flops
 from ..losses import BalancedSoftmaxLoss
+from ..metrics import ELFMetrics
 from ..modules import ELF
 from . import calibrate, checkpoint, figures, network, report, summary, throughput
 from .data import LongTailed, long_tailed_digits
-from .loop import EpochStats, Schedule, train
-from .metrics import Flops, count_flops, predict, summarise
+from .loop import EpochStats, Schedule, predict, train
 
 IMBALANCE = 50.0
 SPLIT_SEED = 0
@@ -151,13 +152,13 @@ def _assess(
     chosen = calibrate.choose(points)
     test = {
         "without_exits": evaluate(
-            without_exits, data, count_flops(without_exits, data.test.images[:1]), full
+            without_exits, data, count_flops(without_exits, data.test.images[:1])
         )
     }
     elf.thresholds.fill_(math.inf)
-    test["never"] = evaluate(elf, data, flops, full)
+    test["never"] = evaluate(elf, data, flops)
     elf.thresholds.fill_(chosen.threshold)
-    test["elf"] = evaluate(elf, data, flops, full)
+    test["elf"] = evaluate(elf, data, flops)
     curve = calibrate.sweep(calibrate.exit_table(elf, data.test.images, data.test.targets), flops)
     entry = {
         "seed": seed,
@@ -177,17 +178,11 @@ def _assess(
     return Trained(without_exits, elf, entry)
 
 
-def evaluate(model: ELF, data: LongTailed, flops: Flops, flops_without_exits: int) -> dict:
+def evaluate(model: ELF, data: LongTailed, flops: Flops) -> dict[str, Any]:
     """The metrics of `model` on the test set."""
-    out = predict(model, data.test.images)
-    return summarise(
-        out.prediction,
-        out.exit_index,
-        data.test.targets,
-        data.class_counts,
-        flops,
-        flops_without_exits,
-    )
+    metrics = ELFMetrics(data.class_counts, flops)
+    metrics.update(predict(model, data.test.images), data.test.targets)
+    return metrics.compute()
 
 
 @one_thread()
@@ -218,8 +213,7 @@ def evaluate_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             f"{path}: its weights do not fit the network of this version "
             f"({str(error).splitlines()[-1].strip()})"
         ) from error
-    flops = count_flops(model, data.test.images[:1])
-    return metadata, evaluate(model, data, flops, flops.without_exits)
+    return metadata, evaluate(model, data, count_flops(model, data.test.images[:1]))
 
 
 def _finite(value: float) -> float | None:

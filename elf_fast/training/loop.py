@@ -1,4 +1,4 @@
-"""One training loop for networks with and without exits."""
+"""One training loop for networks with and without exits, and prediction in batches."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ..reference import ELF
+from ..modes import mode
+from ..reference import ELF, ELFOutput
 from .data import Split, augment
 
 
@@ -81,3 +83,17 @@ def train(
         on_epoch(stats)
     model.eval()
     return history
+
+
+@torch.inference_mode()
+def predict(model: ELF, images: Tensor, batch_size: int = 256) -> ELFOutput:
+    """The model's outputs for images [N, ...] in evaluation mode, batch by batch, without loss."""
+    with mode(model, training=False):
+        batches = [model(batch) for batch in images.split(batch_size)]
+    return ELFOutput(
+        logits=torch.cat([b.logits for b in batches]),
+        prediction=torch.cat([b.prediction for b in batches]),
+        confidence=torch.cat([b.confidence for b in batches]),
+        exit_index=torch.cat([b.exit_index for b in batches]),
+        loss=None,
+    )

@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from .metrics import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
+from ..metrics import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
 
 #: The three columns: the keys of a run's test results, and their headings.
 MODELS = {

@@ -1,0 +1,169 @@
+"""Accuracy by class frequency, calibration, exit shares and FLOPs of an ELF, over any number of
+batches and ranks. Needs torchmetrics (the extra `train`).
+
+Shapes: N samples, C classes, E exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_calibration_error
+from torchmetrics.utilities import dim_zero_cat
+
+from . import checks
+from .flops import Flops
+from .reference import ELFOutput, statistic
+
+__all__ = ["FEW_BELOW", "GROUPS", "MANY_ABOVE", "ELFMetrics", "class_groups"]
+
+MANY_ABOVE = 100  # training samples; the usual long-tail groups (Liu et al., arXiv 1904.05160)
+FEW_BELOW = 20
+GROUPS = ("many", "medium", "few")
+CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
+
+
+def class_groups(class_counts: Sequence[int] | Tensor) -> dict[str, list[int]]:
+    """Classes by training samples: many (> 100), medium (20 to 100) and few (< 20)."""
+    groups: dict[str, list[int]] = {name: [] for name in GROUPS}
+    for c, n in enumerate(checks.class_counts(class_counts, least=0).tolist()):
+        groups["many" if n > MANY_ABOVE else "few" if n < FEW_BELOW else "medium"].append(c)
+    return groups
+
+
+class ELFMetrics(Metric):
+    """Every number about an evaluation of an ELF; torchmetrics adds up batches and ranks.
+
+    A network without exits is an ELF of one stage: E = 1.
+
+    Args:
+        class_counts: [C] training samples of every class; they define many, medium and few.
+        flops: of the model that predicts, by `elf_fast.flops.count_flops`.
+        temperatures: a number, or one per exit [E], by which `ece` divides the logits.
+
+    update(out, target): an `ELFOutput` of n samples and their classes [n] int64.
+
+    compute() -> a dict that JSON can hold. Accuracies and shares lie in [0, 1]; a number is None
+    where no sample counts for it, such as for a group without classes.
+        samples: N.
+        overall, macro (mean over the classes), many, medium, few, per_class [C]: accuracy.
+        ece: expected calibration error of max softmax(logits / T) in 15 bins (Guo et al.,
+            arXiv 1706.04599, eq. 3); None, too, where one of them is NaN.
+        exit_accuracy [E]: of the samples that left there.
+        exit_shares [E], exit_shares_by_group {name: [E]}, exit_shares_by_class [C][E].
+        early_wrong, early_wrong_by_group {name}: share that left before the last exit, wrong.
+        flops_per_sample; flops_share: of the network without exits.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected and what came.
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    temperature: Tensor  # [E]
+    counts: Tensor  # [E, C, 2] int64: samples by exit, class, and wrong or right
+    probability: list[Tensor]  # batches [n] float32: of the prediction
+    correct: list[Tensor]  # batches [n] float32: 1 where it is right
+
+    def __init__(
+        self,
+        class_counts: Sequence[int] | Tensor,
+        flops: Flops,
+        *,
+        temperatures: float | Sequence[float] | Tensor = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        self.groups = class_groups(class_counts)
+        self.flops = flops
+        E, C = len(flops.stages), len(class_counts)
+        temperature = torch.as_tensor(temperatures, dtype=torch.float32)
+        checks.positive("temperatures", temperature)
+        if temperature.dim() > 1 or temperature.numel() not in (1, E):
+            raise ValueError(
+                f"temperatures: expected a number or {E}, one per exit, "
+                f"got {checks.describe(temperatures)}"
+            )
+        self.register_buffer("temperature", temperature.expand(E).clone(), persistent=False)
+        self.add_state("counts", torch.zeros(E, C, 2, dtype=torch.int64), dist_reduce_fx="sum")
+        self.add_state("probability", [], dist_reduce_fx="cat")
+        self.add_state("correct", [], dist_reduce_fx="cat")
+
+    def update(self, out: ELFOutput, target: Tensor) -> None:
+        E, C, _ = self.counts.shape
+        checks.logits(out.logits)
+        if out.logits.shape[1] != C:
+            raise ValueError(f"out: expected logits [n, {C}], got {list(out.logits.shape)}")
+        checks.target_shape(target, len(out.logits), out.logits.device)
+        checks.target_range(target, C)
+        if bool((out.exit_index >= E).any()):
+            raise ValueError(
+                f"out: expected exit_index < {E}, the exits of flops, "
+                f"got {int(out.exit_index.max())}"
+            )
+        correct = out.prediction == target
+        cell = (out.exit_index * C + target) * 2 + correct
+        # Not in place: a reset in inference mode leaves a tensor that nothing else may write into.
+        self.counts = self.counts + torch.bincount(cell, minlength=2 * E * C).view(E, C, 2)
+        T = self.temperature[out.exit_index, None]
+        self.probability.append(statistic(out.logits, T).float())
+        self.correct.append(correct.float())
+
+    def compute(self) -> dict[str, Any]:
+        counts = self.counts.double().cpu()
+        groups = {name: counts[:, classes].sum(1) for name, classes in self.groups.items()}
+        by_class = counts.unbind(1)
+        total = counts.sum(1)
+        per_class = [_accuracy(c) for c in by_class]
+        present = [a for a in per_class if a is not None]
+        seen = total.sum(1)
+        flops = self.flops.mean(seen.long().tolist()) if bool(seen.any()) else None
+        return {
+            "samples": int(total.sum()),
+            "overall": _accuracy(total),
+            "macro": sum(present) / len(present) if present else None,
+            **{name: _accuracy(group) for name, group in groups.items()},
+            "per_class": per_class,
+            "ece": self._calibration_error(),
+            "exit_accuracy": [_accuracy(at_exit[None]) for at_exit in total],
+            "exit_shares": _exit_shares(total),
+            "exit_shares_by_group": {name: _exit_shares(g) for name, g in groups.items()},
+            "exit_shares_by_class": [_exit_shares(c) for c in by_class],
+            "early_wrong": _early_wrong(total),
+            "early_wrong_by_group": {name: _early_wrong(g) for name, g in groups.items()},
+            "flops_per_sample": flops,
+            "flops_share": None if flops is None else flops / self.flops.without_exits,
+        }
+
+    def _calibration_error(self) -> float | None:
+        if not bool(self.counts.any()):
+            return None
+        probability, correct = dim_zero_cat(self.probability), dim_zero_cat(self.correct)
+        if bool(probability.isnan().any()):
+            return None
+        # torchmetrics gives a probability of 1 a bin of its own beyond the last one.
+        below_one = probability.clamp(max=1 - torch.finfo(torch.float32).eps / 2)
+        return binary_calibration_error(below_one, correct.long(), n_bins=CALIBRATION_BINS).item()
+
+
+# Each of these reads counts [E, 2] of some samples, by exit and wrong or right.
+
+
+def _accuracy(counts: Tensor) -> float | None:
+    n = counts.sum().item()
+    return counts[:, 1].sum().item() / n if n else None
+
+
+def _exit_shares(counts: Tensor) -> list[float] | None:
+    n = counts.sum().item()
+    return [at_exit / n for at_exit in counts.sum(1).tolist()] if n else None
+
+
+def _early_wrong(counts: Tensor) -> float | None:
+    n = counts.sum().item()
+    return counts[:-1, 0].sum().item() / n if n else None
