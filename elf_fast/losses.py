@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from . import checks, functional
@@ -18,10 +19,13 @@ __all__ = [
     "BalancedSoftmaxLoss",
     "ClassBalancedLoss",
     "CrossEntropyLoss",
+    "DeferredReweighting",
     "FocalLoss",
     "LDAMLoss",
     "LogitAdjustedLoss",
     "LongTailLoss",
+    "class_balanced_weight",
+    "log_prior",
 ]
 
 
@@ -85,6 +89,24 @@ class LongTailLoss(nn.Module):
         return f"gamma={self.gamma}, scale={self.scale}, label_smoothing={self.label_smoothing}"
 
 
+def log_prior(class_counts: Sequence[int] | Tensor) -> Tensor:
+    """log(n_c / sum_k n_k), [C] float64."""
+    counts = checks.class_counts(class_counts)
+    return (counts / counts.sum()).log()
+
+
+def class_balanced_weight(class_counts: Sequence[int] | Tensor, beta: float = 0.9999) -> Tensor:
+    """Weights by the effective number of samples, w_c ~ (1 - beta) / (1 - beta^n_c), scaled to mean
+    1 over the classes (Cui et al., arXiv 1901.05555, eq. 3), [C] float64. They run from even
+    (beta = 0) to 1 / n_c (beta near 1)."""
+    checks.at_least("beta", beta, 0.0, 1.0)
+    if beta == 1.0:
+        raise ValueError("beta: expected a number in [0, 1), got 1.0")
+    effective_num = (1 - beta ** checks.class_counts(class_counts)) / (1 - beta)
+    weight = 1 / effective_num
+    return weight / weight.mean()
+
+
 class CrossEntropyLoss(LongTailLoss):
     """-log p_y."""
 
@@ -95,13 +117,14 @@ class CrossEntropyLoss(LongTailLoss):
 class FocalLoss(LongTailLoss):
     """(1 - p_y)^gamma (-log p_y) (Lin et al., arXiv 1708.02002, eq. 4)."""
 
-    def __init__(self, gamma: float = 2.0, *, reduction: str = "mean") -> None:
-        super().__init__(gamma=gamma, reduction=reduction)
+    def __init__(
+        self, gamma: float = 2.0, *, label_smoothing: float = 0.0, reduction: str = "mean"
+    ) -> None:
+        super().__init__(gamma=gamma, label_smoothing=label_smoothing, reduction=reduction)
 
 
 class ClassBalancedLoss(LongTailLoss):
-    """Weights by the effective number of samples, w_c ~ (1 - beta) / (1 - beta^n_c), scaled to mean
-    1 over the classes (Cui et al., arXiv 1901.05555, eq. 3); gamma > 0 makes it focal."""
+    """-w_y log p_y with `class_balanced_weight`; gamma > 0 makes it focal."""
 
     def __init__(
         self,
@@ -109,15 +132,15 @@ class ClassBalancedLoss(LongTailLoss):
         *,
         beta: float = 0.9999,
         gamma: float = 0.0,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> None:
-        checks.at_least("beta", beta, 0.0, 1.0)
-        if beta == 1.0:
-            raise ValueError("beta: expected a number in [0, 1), got 1.0")
-        effective_num = (1 - beta ** checks.class_counts(class_counts)) / (1 - beta)
-        weight = 1 / effective_num
-        weight = weight / weight.mean()
-        super().__init__(weight=weight.float(), gamma=gamma, reduction=reduction)
+        super().__init__(
+            weight=class_balanced_weight(class_counts, beta).float(),
+            gamma=gamma,
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
 
 
 class LDAMLoss(LongTailLoss):
@@ -131,19 +154,36 @@ class LDAMLoss(LongTailLoss):
         max_margin: float = 0.5,
         scale: float = 30.0,
         weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> None:
         checks.positive("max_margin", max_margin)
         margins = checks.class_counts(class_counts) ** -0.25
         margins = margins * (max_margin / margins.max())
-        super().__init__(weight=weight, scale=scale, margins=margins.float(), reduction=reduction)
+        super().__init__(
+            weight=weight,
+            scale=scale,
+            margins=margins.float(),
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
 
 
 class BalancedSoftmaxLoss(LongTailLoss):
     """CE(z + log n, y) (Ren et al., arXiv 2007.10740, eq. 4)."""
 
-    def __init__(self, class_counts: Sequence[int] | Tensor, *, reduction: str = "mean") -> None:
-        super().__init__(bias=checks.class_counts(class_counts).log().float(), reduction=reduction)
+    def __init__(
+        self,
+        class_counts: Sequence[int] | Tensor,
+        *,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(
+            bias=checks.class_counts(class_counts).log().float(),
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
 
 
 class LogitAdjustedLoss(LongTailLoss):
@@ -154,9 +194,63 @@ class LogitAdjustedLoss(LongTailLoss):
         class_counts: Sequence[int] | Tensor,
         *,
         tau: float = 1.0,
+        label_smoothing: float = 0.0,
         reduction: str = "mean",
     ) -> None:
         checks.at_least("tau", tau, 0.0)
-        counts = checks.class_counts(class_counts)
-        log_prior = (counts / counts.sum()).log()
-        super().__init__(bias=(tau * log_prior).float(), reduction=reduction)
+        super().__init__(
+            bias=(tau * log_prior(class_counts)).float(),
+            label_smoothing=label_smoothing,
+            reduction=reduction,
+        )
+
+
+class DeferredReweighting(LongTailLoss):
+    """`loss` as it is before epoch `start_epoch`, and times `class_balanced_weight` from then on
+    (DRW: Cao et al., arXiv 1906.07413, Algorithm 1).
+
+    Call `set_epoch` before every epoch. The weights in force are in the state dict: a loss that is
+    loaded goes on with them.
+
+    Args:
+        loss: any member of the family; its settings are taken over. Weights of its own stay.
+        class_counts: [C] training samples of every class.
+        start_epoch: the first epoch with the weights, counted from 0.
+        beta: of `class_balanced_weight`.
+    """
+
+    weight: Tensor
+    _before: Tensor
+    _after: Tensor
+
+    def __init__(
+        self,
+        loss: LongTailLoss,
+        class_counts: Sequence[int] | Tensor,
+        *,
+        start_epoch: int,
+        beta: float = 0.9999,
+    ) -> None:
+        if not isinstance(loss, LongTailLoss):
+            raise TypeError(
+                f"loss: expected a loss of elf_fast.losses, got {checks.describe(loss)}"
+            )
+        checks.integer("start_epoch", start_epoch, 0)
+        after = class_balanced_weight(class_counts, beta).float()
+        before = torch.ones_like(after)
+        if loss.weight is not None:
+            checks.per_class("loss.weight", loss.weight, len(after), after.device)
+            before, after = loss.weight, loss.weight * after
+        super().__init__(**{**loss.arguments(), "weight": before.clone()}, reduction=loss.reduction)
+        self.register_buffer("_before", before.clone(), persistent=False)
+        self.register_buffer("_after", after, persistent=False)
+        self.start_epoch = start_epoch
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the weights of an epoch, counted from 0."""
+        checks.integer("epoch", epoch, 0)
+        self.weight.copy_(self._before if epoch < self.start_epoch else self._after)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, start_epoch={self.start_epoch}"
