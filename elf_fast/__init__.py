@@ -1,6 +1,6 @@
 """Fast early-exit training and inference for long-tailed data (ELF, arXiv 2006.11979)."""
 
-from . import backend, functional, losses, reference, samplers
+from . import backend, classifiers, functional, losses, reference, samplers
 from .backend import report, use_backend
 from .models import from_backbone
 from .modules import ELF, ELFOutput, ExitHead, fuse, unfuse
@@ -10,6 +10,7 @@ __all__ = [
     "ELFOutput",
     "ExitHead",
     "backend",
+    "classifiers",
     "from_backbone",
     "functional",
     "fuse",

@@ -145,7 +145,8 @@ class ClassBalancedLoss(LongTailLoss):
 
 class LDAMLoss(LongTailLoss):
     """Margins n_c^(-1/4), the largest max_margin, under scale (Cao et al., arXiv 1906.07413,
-    eq. 13). Meant for a normalised classifier, whose logits are cosines."""
+    eq. 13). Meant for a normalised classifier, whose logits are cosines: see
+    `classifiers.CosineClassifier`, also for what the exit test then needs."""
 
     def __init__(
         self,

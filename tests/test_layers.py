@@ -25,7 +25,7 @@ LAYERS = (
     ("backend",),
     ("functional",),
     ("losses", "samplers", "flops"),
-    ("modules", "metrics"),
+    ("modules", "classifiers", "metrics"),
     ("models",),
     ("",),
     ("training", "inference"),

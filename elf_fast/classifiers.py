@@ -1,0 +1,230 @@
+"""What long-tail methods do to the classifiers of a network, at every exit.
+
+A head that is imbalanced can be mended after training, on a backbone that stays as it is: cRT,
+tau-normalisation and LWS (Kang et al., arXiv 1910.09217, section 4) and logit adjustment (Menon et
+al., arXiv 2007.07314, eq. 9). LDAM wants a normalised classifier from the start.
+
+    cRT: reset_classifiers_(model), then train with `train_classifiers(model)` in place of
+        `model.train()` and class-balanced batches (`samplers.ClassSampler`).
+    LWS: learn_scales_(model), train in the same way, fold_scales_(model).
+
+The functions take an ELF, a module that holds one, or a network without exits, and work on its
+classifiers in place. Weights folded into an `nn.Linear` leave an `ExitHead` fused.
+
+Shapes: N samples, C classes, D features, E exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import checks
+from .losses import log_prior
+from .reference import ELF
+
+__all__ = [
+    "CosineClassifier",
+    "LogitAdjustment",
+    "adjust_logits_",
+    "classifiers",
+    "fold_scales_",
+    "learn_scales_",
+    "reset_classifiers_",
+    "tau_normalise_",
+    "tau_normalised",
+    "train_classifiers",
+    "use_cosine_",
+]
+
+
+class CosineClassifier(nn.Module):
+    """Cosines between features and class weights: the normalised classifier of LDAM (Cao et al.,
+    arXiv 1906.07413). An exit takes it as `head.classifier`; see `use_cosine_`.
+
+    The loss multiplies the cosines by its scale, the exit test does not: give the ELF
+    temperatures = 1 / scale, or no confidence ever gets far above 1 / C.
+
+    Shape: features [N, D] -> logits [N, C] in [-1, 1].
+    """
+
+    def __init__(self, in_features: int, num_classes: int) -> None:
+        super().__init__()
+        checks.integer("in_features", in_features, 1)
+        checks.integer("num_classes", num_classes, 1)
+        self.in_features = in_features
+        self.out_features = num_classes
+        self.weight = nn.Parameter(torch.empty(num_classes, in_features))  # [C, D]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.in_features**-0.5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return F.linear(F.normalize(features, dim=1), F.normalize(self.weight, dim=1))
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, num_classes={self.out_features}"
+
+
+def classifiers(model: nn.Module) -> dict[str, nn.Linear | CosineClassifier]:
+    """The classifier of every exit, by its name in the model: the last `nn.Linear` or
+    `CosineClassifier` of the head, or of the stage where the head is `nn.Identity`; without exits,
+    the last one of the network.
+
+    Raises:
+        ValueError: a head or the network has none.
+    """
+    found: dict[str, nn.Linear | CosineClassifier] = {}
+    for name, part in _parts_with_classifier(model).items():
+        own = [
+            (".".join(filter(None, (name, inner))), module)
+            for inner, module in part.named_modules()
+            if isinstance(module, (nn.Linear, CosineClassifier))
+        ]
+        if not own:
+            raise ValueError(
+                f"{name or 'model'}: expected an nn.Linear or a CosineClassifier in it, "
+                f"got {type(part).__name__} without one"
+            )
+        found.update(own[-1:])
+    return found
+
+
+def _parts_with_classifier(model: nn.Module) -> dict[str, nn.Module]:
+    for name, elf in model.named_modules():
+        if isinstance(elf, ELF):
+            parts = [
+                f"stages.{e}" if isinstance(head, nn.Identity) else f"heads.{e}"
+                for e, head in enumerate(elf.heads)
+            ]
+            return {f"{name}.{p}".lstrip("."): elf.get_submodule(p) for p in parts}
+    return {"": model}
+
+
+def _linear(model: nn.Module, method: str) -> dict[str, nn.Linear]:
+    found = classifiers(model)
+    for name, classifier in found.items():
+        if not isinstance(classifier, nn.Linear):
+            raise TypeError(f"{name}: expected an nn.Linear for {method}, got {classifier}")
+    return found  # type: ignore[return-value]
+
+
+def use_cosine_(model: nn.Module) -> None:
+    """Puts a fresh `CosineClassifier` in place of every `nn.Linear` one."""
+    for name, linear in _linear(model, "use_cosine_").items():
+        cosine = CosineClassifier(linear.in_features, linear.out_features)
+        model.set_submodule(name, cosine.to(linear.weight).train(linear.training))
+
+
+def reset_classifiers_(model: nn.Module) -> None:
+    """Random weights for every classifier, by its own `reset_parameters`."""
+    for classifier in classifiers(model).values():
+        classifier.reset_parameters()
+
+
+def train_classifiers(model: nn.Module) -> None:
+    """Training mode for the classifiers alone, in place of `model.train()`: all other parameters
+    are frozen, and BatchNorm and dropout elsewhere do what they do in evaluation. Of a classifier
+    with learnable scales only these train."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        # An ELF in training mode applies its training rule; its stages and heads stay as set.
+        module.training = isinstance(module, ELF)
+    for classifier in classifiers(model).values():
+        classifier.train()
+        learning: nn.Module = classifier
+        if parametrize.is_parametrized(classifier, "weight"):
+            learning = classifier.parametrizations.weight[0]  # type: ignore[union-attr,index,assignment]
+        learning.requires_grad_(True)
+
+
+def tau_normalised(weight: Tensor, tau: float) -> Tensor:
+    """w_c / ||w_c||^tau for weight [C, D] (Kang et al., arXiv 1910.09217, section 4); a class
+    with weights 0 keeps them."""
+    checks.at_least("tau", tau, 0.0)
+    norm = weight.norm(dim=1, keepdim=True)
+    return weight / torch.where(norm > 0, norm, 1.0) ** tau
+
+
+@torch.no_grad()
+def tau_normalise_(model: nn.Module, tau: float) -> None:
+    """`tau_normalised` weights for every classifier, without biases, which the paper drops. Start
+    from the trained weights for every tau that is tried: the step does not undo itself."""
+    for linear in _linear(model, "tau-normalisation").values():
+        linear.weight.copy_(tau_normalised(linear.weight, tau))
+        if linear.bias is not None:
+            linear.bias.zero_()
+
+
+class _Scale(nn.Module):
+    """f_c w_c, with f [C] learnable."""
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(like.new_ones(len(like)))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.scale[:, None] * weight
+
+
+def learn_scales_(model: nn.Module) -> None:
+    """Gives every classifier a learnable scale per class, f_c w_c, from 1 on (LWS: Kang et al.,
+    arXiv 1910.09217, section 4). Until `fold_scales_` the state dict has the scales, too."""
+    for linear in _linear(model, "LWS").values():
+        parametrize.register_parametrization(linear, "weight", _Scale(linear.weight))
+
+
+def fold_scales_(model: nn.Module) -> None:
+    """Multiplies the learnt scales into the weights, and leaves plain `nn.Linear` classifiers.
+
+    Raises:
+        ValueError: a classifier has no learnable scale.
+    """
+    for name, linear in _linear(model, "LWS").items():
+        if not parametrize.is_parametrized(linear, "weight"):
+            raise ValueError(f"{name}: expected scales by learn_scales_, got {linear}")
+        parametrize.remove_parametrizations(linear, "weight")
+
+
+class LogitAdjustment(nn.Module):
+    """Logits [N, C] -> logits - tau log prior (Menon et al., arXiv 2007.07314, eq. 9), for a
+    network trained with cross-entropy. As the end of a head,
+    `nn.Sequential(head, LogitAdjustment(...))`, it adjusts what that exit's test reads, too.
+
+    Args:
+        class_counts: [C] training samples of every class. tau: >= 0.
+    """
+
+    shift: Tensor
+
+    def __init__(self, class_counts: Sequence[int] | Tensor, *, tau: float = 1.0) -> None:
+        super().__init__()
+        checks.at_least("tau", tau, 0.0)
+        self.register_buffer("shift", (tau * log_prior(class_counts)).float())  # [C]
+
+    def forward(self, logits: Tensor) -> Tensor:
+        return logits - self.shift.to(logits.dtype)
+
+
+@torch.no_grad()
+def adjust_logits_(
+    model: nn.Module, class_counts: Sequence[int] | Tensor, *, tau: float = 1.0
+) -> None:
+    """`LogitAdjustment` at every exit, folded into the classifiers' biases: it costs nothing."""
+    adjustment = LogitAdjustment(class_counts, tau=tau)
+    C = len(adjustment.shift)
+    found = _linear(model, "logit adjustment")
+    for name, linear in found.items():
+        if linear.out_features != C:
+            raise ValueError(
+                f"class_counts: expected {linear.out_features}, the classes of {name}, got {C}"
+            )
+    for linear in found.values():
+        if linear.bias is None:
+            linear.bias = nn.Parameter(linear.weight.new_zeros(C))  # type: ignore[unreachable]
+        linear.bias.copy_(adjustment.to(linear.bias.device)(linear.bias))
