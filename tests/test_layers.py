@@ -28,10 +28,12 @@ LAYERS = (
     ("modules", "classifiers", "metrics"),
     ("models",),
     ("",),
+    ("data",),
     ("training", "inference"),
     ("cli",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+DATA_MAY_IMPORT = {"checks", "data"}
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
 
 
@@ -108,6 +110,14 @@ def test_the_rule_is_enforced(tmp_path, file, source, expected):
     path.parent.mkdir(parents=True)
     path.write_text(source, encoding="utf-8")
     assert violations(tmp_path) == ([expected] if expected else [])
+
+
+def test_data_knows_no_model_and_no_kernel():
+    for file in sorted((ROOT / "elf_fast" / "data").glob("*.py")):
+        for line, name in imports(file, "elf_fast.data"):
+            assert layer(name, set(RANK)) in {None, *DATA_MAY_IMPORT}, (
+                f"{file.name}:{line}: imports {name}"
+            )
 
 
 def test_kernels_import_torch_and_triton_only():

@@ -1,4 +1,4 @@
-"""Data split, calibration, loop, checkpoints and the words made from results."""
+"""Metrics, calibration, loop, checkpoints and the words made from results."""
 
 import json
 import math
@@ -12,12 +12,12 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
-from elf_fast.flops import Flops, count_flops
+import elf_fast
+from elf_fast.data import long_tailed_digits
 from elf_fast.reference import ELFOutput
 from elf_fast.training import (
     calibrate,
     checkpoint,
-    data,
     demo,
     network,
     summary,
@@ -34,56 +34,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def digits():
-    return data.long_tailed_digits(50.0)
-
-
-# Data
-
-
-def test_counts_follow_the_exponential_profile():
-    assert data.long_tailed_counts(100, 3, 100) == [100, 10, 1]
-    assert data.long_tailed_counts(104, 10, 50) == [104, 67, 43, 28, 18, 11, 7, 4, 3, 2]
-    assert data.long_tailed_counts(100, 2, 50) == [100, 2]  # exact: not rounded down to 1
-    assert data.long_tailed_counts(10, 4, 1) == [10, 10, 10, 10]
-
-
-@pytest.mark.parametrize("classes, imbalance", [(1, 10.0), (10, 0.5)])
-def test_counts_refuse_what_has_no_profile(classes, imbalance):
-    with pytest.raises(ValueError, match="expected at least"):
-        data.long_tailed_counts(100, classes, imbalance)
-
-
-def test_parts_are_disjoint_and_balanced_and_training_is_long_tailed(digits):
-    parts = [set(part.position.tolist()) for part in digits[:3]]
-    assert sum(map(len, parts)) == len(set.union(*parts))
-    assert torch.bincount(digits.validation.targets).tolist() == [20] * 10
-    assert torch.bincount(digits.test.targets).tolist() == [50] * 10
-    assert digits.class_counts == data.long_tailed_counts(digits.class_counts[0], 10, 50)
-    assert digits.class_counts[0] // digits.class_counts[-1] >= 50
-    assert digits.train.images.shape == (sum(digits.class_counts), 1, 16, 16)
-    assert -1 <= digits.train.images.min() < digits.train.images.max() <= 1
-
-
-def test_same_seed_same_split_other_seed_other_split(digits):
-    again = data.long_tailed_digits(50.0)
-    assert all(
-        torch.equal(a.position, b.position) for a, b in zip(digits[:3], again[:3], strict=True)
-    )
-    other = data.long_tailed_digits(50.0, seed=1)
-    assert not torch.equal(digits.test.position, other.test.position)
-
-
-def test_an_imbalance_that_empties_the_tail_is_refused():
-    with pytest.raises(ValueError, match=r"imbalance: expected at most 6.*got 50"):
-        data.long_tailed_indices(
-            [0] * 10 + [1] * 10, imbalance=50, validation_per_class=2, test_per_class=2, seed=0
-        )
-
-
-def test_augmentation_keeps_shape_and_repeats_with_its_generator(digits):
-    images = digits.train.images[:5]
-    one, two = (data.augment(images, torch.Generator().manual_seed(3)) for _ in range(2))
-    assert one.shape == images.shape and torch.equal(one, two) and not torch.equal(one, images)
+    return long_tailed_digits(50.0)
 
 
 # FLOPs

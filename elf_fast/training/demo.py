@@ -18,13 +18,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from .. import __version__
-from ..flops import Flops, count_flops
+from ..data.digits import DigitSplits, long_tailed_digits
 from ..losses import BalancedSoftmaxLoss
 from ..metrics import ELFMetrics
 from ..modules import ELF
 from . import calibrate, checkpoint, figures, network, report, summary, throughput
-from .data import LongTailed, long_tailed_digits
-from .loop import EpochStats, Schedule, predict, train
+from .loop import EpochStats, Schedule, train
+from .metrics import Flops, count_flops, predict, summarise
 
 IMBALANCE = 50.0
 SPLIT_SEED = 0
@@ -99,7 +99,7 @@ def run(output: Path, *, seeds: int = 3, epochs: int = 40, console: Console | No
             "threads": torch.get_num_threads(),
         },
         "class_counts": data.class_counts,
-        "split": {name: len(getattr(data, name).targets) for name in data._fields[:3]},
+        "split": {name: len(getattr(data, name)) for name in ("train", "validation", "test")},
         "runs": [t.entry for t in trained],
         "throughput": speed,
         "seconds": time.perf_counter() - start,
@@ -120,7 +120,7 @@ def _progress(console: Console) -> Progress:
     )
 
 
-def _train_seed(seed: int, data: LongTailed, schedule: Schedule, progress: Progress) -> Trained:
+def _train_seed(seed: int, data: DigitSplits, schedule: Schedule, progress: Progress) -> Trained:
     models, seconds = {}, {}
     for kind, name in (("without_exits", "no exits"), ("elf", "ELF")):
         task = progress.add_task(f"seed {seed}, {name:8}", total=schedule.epochs, stats="")
@@ -141,7 +141,7 @@ def _train_seed(seed: int, data: LongTailed, schedule: Schedule, progress: Progr
 
 
 def _assess(
-    seed: int, without_exits: ELF, elf: ELF, data: LongTailed, seconds: dict[str, float]
+    seed: int, without_exits: ELF, elf: ELF, data: DigitSplits, seconds: dict[str, float]
 ) -> Trained:
     """Chooses the threshold on validation and evaluates both networks on the test set."""
     flops = count_flops(elf, data.test.images[:1])
@@ -178,7 +178,7 @@ def _assess(
     return Trained(without_exits, elf, entry)
 
 
-def evaluate(model: ELF, data: LongTailed, flops: Flops) -> dict[str, Any]:
+def evaluate(model: ELF, data: DigitSplits, flops: Flops, flops_without_exits: int) -> dict:
     """The metrics of `model` on the test set."""
     metrics = ELFMetrics(data.class_counts, flops)
     metrics.update(predict(model, data.test.images), data.test.targets)
@@ -220,7 +220,7 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _write(output: Path, results: dict[str, Any], first: Trained, data: LongTailed) -> None:
+def _write(output: Path, results: dict[str, Any], first: Trained, data: DigitSplits) -> None:
     checkpoint.save(
         output / "model.safetensors",
         first.elf.state_dict(),
@@ -260,7 +260,7 @@ def _write(output: Path, results: dict[str, Any], first: Trained, data: LongTail
     )
 
 
-def _example_figures(model: ELF, data: LongTailed) -> list[tuple[str, str, Any]]:
+def _example_figures(model: ELF, data: DigitSplits) -> list[tuple[str, str, Any]]:
     out = predict(model, data.test.images)
     last = len(model.stages) - 1
     order = out.confidence.argsort(descending=True)

@@ -10,9 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..modes import mode
-from ..reference import ELF, ELFOutput
-from .data import Split, augment
+from ..data.digits import Digits, augment
+from ..reference import ELF
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ def learning_rate_factor(step: int, steps: int, warmup: float) -> float:
 
 def train(
     model: ELF,
-    data: Split,
+    data: Digits,
     schedule: Schedule,
     *,
     seed: int,

@@ -2,69 +2,60 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import Dataset
+
+from .longtail import long_tailed_counts, members
+from .splits import Splits
 
 IMAGE_SIZE = 16
 
 
-class Split(NamedTuple):
-    images: Tensor  # [N, 1, 16, 16] float32 in [-1, 1]
-    targets: Tensor  # [N] int64
-    position: Tensor  # [N] int64, place in scikit-learn's data set
+class Digits(Dataset[tuple[Tensor, int]]):
+    """Images in memory, as tensors that may be used whole."""
+
+    def __init__(self, images: Tensor, targets: Tensor, position: Tensor) -> None:
+        self.images = images  # [N, 1, 16, 16] float32 in [-1, 1]
+        self.targets = targets  # [N] int64
+        self.position = position  # [N] int64, place in scikit-learn's data set
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.images[index], int(self.targets[index])
 
 
-class LongTailed(NamedTuple):
-    train: Split  # class c has class_counts[c] samples, from head (class 0) to tail
-    validation: Split  # balanced
-    test: Split  # balanced
-    class_counts: list[int]  # [C] training samples of every class
-
-
-def long_tailed_counts(n_max: int, classes: int, imbalance: float) -> list[int]:
-    """Samples of every class, n_i = int(n_max * (1/imbalance)^(i / (C-1))) (Cui et al.,
-    arXiv 1901.05555, section 5.1), at least 1."""
-    if classes < 2:
-        raise ValueError(f"classes: expected at least 2, got {classes}")
-    if imbalance < 1:
-        raise ValueError(f"imbalance: expected at least 1, got {imbalance}")
-    # The small term keeps int() from rounding a whole number down: 100 * 50**-1 is 2, not 1.999.
-    return [
-        max(1, math.floor(n_max * imbalance ** (-i / (classes - 1)) + 1e-9)) for i in range(classes)
-    ]
+@dataclass(frozen=True)
+class DigitSplits(Splits):
+    train: Digits  # class c has class_counts[c] samples, from head (class 0) to tail
+    validation: Digits  # balanced
+    test: Digits  # balanced
 
 
 def long_tailed_indices(
-    targets: Sequence[int] | Tensor,
+    targets: Tensor,
     *,
     imbalance: float,
     validation_per_class: int,
     test_per_class: int,
     seed: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Disjoint indices (train, validation, test) into `targets` [N], each int64.
+    """Disjoint indices (train, validation, test) into `targets` [N] int64, each int64.
 
     Test and validation are held out first and are balanced; training takes its long-tailed share of
     what is left, class 0 being the head. The same seed gives the same split on every machine.
     """
-    targets = torch.as_tensor(targets)
     generator = torch.Generator().manual_seed(seed)
-    per_class = []
-    for c in range(int(targets.max()) + 1):
-        members = (targets == c).nonzero().squeeze(1)
-        per_class.append(members[torch.randperm(len(members), generator=generator)])
+    per_class = [
+        indices[torch.randperm(len(indices), generator=generator)] for indices in members(targets)
+    ]
     held_out = test_per_class + validation_per_class
-    n_max = min(len(members) for members in per_class) - held_out
-    if n_max < imbalance:
-        raise ValueError(
-            f"imbalance: expected at most {n_max}, the training samples that the smallest class "
-            f"has left, got {imbalance}"
-        )
+    n_max = min(len(indices) for indices in per_class) - held_out
     counts = long_tailed_counts(n_max, len(per_class), imbalance)
     test = torch.cat([m[:test_per_class] for m in per_class])
     validation = torch.cat([m[test_per_class:held_out] for m in per_class])
@@ -78,7 +69,7 @@ def long_tailed_digits(
     validation_per_class: int = 20,
     test_per_class: int = 50,
     seed: int = 0,
-) -> LongTailed:
+) -> DigitSplits:
     """The 1797 digits of 8x8 pixels as a long-tailed training set with balanced validation and
     test parts, enlarged to 16x16."""
     from sklearn.datasets import load_digits
@@ -88,7 +79,7 @@ def long_tailed_digits(
     images = F.interpolate(pixels, size=IMAGE_SIZE, mode="bilinear", align_corners=False)
     targets = torch.from_numpy(digits.target).long()
     train, validation, test = (
-        Split(images[index], targets[index], index)
+        Digits(images[index], targets[index], index)
         for index in long_tailed_indices(
             targets,
             imbalance=imbalance,
@@ -97,7 +88,7 @@ def long_tailed_digits(
             seed=seed,
         )
     )
-    return LongTailed(train, validation, test, torch.bincount(train.targets).tolist())
+    return DigitSplits(train, validation, test, class_names=[str(d) for d in range(10)])
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
