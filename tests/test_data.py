@@ -1,14 +1,21 @@
 """Data sets, transforms and the loader, on small files that the tests write."""
 
+import hashlib
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
+from torchvision import datasets
 
 from elf_fast import data
 from elf_fast.data import digits as digits_module
+from elf_fast.data import lists
 from elf_fast.data.longtail import hold_out
 
 # Which samples
@@ -128,3 +135,333 @@ def test_augmentation_keeps_shape_and_repeats_with_its_generator(digits):
         digits_module.augment(images, torch.Generator().manual_seed(3)) for _ in range(2)
     )  # fmt: skip
     assert one.shape == images.shape and torch.equal(one, two) and not torch.equal(one, images)
+
+
+# CIFAR
+
+
+def write_cifar(cifar, root, classes, per_class, monkeypatch):
+    """An archive like CIFAR's, a share of `per_class` images in every file. Each image is of one
+    colour: its class and its number in the file."""
+    label = {10: "labels", 100: "fine_labels"}[classes]
+
+    def dump(name, entry):
+        path = root / cifar.base_folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pickle.dumps(entry))
+        return hashlib.md5(path.read_bytes()).hexdigest()
+
+    for attribute in ("train_list", "test_list"):
+        files = []
+        for file, (name, _) in enumerate(getattr(cifar, attribute)):
+            n = per_class // len(getattr(cifar, attribute))
+            targets = np.arange(classes).repeat(n)[
+                np.random.RandomState(file).permutation(classes * n)
+            ]
+            colour = np.stack([targets, np.arange(len(targets)) % 256, np.full_like(targets, file)])
+            pixels = colour.T[:, :, None].repeat(32 * 32, axis=2).reshape(-1, 3 * 32 * 32)
+            files.append([name, dump(name, {"data": pixels.astype(np.uint8),
+                                            label: targets.tolist()})])  # fmt: skip
+        monkeypatch.setattr(cifar, attribute, files)
+    names = [f"class {c}" for c in range(classes)]
+    meta = {**cifar.meta, "md5": dump(cifar.meta["filename"], {cifar.meta["key"]: names})}
+    monkeypatch.setattr(cifar, "meta", meta)
+
+
+@pytest.fixture
+def plain():
+    """Transforms to the values of the pixels; evaluation adds 100."""
+
+    def pixels(image):
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
+
+    return data.Transforms(pixels, lambda image: pixels(image) + 100)
+
+
+def colours(dataset):
+    """[N, 3] the colour of the upper left pixel."""
+    return [dataset[i][0][:, 0, 0].int().tolist() for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("classes, per_class", [(10, 20), (100, 10)])
+def test_cifar_lt(tmp_path, monkeypatch, plain, classes, per_class):
+    cifar = {10: datasets.CIFAR10, 100: datasets.CIFAR100}[classes]
+    write_cifar(cifar, tmp_path, classes, per_class, monkeypatch)
+    splits = data.cifar_lt(tmp_path, classes, imbalance=10, transforms=plain)
+    assert splits.class_counts == data.long_tailed_counts(per_class, classes, 10)
+    assert splits.class_names == [f"class {c}" for c in range(classes)]
+    assert splits.validation is None
+    everything = cifar(tmp_path)
+    chosen = data.long_tailed_subset(torch.tensor(everything.targets), 10, seed=0)
+    train = colours(splits.train)
+    assert train == everything.data[chosen, 0, 0].tolist()
+    assert [c for c, _, _ in train] == splits.train.targets.tolist()
+    assert [splits.train[i][1] for i in (0, -1)] == [0, classes - 1]
+    assert torch.bincount(splits.test.targets).tolist() == [per_class] * classes
+    assert [c - 100 for c, _, _ in colours(splits.test)] == splits.test.targets.tolist()
+
+
+def test_cifar_validation_is_held_out_of_training(tmp_path, monkeypatch, plain):
+    write_cifar(datasets.CIFAR10, tmp_path, 10, 20, monkeypatch)
+    splits = data.cifar_lt(
+        tmp_path, imbalance=4, profile="step", validation_fraction=0.1, transforms=plain
+    )
+    assert splits.class_counts == [18] * 5 + [4] * 5
+    assert torch.bincount(splits.validation.targets).tolist() == [2] * 10
+    train = {tuple(colour) for colour in colours(splits.train)}
+    validation = {tuple(v - 100 for v in colour) for colour in colours(splits.validation)}
+    assert len(train) == 110 and len(validation) == 20 and not train & validation
+    assert {colour[0] for colour in validation} == set(range(10))
+
+
+def test_cifar_says_what_to_put_where(tmp_path, monkeypatch):
+    with pytest.raises(data.DataError, match="cifar-10-batches-py of https://.*data_batch_1, .*"
+                                             "batches.meta. Unpack"):  # fmt: skip
+        data.cifar_lt(tmp_path)
+    write_cifar(datasets.CIFAR10, tmp_path, 10, 5, monkeypatch)
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").write_bytes(b"cut short")
+    with pytest.raises(data.DataError, match="missing or damaged: data_batch_3. Unpack"):
+        data.cifar_lt(tmp_path)
+    with pytest.raises(ValueError, match="classes: expected 10 or 100, got 20"):
+        data.cifar_lt(tmp_path, 20)
+
+
+# Image folders
+
+
+def write_image(path, value, size=(8, 8)):
+    """A grey image of one value; the format follows from the name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, value, value)).save(path)
+    return path
+
+
+def write_folder(root, **counts):
+    """root/<class>/<i>.png, PNG and JPEG by turns, of value 10 class + i."""
+    for c, (name, count) in enumerate(counts.items()):
+        for i in range(count):
+            write_image(root / name / f"{i:02}.{'png' if i % 2 else 'jpg'}", 10 * c + i)
+
+
+def values(dataset):
+    """[N] the value of every image."""
+    return [int(dataset[i][0][0, 0, 0]) for i in range(len(dataset))]
+
+
+def test_a_folder_as_it_is(tmp_path, plain):
+    write_folder(tmp_path, a=4, b=3)
+    splits = data.image_folder(tmp_path, transforms=plain)
+    assert splits.validation is None and splits.test is None
+    assert splits.class_names == ["a", "b"] and splits.class_counts == [4, 3]
+    assert splits.train.targets.tolist() == [0, 0, 0, 0, 1, 1, 1]
+    assert values(splits.train) == [0, 1, 2, 3, 10, 11, 12]
+    assert splits.train[4][0].shape == (3, 8, 8) and splits.train[4][1] == 1
+
+
+def test_a_folder_in_parts_keeps_the_labels_of_training(tmp_path, plain):
+    write_folder(tmp_path / "train", a=2, b=1, c=1)
+    write_folder(tmp_path / "validation", b=1)
+    write_folder(tmp_path / "test", a=1, c=2)
+    splits = data.image_folder(tmp_path, transforms=plain)
+    assert splits.train.targets.tolist() == [0, 0, 1, 2]
+    assert splits.validation.targets.tolist() == [1]
+    assert splits.test.targets.tolist() == [0, 2, 2]
+    assert values(splits.validation) == [100] and values(splits.test) == [100, 110, 111]
+    with pytest.raises(ValueError, match="validation_fraction: expected 0, since .*validation is"):
+        data.image_folder(tmp_path, validation_fraction=0.1)
+    write_folder(tmp_path / "test", z=1)
+    with pytest.raises(data.DataError, match="test: expected only classes of .* got 1 more: z"):
+        data.image_folder(tmp_path)
+
+
+def test_a_folder_made_long_tailed_after_validation_is_held_out(tmp_path, plain):
+    write_folder(tmp_path, a=10, b=10, c=10)
+    splits = data.image_folder(
+        tmp_path, imbalance=4, validation_fraction=0.2, seed=3, transforms=plain
+    )
+    assert splits.class_counts == [8, 4, 2]
+    assert torch.bincount(splits.validation.targets).tolist() == [2, 2, 2]
+    assert [v // 10 for v in values(splits.train)] == splits.train.targets.tolist()
+    held_out = [v - 100 for v in values(splits.validation)]
+    assert [v // 10 for v in held_out] == splits.validation.targets.tolist()
+    assert not set(values(splits.train)) & set(held_out)
+    step = data.image_folder(tmp_path, imbalance=5, profile="step", transforms=plain)
+    assert step.class_counts == [10, 2, 2]
+
+
+def test_a_folder_that_is_none_is_named(tmp_path):
+    with pytest.raises(data.DataError, match="root: expected a folder .*nowhere"):
+        data.image_folder(tmp_path / "nowhere")
+
+
+# Lists
+
+
+@pytest.fixture
+def listed(tmp_path, monkeypatch):
+    """A small "Places-LT", by the files of its lists."""
+    train = {"images/inn/1.png": 0, "images/inn/a b.jpg": 0, "images/zoo/1.png": 1}
+    test = {"images/zoo/2.png": 1}
+    for name, entries in (("train", train), ("test", test)):
+        for value, path in enumerate(entries):
+            write_image(tmp_path / path, value)
+        text = "".join(f"{path} {label}\n" for path, label in entries.items())
+        (tmp_path / f"Places_LT_{name}.txt").write_text(text)
+    facts = lists.Facts(
+        {"train": ("Places_LT_train.txt", 3), "test": ("Places_LT_test.txt", 1)}, 2, 2, 1
+    )
+    monkeypatch.setitem(data.PUBLISHED, "Places-LT", facts)
+    return tmp_path
+
+
+def test_published_lists(listed, plain):
+    splits = data.published("Places-LT", listed, transforms=plain)
+    assert splits.train.targets.tolist() == [0, 0, 1] and splits.class_counts == [2, 1]
+    assert splits.test.targets.tolist() == [1] and splits.validation is None
+    assert splits.class_names == ["inn", "zoo"]
+    assert values(splits.train) == [0, 1, 2] and values(splits.test) == [100]
+
+
+def test_own_lists(listed, plain):
+    train = listed / "Places_LT_train.txt"
+    splits = data.from_lists(listed, train, validation=train, transforms=plain)
+    assert splits.class_counts == [2, 1] and values(splits.validation) == [100, 101, 102]
+    assert splits.test is None
+    (listed / "flat.txt").write_text("images/inn/1.png 0\r\n\nimages/inn/a b.jpg\t1\n")
+    splits = data.from_lists(listed, listed / "flat.txt", transforms=plain)
+    assert splits.class_names == ["0", "1"] and values(splits.train) == [0, 1]
+
+
+def test_all_that_is_wrong_with_lists_is_said_at_once(listed):
+    train, test = listed / "Places_LT_train.txt", listed / "Places_LT_test.txt"
+    train.write_text("images/inn/1.png 0\n\nnothing\nimages/inn/1.png one\n"
+                     "images/gone/1.png 0\nimages/gone/2.png 0\nimages/zoo/1.png 1\n")  # fmt: skip
+    test.write_text("images/zoo/2.png 2\nimages/zoo/2.png -1\n")
+    with pytest.raises(data.DataError) as error:
+        data.published("Places-LT", listed)
+    assert str(error.value).splitlines() == [
+        f"{train}: expected lines 'relative/path label', got 2 malformed: line 3 ('nothing'), "
+        "line 4 ('images/inn/1.png one')",
+        f"{train}: expected 3 images, got 4",
+        f"{train}: expected 2 images of the largest class and 1 of the smallest, got 3 and 1",
+        f"{train}: 2 of 4 images are not there: {listed}/images/gone/1.png, "
+        f"{listed}/images/gone/2.png",
+        f"{test}: expected labels from 0 to 1, got 2 others: line 1 (2), line 2 (-1)",
+        f"{test}: expected 1 images, got 2",
+    ]
+
+
+def test_missing_lists_empty_classes_and_unknown_names(listed):
+    (listed / "Places_LT_test.txt").unlink()
+    with pytest.raises(
+        data.DataError, match=r"LT_test.txt: expected a list of images, got no file"
+    ):
+        data.published("Places-LT", listed)
+    (listed / "gap.txt").write_text("images/inn/1.png 0\nimages/zoo/1.png 7\n")
+    with pytest.raises(data.DataError, match="every class, got none of 6: 1, 2, 3, 4, 5, ...$"):
+        data.from_lists(listed, listed / "gap.txt")
+    (listed / "far.txt").write_text(f"images/inn/1.png {10**15}\n")
+    with pytest.raises(
+        data.DataError, match="every class, got none of 1,000,000,000,000,000: 0, 1"
+    ):
+        data.from_lists(listed, listed / "far.txt")
+    with pytest.raises(ValueError, match="name: expected one of ImageNet-LT, .* got 'ImageNet'"):
+        data.published("ImageNet", listed)
+
+
+def test_known_totals_agree_with_images_per_class():
+    def evaluation(name):
+        facts = data.PUBLISHED[name]
+        totals = {part: total for part, (_, total) in facts.lists.items() if part != "train"}
+        return {part: total / facts.classes for part, total in totals.items()}
+
+    assert evaluation("ImageNet-LT") == {"validation": 20, "test": 50}
+    assert evaluation("Places-LT") == {"validation": 20, "test": 100}
+    assert evaluation("iNaturalist-2018") == {"validation": 3}
+
+
+# Transforms
+
+
+def random_image(height, width):
+    pixels = np.random.RandomState(0).randint(0, 256, (height, width, 3), dtype=np.uint8)
+    return pixels, Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    "transforms, size, crop",
+    [
+        (data.small_image_transforms, 32, slice(0, 32)),
+        (data.image_transforms, 14, slice(1, 15)),  # 16 is 8/7 of 14: nothing to scale
+    ],
+)
+def test_evaluation_normalises_and_does_nothing_at_random(transforms, size, crop):
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    pixels, image = random_image(*[16 if size == 14 else 32] * 2)
+    one = transforms(size, mean=mean, std=std).evaluate(image)
+    expected = (pixels[crop, crop].astype(np.float64) / 255 - mean) / std
+    assert type(one) is torch.Tensor and one.dtype == torch.float32
+    np.testing.assert_allclose(one.permute(1, 2, 0).numpy(), expected, atol=1e-6)
+
+
+def test_small_images_are_shifted_and_mirrored():
+    pixels, image = random_image(16, 16)
+    train = data.small_image_transforms(16, mean=[0.0] * 3, std=[1.0] * 3).train
+    padded = np.pad(pixels, ((2, 2), (2, 2), (0, 0)))
+    possible = {}
+    for y in range(5):
+        for x in range(5):
+            part = padded[y : y + 16, x : x + 16]
+            possible |= {part.tobytes(): (y, x, 0), part[:, ::-1].tobytes(): (y, x, 1)}
+    torch.manual_seed(0)
+    seen = {
+        possible[(train(image) * 255).round().byte().permute(1, 2, 0).numpy().tobytes()]
+        for _ in range(100)
+    }
+    assert len(seen) > 30
+
+
+def test_large_images_are_cut_and_mirrored():
+    _, image = random_image(40, 60)
+    train = data.image_transforms(16).train
+    torch.manual_seed(0)
+    images = [train(image) for _ in range(4)]
+    assert all(x.shape == (3, 16, 16) for x in images)
+    assert not any(torch.equal(images[0], x) for x in images[1:])
+    assert data.image_transforms(16).evaluate(image).shape == (3, 16, 16)
+
+
+# Files that are no images
+
+
+def spoil(path):
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "bmp"])
+def test_a_file_cut_short_is_named(tmp_path, suffix):
+    _, image = random_image(32, 32)
+    path = tmp_path / f"cut.{suffix}"
+    image.save(path)
+    spoil(path)
+    with pytest.raises(data.DecodeError, match=f"cut.{suffix}: cannot be read") as error:
+        data.images.read_image(str(path))
+    assert error.value.path == str(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"not an image", None])
+def test_what_is_no_image_is_named(tmp_path, content):
+    if content is not None:
+        (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(data.DecodeError, match="x.jpg: cannot be read"):
+        data.images.read_image(str(tmp_path / "x.jpg"))
+
+
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("RGBA", "png"), ("P", "png"),
+                                          ("CMYK", "jpg"), ("1", "png")])  # fmt: skip
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
+    path = tmp_path / f"x.{suffix}"
+    Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path)
+    image = data.images.read_image(str(path))
+    assert image.mode == "RGB" and image.getpixel((4, 4)) == (255, 255, 255)

@@ -1,17 +1,32 @@
-"""Long-tailed image data: loading functions that return `Splits`.
+"""Long-tailed image data: loading functions that return `Splits`, and transforms.
 
-longtail says which samples a long-tailed set keeps; digits loads one kind of data set.
+longtail says which samples a long-tailed set keeps; digits, cifar, folder and lists load one kind
+of data set each. torchvision (extra `train`) is imported when a function needs it.
 """
 
+from .cifar import cifar_lt
 from .digits import long_tailed_digits
+from .folder import image_folder
+from .images import DecodeError
+from .lists import PUBLISHED, from_lists, published
 from .longtail import long_tailed_counts, long_tailed_subset
 from .splits import DataError, LabelledImages, Splits
+from .transforms import Transforms, image_transforms, small_image_transforms
 
 __all__ = [
+    "PUBLISHED",
     "DataError",
+    "DecodeError",
     "LabelledImages",
     "Splits",
+    "Transforms",
+    "cifar_lt",
+    "from_lists",
+    "image_folder",
+    "image_transforms",
     "long_tailed_counts",
     "long_tailed_digits",
     "long_tailed_subset",
+    "published",
+    "small_image_transforms",
 ]

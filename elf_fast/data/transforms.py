@@ -1,0 +1,58 @@
+"""The usual augmentation for small and for large images, from torchvision.transforms.v2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from .images import Transform
+
+#: Per channel, of pixels in [0, 1]. The deviations are the ones that long-tail work on CIFAR-10 and
+#: CIFAR-100 normalises with (so the code of Cao et al., arXiv 1906.07413): means over images of the
+#: deviation inside an image, smaller than that of all pixels.
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Transforms(NamedTuple):
+    """From an RGB image (PIL) to a float32 tensor [3, size, size]."""
+
+    train: Transform
+    evaluate: Transform
+
+
+def small_image_transforms(
+    size: int = 32, *, mean: Sequence[float] = CIFAR_MEAN, std: Sequence[float] = CIFAR_STD
+) -> Transforms:
+    """For images that have size x size pixels: in training shifted by up to size / 8 pixels (zeros
+    come in) and mirrored at random (He et al., arXiv 1512.03385, section 4.2)."""
+    from torchvision.transforms import v2
+
+    augment = [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
+    return _pair(augment, [], mean, std)
+
+
+def image_transforms(
+    size: int = 224, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Transforms:
+    """For images of any size: in training a random part, of 8% to 100% of the area, and mirrored at
+    random; in evaluation the middle, after the shorter side is scaled to 8/7 of size."""
+    from torchvision.transforms import v2
+
+    augment = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
+    return _pair(augment, [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)], mean, std)
+
+
+def _pair(
+    train: list[Any], evaluate: list[Any], mean: Sequence[float], std: Sequence[float]
+) -> Transforms:
+    from torchvision.transforms import v2
+
+    normalise = [
+        v2.PILToTensor(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(mean, std),
+    ]
+    return Transforms(v2.Compose([*train, *normalise]), v2.Compose([*evaluate, *normalise]))
