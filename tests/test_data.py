@@ -1,7 +1,10 @@
 """Data sets, transforms and the loader, on small files that the tests write."""
 
 import hashlib
+import os
 import pickle
+import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -465,3 +468,137 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode, suffix):
     Image.new("RGB", (8, 8), (255, 255, 255)).convert(mode).save(path)
     image = data.images.read_image(str(path))
     assert image.mode == "RGB" and image.getpixel((4, 4)) == (255, 255, 255)
+
+
+# The loader
+
+
+class Reversed:
+    """A sampler that remembers its epoch."""
+
+    epoch = None
+
+    def __init__(self, n):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __iter__(self):
+        return iter(range(self.n - 1, -1, -1))
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+
+class Noise(torch.utils.data.Dataset):
+    """Images from the three generators that augmentation may use; targets are their indices."""
+
+    def __init__(self, n):
+        self.targets = torch.arange(n)
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return torch.tensor([torch.rand(()), np.random.rand(), random.random()]).view(
+            3, 1, 1
+        ), index
+
+
+class Process(Noise):
+    """Targets are the processes that load them."""
+
+    def __getitem__(self, index):
+        return torch.zeros(3, 1, 1), os.getpid()
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Ten images of value 0..9 in one class."""
+    for i in range(10):
+        write_image(tmp_path / "a" / f"{i}.png", i)
+    evaluate = data.image_transforms(7, mean=[0.0] * 3, std=[1 / 255] * 3).evaluate
+    return data.image_folder(tmp_path, transforms=data.Transforms(evaluate, evaluate)).train
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_batches_hold_the_samplers_images_in_the_asked_format(folder, workers, channels_last):
+    loader = data.ImageLoader(
+        folder, 4, sampler=Reversed(10), workers=workers, channels_last=channels_last
+    )
+    batches = list(loader)
+    assert len(loader) == len(batches) == 3
+    images = torch.cat([images for images, _ in batches])
+    assert images.shape == (10, 3, 7, 7) and images.dtype == torch.float32
+    assert images[:, 0, 3, 3].round().tolist() == list(range(9, -1, -1))
+    first, targets = batches[0]
+    assert first.stride() == ((147, 1, 21, 3) if channels_last else (147, 49, 7, 1))
+    assert targets.tolist() == [0] * 4 and targets.dtype == torch.int64
+    assert len(list(data.ImageLoader(folder, 4, drop_last=True))) == 2
+
+
+def test_what_is_random_follows_from_seed_and_epoch_alone():
+    def epoch(workers, number=0, seed=5, start=0):
+        loader = data.ImageLoader(Noise(10), 3, workers=workers, seed=seed)
+        loader.set_epoch(number, start)
+        return torch.cat([images for images, _ in loader]).flatten()
+
+    state = torch.get_rng_state()
+    one = epoch(0)
+    assert torch.equal(one, epoch(0)) and torch.equal(one, epoch(1)) and torch.equal(one, epoch(2))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert len(set(one.tolist())) == 30
+    assert torch.equal(one[18:], epoch(2, start=2))
+    for other in (epoch(2, number=1), epoch(2, seed=6)):
+        assert not set(one.tolist()) & set(other.tolist())
+
+
+def test_the_calling_process_keeps_its_generators():
+    def draws():
+        return [torch.rand(()).item(), np.random.rand(), random.random()]
+
+    def seed():
+        torch.manual_seed(1), np.random.seed(1), random.seed(1)
+
+    seed()
+    expected = draws()
+    seed()
+    for _ in data.ImageLoader(Noise(4), 2):
+        pass
+    assert draws() == expected
+
+
+def test_workers_live_on_from_epoch_to_epoch():
+    loader = data.ImageLoader(Process(8), 1, sampler=(sampler := Reversed(8)), workers=2)
+    epochs = []
+    for number in range(2):
+        loader.set_epoch(number)
+        assert sampler.epoch == number
+        epochs.append({int(process) for _, process in loader})
+    assert epochs[0] == epochs[1] and len(epochs[0]) == 2 and os.getpid() not in epochs[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_file_is_named_or_skipped_and_counted(folder, workers):
+    bad = [folder.paths[i] for i in (1, 4, 5, 6, 7)]
+    for path in bad:
+        spoil(Path(path))
+    with pytest.raises(data.DecodeError, match="1.png: cannot be read as an image"):
+        list(data.ImageLoader(folder, 4, workers=workers))
+    loader = data.ImageLoader(folder, 4, workers=workers, skip_errors=True)
+    for epoch in (1, 2):
+        batches = [images[:, 0, 3, 3].round().tolist() for images, _ in loader]
+        assert batches == [[0, 2, 3], [8, 9]]  # the batch of 4 to 7 is left out
+        assert loader.skipped == dict.fromkeys(bad, epoch)
+
+
+def test_data_sets_travel_to_spawned_workers(folder):
+    copy = pickle.loads(pickle.dumps(folder))
+    assert torch.equal(copy[3][0], folder[3][0])
+
+
+def test_a_negative_seed_is_refused(folder):
+    with pytest.raises(ValueError, match="seed: expected a finite number >= 0"):
+        data.ImageLoader(folder, 4, seed=-1)

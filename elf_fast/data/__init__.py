@@ -1,4 +1,4 @@
-"""Long-tailed image data: loading functions that return `Splits`, and transforms.
+"""Long-tailed image data: loading functions that return `Splits`, transforms, and a loader.
 
 longtail says which samples a long-tailed set keeps; digits, cifar, folder and lists load one kind
 of data set each. torchvision (extra `train`) is imported when a function needs it.
@@ -9,6 +9,7 @@ from .digits import long_tailed_digits
 from .folder import image_folder
 from .images import DecodeError
 from .lists import PUBLISHED, from_lists, published
+from .loader import ImageLoader
 from .longtail import long_tailed_counts, long_tailed_subset
 from .splits import DataError, LabelledImages, Splits
 from .transforms import Transforms, image_transforms, small_image_transforms
@@ -17,6 +18,7 @@ __all__ = [
     "PUBLISHED",
     "DataError",
     "DecodeError",
+    "ImageLoader",
     "LabelledImages",
     "Splits",
     "Transforms",
