@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 #: Modules of the `train` extra that the commands need.
-_EXTRA = {"PIL", "matplotlib", "rich", "safetensors", "sklearn"}
+_EXTRA = {"PIL", "matplotlib", "rich", "safetensors", "sklearn", "torchmetrics"}
 
 
 class UserError(Exception):

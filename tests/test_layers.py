@@ -26,9 +26,9 @@ LAYERS = (
     ("functional",),
     ("losses", "samplers", "flops"),
     ("modules", "classifiers", "metrics"),
-    ("models",),
+    ("models", "backbones"),
     ("",),
-    ("data",),
+    ("data", "bench"),
     ("training", "inference"),
     ("cli",),
 )

@@ -1,4 +1,4 @@
-"""Metrics, calibration, loop, checkpoints and the words made from results."""
+"""Calibration, loop, checkpoints and the words made from results."""
 
 import json
 import math
@@ -12,8 +12,9 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchmetrics")
 
-import elf_fast
+from elf_fast.bench.inference import check_agreement
 from elf_fast.data import long_tailed_digits
+from elf_fast.flops import Flops, count_flops
 from elf_fast.reference import ELFOutput
 from elf_fast.training import (
     calibrate,
@@ -132,12 +133,12 @@ def _output(exit_index, prediction, confidence):
 def test_speed_is_refused_for_results_that_differ_but_not_for_ties():
     thresholds = torch.tensor([0.5])
     ours = _output([0, 1], [0, 1], [0.5000001, 0.6])
-    throughput.check_agreement(ours, ours, thresholds)
-    throughput.check_agreement(ours, _output([1, 1], [1, 1], [0.9, 0.6]), thresholds)
+    check_agreement(ours, ours, thresholds)
+    check_agreement(ours, _output([1, 1], [1, 1], [0.9, 0.6]), thresholds)
     with pytest.raises(RuntimeError, match="disagree on 1 of 2"):
-        throughput.check_agreement(ours, _output([0, 1], [0, 0], [0.5, 0.6]), thresholds)
+        check_agreement(ours, _output([0, 1], [0, 0], [0.5, 0.6]), thresholds)
     with pytest.raises(RuntimeError, match="disagree on 1 of 2"):
-        throughput.check_agreement(ours, _output([0, 0], [0, 1], [0.5, 0.6]), thresholds)
+        check_agreement(ours, _output([0, 0], [0, 1], [0.5, 0.6]), thresholds)
 
 
 def test_throughput_of_all_three_is_positive(digits):

@@ -19,12 +19,12 @@ from torch import nn
 
 from .. import __version__
 from ..data.digits import DigitSplits, long_tailed_digits
+from ..flops import Flops, count_flops
 from ..losses import BalancedSoftmaxLoss
 from ..metrics import ELFMetrics
 from ..modules import ELF
 from . import calibrate, checkpoint, figures, network, report, summary, throughput
-from .loop import EpochStats, Schedule, train
-from .metrics import Flops, count_flops, predict, summarise
+from .loop import EpochStats, Schedule, predict, train
 
 IMBALANCE = 50.0
 SPLIT_SEED = 0
@@ -178,7 +178,7 @@ def _assess(
     return Trained(without_exits, elf, entry)
 
 
-def evaluate(model: ELF, data: DigitSplits, flops: Flops, flops_without_exits: int) -> dict:
+def evaluate(model: ELF, data: DigitSplits, flops: Flops) -> dict[str, Any]:
     """The metrics of `model` on the test set."""
     metrics = ELFMetrics(data.class_counts, flops)
     metrics.update(predict(model, data.test.images), data.test.targets)

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..data.digits import Digits, augment
-from ..reference import ELF
+from ..modes import mode
+from ..reference import ELF, ELFOutput
 
 
 @dataclass(frozen=True)

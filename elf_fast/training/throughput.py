@@ -13,30 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..bench.inference import check_agreement
 from ..modules import ELF, unfuse
-from ..reference import ELFOutput
-
-TIE = 1e-6  # relative distance to a threshold within which two backends may decide differently
 
 RATIOS = (("elf_fast", "full"), ("elf_fast", "reference"), ("elf_fast_off", "full"))
-
-
-def check_agreement(fast: ELFOutput, reference: ELFOutput, thresholds: Tensor) -> None:
-    """Raises RuntimeError unless both leave at the same exits with the same predictions, but for
-    samples whose confidence is within TIE of the threshold."""
-    moved = fast.exit_index != reference.exit_index
-    earlier = torch.minimum(fast.exit_index, reference.exit_index)
-    left = torch.where(
-        fast.exit_index <= reference.exit_index, fast.confidence, reference.confidence
-    )
-    at = thresholds[earlier.clamp(max=max(len(thresholds) - 1, 0))] if len(thresholds) else left
-    tie = moved & ((left - at).abs() <= TIE * at.abs())
-    wrong = (moved | (fast.prediction != reference.prediction)) & ~tie
-    if bool(wrong.any()):
-        raise RuntimeError(
-            f"elf_fast and its reference disagree on {int(wrong.sum())} of {len(wrong)} samples; "
-            "no speed is reported for wrong results"
-        )
 
 
 @torch.inference_mode()
