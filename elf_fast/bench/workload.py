@@ -89,7 +89,7 @@ def _decide(
     if k >= len(value):
         threshold = math.inf
     elif k == 0:
-        threshold = float(ordered[0])
+        threshold = min(sign, 0.0)  # confidence 0 or entropy 1: everybody leaves
     else:
         threshold = float((ordered[k - 1].double() + ordered[k].double()) / 2)
     thresholds[e] = sign * threshold

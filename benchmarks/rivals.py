@@ -1,0 +1,171 @@
+"""What a user could run instead of `elf_fast.ELF` at inference, on the same stages and heads.
+
+Each rival takes an `InferenceWork` and gives a function of no arguments, to be called under
+`torch.inference_mode()`, that returns the predictions [N] and exit indices [N] in input order.
+`elf_fast.bench.inference` has the module itself, its reference, the network without exits and the
+oracle. The criterion is "confidence" throughout.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
+from torch import Tensor, nn
+
+from elf_fast.bench.workload import InferenceWork
+
+Rival = Callable[[], tuple[Tensor, Tensor]]
+
+
+def _confident(logits: Tensor, threshold: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+    """(whether each row leaves, its prediction): max p >= t without a softmax."""
+    top, prediction = logits.max(1)
+    log_p = top / temperature - torch.logsumexp(logits / temperature, 1)
+    return log_p >= threshold.log(), prediction
+
+
+def _rows(x: Tensor, index: Tensor) -> Tensor:
+    """index_select, which on channels-last features takes ten times as long as on their
+    contiguous view [N, H, W, D]."""
+    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
+    return x.index_select(0, index)
+
+
+def sceptic(work: InferenceWork, *, compile: bool = False) -> Rival:
+    """The best that plain PyTorch gives without kernels of one's own: no softmax, two small
+    index lists and one index_select an exit. compile: the test by torch.compile."""
+    model, images = work.model, work.images
+    test = torch.compile(_confident, dynamic=True) if compile else _confident
+    last = len(model.stages) - 1
+
+    def run() -> tuple[Tensor, Tensor]:
+        prediction = torch.empty(len(images), dtype=torch.int64, device=images.device)
+        exit_index = torch.full_like(prediction, last)
+        x, alive = images, None
+        for e, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
+            x = stage(x)
+            logits = head(x)
+            if e == last:
+                found = logits.argmax(1)
+            else:
+                leaves, found = test(logits, model.thresholds[e], model.temperatures[e])
+            # A later exit overwrites the predictions of those that go on.
+            if alive is None:
+                prediction.copy_(found)
+            else:
+                prediction.index_copy_(0, alive, found)
+            if e == last:
+                break
+            goes_on = (~leaves).nonzero().squeeze(1)
+            left = leaves.nonzero().squeeze(1)
+            exit_index.index_fill_(0, left if alive is None else alive[left], e)
+            if len(goes_on) == 0:
+                break
+            if len(goes_on) < len(leaves):
+                alive = goes_on if alive is None else alive[goes_on]
+                x = _rows(x, goes_on)
+        return prediction, exit_index
+
+    return run
+
+
+def padded(work: InferenceWork) -> Rival:
+    """No sample is dropped and nothing waits for the device: every exit sees the whole batch, as a
+    single CUDA graph could hold it."""
+    model, images = work.model, work.images
+    last = len(model.stages) - 1
+
+    def run() -> tuple[Tensor, Tensor]:
+        prediction = torch.zeros(len(images), dtype=torch.int64, device=images.device)
+        exit_index = torch.full_like(prediction, last)
+        here = torch.ones_like(prediction, dtype=torch.bool)
+        x = images
+        for e, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
+            x = stage(x)
+            logits = head(x)
+            if e == last:
+                leaves, found = here, logits.argmax(1)
+            else:
+                leaves, found = _confident(logits, model.thresholds[e], model.temperatures[e])
+                leaves = leaves & here
+            prediction = torch.where(leaves, found, prediction)
+            exit_index = torch.where(leaves, e, exit_index)
+            here = here & ~leaves
+        return prediction, exit_index
+
+    return run
+
+
+def _wrapped(work: InferenceWork) -> EarlyExitWrapper:
+    """The same stages and heads under `earlyon`, copied because it puts hooks on them."""
+    model = copy.deepcopy(work.model)
+    with torch.inference_mode():
+        num_classes = model(work.images[:1]).logits.shape[1]
+    last = len(model.stages) - 1
+    names = [f"exit{e}" for e in range(last)]
+    config = EarlyExitConfig(
+        backbone="stages",
+        num_classes=num_classes,
+        exit_points=[ExitPoint(name, str(e), 1) for e, name in enumerate(names)],
+        # Its thresholds lie in [0, 1], so an exit that is off is disabled.
+        confidence_thresholds=[min(float(t), 1.0) for t in model.thresholds],
+        enabled_exits=[bool(t <= 1.0) for t in model.thresholds],
+        temperatures={
+            **{name: float(t) for name, t in zip(names, model.temperatures, strict=True)},
+            "final": 1.0,
+        },
+    )
+    wrapper = EarlyExitWrapper(
+        nn.Sequential(*model.stages), dict(zip(names, model.heads[:-1], strict=True)),
+        model.heads[-1], config, input_shape=tuple(work.images[:1].shape),
+    )  # fmt: skip
+    return wrapper.eval()
+
+
+def earlyon_batched(work: InferenceWork) -> Rival:
+    """earlyon's batched mode: the batch leaves as a whole, where its least confident sample may."""
+    wrapper, images, last = _wrapped(work), work.images, len(work.model.stages) - 1
+
+    def run() -> tuple[Tensor, Tensor]:
+        result = wrapper.forward_inference_batched(images)
+        prediction = result.predictions.argmax(1)
+        at = last if result.exit_taken < 0 else result.exit_taken
+        return prediction, torch.full_like(prediction, at)
+
+    return run
+
+
+def earlyon_single(work: InferenceWork) -> Rival:
+    """earlyon's own mode, one image at a time."""
+    wrapper, images, last = _wrapped(work), work.images, len(work.model.stages) - 1
+
+    def run() -> tuple[Tensor, Tensor]:
+        results = [wrapper(image[None]) for image in images]
+        prediction = torch.cat([r.prediction.argmax(1) for r in results])
+        exits = [last if r.exit_taken < 0 else r.exit_taken for r in results]
+        return prediction, torch.tensor(exits, device=images.device)
+
+    return run
+
+
+def check(rival: Rival, work: InferenceWork, *, exits: bool = True) -> None:
+    """Raises RuntimeError if a rival does not leave where the work says, or predicts something else
+    than the model there. exits=False: for one that may leave elsewhere; its predictions must then
+    be those of the exit where the whole batch leaves."""
+    with torch.inference_mode():
+        prediction, exit_index = rival()
+        expected = work.model(work.images)
+        if exits:
+            same = torch.equal(exit_index, expected.exit_index)
+            same &= torch.equal(prediction, expected.prediction)
+        else:
+            x = work.images
+            for stage in work.model.stages[: int(exit_index[0]) + 1]:
+                x = stage(x)
+            same = torch.equal(prediction, work.model.heads[int(exit_index[0])](x).argmax(1))
+    if not same:
+        raise RuntimeError(f"{rival.__qualname__}: wrong exits or predictions; it is not timed")
