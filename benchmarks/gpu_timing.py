@@ -17,14 +17,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import quantiles
 from typing import Any
 
 import torch
 import triton
 
 import elf_fast
-from elf_fast.bench.timing import Timing
+from elf_fast.bench.timing import Quartiles
 
 #: Calls in a graph, at most, and the bytes that a graph of long ones moves at least.
 CALLS = 160
@@ -59,7 +58,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Measured:
-    timing: Timing
+    timing: Quartiles
     waits: bool
 
 
@@ -77,9 +76,8 @@ def error_text(error: BaseException) -> str:
     return f"{kind}: {text[:300]}"
 
 
-def _timing(microseconds: list[float]) -> Timing:
-    low, median, high = quantiles(microseconds, n=4)
-    return Timing(median, low, high)
+def _timing(microseconds: list[float]) -> Quartiles:
+    return Quartiles.of(microseconds)
 
 
 class Gpu:

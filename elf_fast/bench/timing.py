@@ -5,37 +5,34 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from statistics import quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Microseconds a call: median and quartiles over the repetitions."""
-
+class Quartiles(NamedTuple):
     median: float
-    low: float  # first quartile
-    high: float  # third quartile
+    low: float
+    high: float
 
-    def __str__(self) -> str:
-        return f"{self.median:.1f} ({self.low:.1f}..{self.high:.1f})"
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quartiles:
+        low, median, high = quantiles(values, n=4)
+        return cls(median, low, high)
 
 
 class Samples(dict[str, list[float]]):
     """Microseconds a call of every candidate, repetition by repetition."""
 
-    def timing(self, name: str) -> Timing:
-        low, middle, high = quantiles(self[name], n=4)
-        return Timing(middle, low, high)
+    def time(self, name: str) -> Quartiles:
+        """Microseconds a call."""
+        return Quartiles.of(self[name])
 
-    def ratio(self, of: str, to: str) -> Timing:
+    def ratio(self, of: str, to: str) -> Quartiles:
         """Time of one candidate over that of another in the same repetition."""
-        low, middle, high = quantiles([a / b for a, b in zip(self[of], self[to], strict=True)], n=4)
-        return Timing(middle, low, high)
+        return Quartiles.of([a / b for a, b in zip(self[of], self[to], strict=True)])
 
 
 def _wait() -> None:
@@ -79,11 +76,3 @@ def sample(
     finally:
         gc.enable()
     return samples
-
-
-def interleaved(
-    candidates: Mapping[str, Callable[[], Any]], *, seconds: float = 1.0, burst: float = 200e-6
-) -> dict[str, Timing]:
-    """The timing of each candidate; see `sample`."""
-    samples = sample(candidates, seconds=seconds, burst=burst)
-    return {name: samples.timing(name) for name in samples}

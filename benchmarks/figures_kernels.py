@@ -1,0 +1,122 @@
+"""Figures of the operators on the CPU; the GPU's are in gpu.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from baselines import plain_gate, read_only
+from figure_rows import Row, compare
+
+from elf_fast import functional, ops, reference
+
+
+def rows(*, full: bool) -> Iterator[Row]:
+    yield from _gate(full)
+    yield from _compact()
+    yield from _head()
+    yield from _loss(full)
+
+
+def _gate(full: bool) -> Iterator[Row]:
+    t, T = torch.tensor(0.9), torch.tensor(1.0)
+    asked: dict[tuple[int, int], float | None] = {
+        (16, 10): 2.0, (64, 100): 2.0, (256, 1000): 5.0, (1024, 1000): None,
+    }  # fmt: skip
+    if full:
+        asked |= dict.fromkeys([(1, 10), (1, 1000), (16, 8142), (256, 8142), (1024, 100)])
+    for (N, C), least in asked.items():
+        x = torch.randn(N, C, generator=torch.Generator().manual_seed(0)) * 3
+        ours, theirs = functional.exit_gate(x, 0.9), reference.exit_gate(x, 0.9)
+        assert torch.equal(ours.survivors, theirs.survivors)
+        candidates: dict[str, Callable[[], Any]] = {
+            "functional.exit_gate": lambda x=x: functional.exit_gate(x, 0.9),
+            "ops.exit_gate, early stop": lambda x=x: ops.exit_gate(x, t, T, 0, None, True),
+            "reference": lambda x=x: reference.exit_gate(x, 0.9),
+            "plain PyTorch": lambda x=x: plain_gate(x, 0.9),
+            "read-only pass": lambda x=x: read_only(x),
+        }
+        with torch.inference_mode():
+            yield from compare(
+                "kernels", f"logits [{N}, {C}]", candidates,
+                [("functional.exit_gate", "reference", least),
+                 ("functional.exit_gate", "plain PyTorch", None),
+                 ("functional.exit_gate", "read-only pass", 1 / 3 if N == 1024 else None),
+                 ("ops.exit_gate, early stop", "read-only pass", None)],
+                seconds=2,
+            )  # fmt: skip
+
+
+def _compact() -> Iterator[Row]:
+    for layer, size in (
+        ("ResNet-32 layer1", (64, 16, 32, 32)),
+        ("ResNet-50 layer2", (32, 512, 28, 28)),
+        ("ResNet-50 layer4", (64, 2048, 7, 7)),
+    ):
+        for layout, least in ((torch.contiguous_format, 1.0), (torch.channels_last, 5.0)):
+            x = torch.randn(size).to(memory_format=layout)
+            survivors = torch.arange(0, size[0], 2)
+            candidates: dict[str, Callable[[], Any]] = {
+                "ops.compact": lambda x=x, s=survivors: ops.compact(x, s),
+                "functional.compact": lambda x=x, s=survivors: functional.compact(x, s),
+                "ops.compact_ (in place)": lambda x=x, s=survivors: ops.compact_(x, s, None),
+                "index_select": lambda x=x, s=survivors: x.index_select(0, s),
+            }
+            assert torch.equal(functional.compact(x, survivors), x[survivors])
+            with torch.inference_mode():
+                yield from compare(
+                    "kernels", f"half of {layer} {_name(layout)}", candidates,
+                    [("ops.compact", "index_select", least),
+                     ("functional.compact", "index_select", None),
+                     ("ops.compact_ (in place)", "ops.compact", None)],
+                    seconds=2,
+                )  # fmt: skip
+
+
+def _head() -> Iterator[Row]:
+    for layer, size in (
+        ("digits layer2", (256, 64, 4, 4)),
+        ("ResNet-32 layer1", (64, 16, 32, 32)),
+        ("ResNet-50 layer4", (64, 2048, 7, 7)),
+    ):
+        w, b = torch.randn(100, size[1]), torch.randn(100)
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randn(size).to(memory_format=layout)
+            candidates: dict[str, Callable[[], Any]] = {
+                "functional.exit_head": lambda x=x, w=w, b=b: functional.exit_head(x, w, b, 0.9),
+                "reference": lambda x=x, w=w, b=b: reference.exit_head(x, w, b, 0.9),
+            }
+            with torch.inference_mode():
+                ours, theirs = (f().logits for f in candidates.values())
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+                yield from compare(
+                    "kernels", f"{layer} {_name(layout)}", candidates,
+                    [("functional.exit_head", "reference", None)],
+                )  # fmt: skip
+
+
+def _loss(full: bool) -> Iterator[Row]:
+    for N, C in ((16, 10), (64, 100), (256, 1000), *([(64, 8142)] if full else [])):
+        x = (torch.randn(N, C) * 3).requires_grad_()
+        y = torch.randint(0, C, (N,))
+
+        def step(f: Callable[..., Any], x=x, y=y) -> torch.Tensor:
+            x.grad = None
+            f(x, y, threshold=0.9).loss.sum().backward()
+            return x.grad
+
+        candidates: dict[str, Callable[[], Any]] = {
+            "exit_loss, forward + backward": lambda s=step: s(functional.exit_loss),
+            "reference": lambda s=step: s(reference.exit_loss),
+        }
+        ours, theirs = (f() for f in candidates.values())
+        torch.testing.assert_close(ours, theirs)
+        yield from compare(
+            "kernels", f"logits [{N}, {C}]", candidates,
+            [("exit_loss, forward + backward", "reference", None)],
+        )  # fmt: skip
+
+
+def _name(layout: torch.memory_format) -> str:
+    return str(layout).removeprefix("torch.").removesuffix("_format").replace("_", "-")
