@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from elf_fast.bench.timing import Quartiles, sample
+from elf_fast.bench.timing import Quartiles, Samples, sample
 
 
 @dataclass(frozen=True)
@@ -63,11 +63,17 @@ def compare(
     pairs: Sequence[Pair],
     *,
     seconds: float = 1.0,
+    apart: bool = False,
 ) -> list[Row]:
-    """Times the candidates in turn and prints a row for each pair."""
-    samples = sample(candidates, seconds=seconds)
+    """Times the candidates in turn, for about `seconds`, and prints a row for each pair. apart:
+    only those that have a baseline in common take turns, so that no third empties the caches."""
     rows = []
+    samples = Samples()
     for subject, baseline, least in pairs:
+        if not {subject, baseline} <= samples.keys() or (apart and baseline != rows[-1].baseline):
+            partners = {s for s, b, _ in pairs if b == baseline} | {baseline}
+            chosen = {n: f for n, f in candidates.items() if not apart or n in partners}
+            samples = sample(chosen, seconds=seconds)
         times = {"subject": samples.time(subject), "baseline": samples.time(baseline)}
         ratio = samples.ratio(baseline, subject)
         rows.append(Row(suite, subject, baseline, shape, ratio, least, times))

@@ -44,7 +44,7 @@ def _gate(full: bool) -> Iterator[Row]:
                  ("functional.exit_gate", "plain PyTorch", None),
                  ("functional.exit_gate", "read-only pass", 1 / 3 if N == 1024 else None),
                  ("ops.exit_gate, early stop", "read-only pass", None)],
-                seconds=2,
+                seconds=1, apart=True,
             )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ def _compact() -> Iterator[Row]:
                     [("ops.compact", "index_select", least),
                      ("functional.compact", "index_select", None),
                      ("ops.compact_ (in place)", "ops.compact", None)],
-                    seconds=2,
+                    seconds=1, apart=True,
                 )  # fmt: skip
 
 

@@ -1,0 +1,106 @@
+"""`elf-fast bench`: a network of the user's choice with and without exits, side by side."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from ..backbones import create, default_exits
+from ..models import from_backbone
+from . import inference, training
+from .timing import Samples, sample
+from .workload import inference_work, training_work
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", default="torchvision/resnet18", metavar="NAME",
+                        help="a network of timm or torchvision, or cifar_resnet32 "
+                        "(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--exits", metavar="MODULE,MODULE,...",
+                        help="modules to put exits after (default: three, evenly)")  # fmt: skip
+    parser.add_argument("--batch", type=int, default=64, metavar="N",
+                        help="images in a batch (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--size", type=int, default=224, metavar="PIXELS",
+                        help="height and width of the images (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--classes", type=int, default=1000, metavar="C",
+                        help="(default: %(default)s)")  # fmt: skip
+    parser.add_argument("--share", type=float, nargs="+", default=[0.5, 0.8, 1.0], metavar="S",
+                        help="shares of the samples that go on after each exit; 1 switches the "
+                        "exits off (default: 0.5 0.8 1)")  # fmt: skip
+    parser.add_argument("--training", action="store_true", help="time training steps, too")
+    parser.add_argument("--seconds", type=float, default=10.0,
+                        help="for each table row (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row for each share and mode: {"mode", "share", "microseconds", "speed"}, where
+    `speed` is that of elf_fast over each candidate's, [median, lower, upper quartile].
+
+    Raises:
+        ValueError: an argument that names no network, no module, or no batch.
+    """
+    if options.batch < 1 or options.size < 1 or options.classes < 2:
+        raise ValueError(
+            "--batch, --size, --classes: expected at least 1, 1 and 2, got "
+            f"{options.batch}, {options.size} and {options.classes}"
+        )
+    if not all(0 <= share <= 1 for share in options.share):
+        raise ValueError(f"--share: expected numbers in [0, 1], got {options.share}")
+    torch.manual_seed(0)
+    layout = {"device": options.device, "memory_format": torch.channels_last}
+    backbone = create(options.model, options.classes).to(**layout)
+    images = torch.randn(options.batch, 3, options.size, options.size).to(**layout)
+    exits = options.exits.split(",") if options.exits else default_exits(backbone)
+    model = from_backbone(backbone, exits, options.classes, example_input=images[:1])
+    rows = []
+    for share in options.share:
+        work = inference_work(model, images, share)
+        with torch.inference_mode():
+            samples = sample(inference.candidates(work), seconds=options.seconds)
+        rows.append(_row("inference", share, samples))
+        if options.training:
+            steps = training.candidates(training_work(model, images, share))
+            rows.append(_row("training step", share, sample(steps, seconds=options.seconds)))
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        print(f"{options.model}, exits after {', '.join(exits)}; batch {options.batch} of "
+              f"{options.size}x{options.size}, {options.device}")  # fmt: skip
+        _print(rows)
+    return rows
+
+
+def _row(mode: str, share: float, samples: Samples) -> dict[str, Any]:
+    return {
+        "mode": mode,
+        "share": share,
+        "microseconds": {name: samples.time(name) for name in samples},
+        "speed": {name: samples.ratio(name, "elf_fast") for name in samples if name != "elf_fast"},
+    }
+
+
+def _print(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        of_mode = [row for row in rows if row["mode"] == mode]
+        others = list(of_mode[0]["speed"])
+        table = Table(title=f"{mode}: elf_fast, and how many times as fast it is as")
+        for heading in ("goes on", "elf_fast, ms", *others):
+            table.add_column(heading, justify="right")
+        for row in of_mode:
+            cells = [f"{m:.2f} ({low:.2f}..{high:.2f})" for m, low, high in row["speed"].values()]
+            table.add_row(f"{row['share']:.0%}", f"{row['microseconds']['elf_fast'][0] / 1e3:.3g}",
+                          *cells)  # fmt: skip
+        Console().print(table)
+    print(
+        "full: without exits. reference: plain PyTorch. oracle: the stages alone on batches made "
+        "smaller\nbeforehand, as fast as early exit can be. The network is untrained: the share "
+        "that goes on is set,\nnot learned."
+    )

@@ -1,0 +1,46 @@
+"""The short form of the benchmarks: ratios within one run, on one thread, at half of the figure
+that each is held to on a quiet machine (benchmarks/figures.py), so that only a regression fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import elf_fast
+from elf_fast import functional, reference
+from elf_fast.bench.timing import sample
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    if elf_fast.report()["cpu"] != "cpu (C++)":
+        pytest.skip("the CPU kernels are not built")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # a second one waits for whoever else has the core
+    yield
+    torch.set_num_threads(before)
+
+
+def times_as_fast(subject, baseline) -> float:
+    with torch.inference_mode():
+        samples = sample({"subject": subject, "baseline": baseline}, seconds=0.5, least=20)
+    return samples.ratio("baseline", "subject").median
+
+
+@pytest.mark.parametrize("N, C, figure", [(16, 10, 2.0), (64, 100, 2.0), (256, 1000, 5.0)])
+def test_exit_gate(N, C, figure):
+    z = torch.randn(N, C, generator=torch.Generator().manual_seed(0)) * 3
+    ours, theirs = (lambda f=f: f(z, 0.9) for f in (functional.exit_gate, reference.exit_gate))
+    assert torch.equal(ours().survivors, theirs().survivors)
+    assert times_as_fast(ours, theirs) >= figure / 2
+
+
+@pytest.mark.parametrize("layout, figure", [("contiguous", 1.0), ("channels_last", 5.0)])
+def test_compact(layout, figure):
+    x = torch.randn(64, 256, 14, 14)
+    x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
+    survivors = torch.arange(0, 64, 2)
+    ratio = times_as_fast(
+        lambda: functional.compact(x, survivors), lambda: x.index_select(0, survivors)
+    )
+    assert ratio >= figure / 2
