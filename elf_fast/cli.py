@@ -10,8 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .training.config import add_flags
+
 #: Modules of the `train` extra that the commands need.
-_EXTRA = {"PIL", "matplotlib", "rich", "safetensors", "sklearn", "torchmetrics"}
+_EXTRA = {
+    "PIL", "matplotlib", "rich", "safetensors", "sklearn", "tensorboard", "timm", "torchmetrics",
+    "torchvision", "yaml",
+}  # fmt: skip
 
 
 class UserError(Exception):
@@ -76,13 +81,33 @@ def _parser() -> argparse.ArgumentParser:
                       help="passes over the training data (default: %(default)s)")  # fmt: skip
     demo.set_defaults(command=_demo)
 
+    train = commands.add_parser(
+        "train",
+        help="train a network with early exits, or without, on long-tailed images",
+        description="Trains, chooses thresholds on validation, evaluates once on the test part and "
+        "writes weights, metrics.json, config.yaml and checkpoints into --output. Under torchrun, "
+        "trains on all of its processes. Keys of the YAML file are the flags' names with "
+        "underscores; flags go before the file, and the file before the defaults. "
+        "docs/training.md has examples.",
+        usage="elf-fast train [-c FILE] [--resume RUN] [settings]",
+    )
+    train.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings as YAML")
+    train.add_argument("--resume", type=Path, metavar="RUN",
+                       help="go on with the run in this folder, with its settings, from its newest "
+                       "good checkpoint; start one there if there is none and other flags say what "
+                       "to train")  # fmt: skip
+    add_flags(train)
+    train.set_defaults(command=_train)
+
     evaluate = commands.add_parser(
         "eval",
-        help="evaluate a checkpoint of the demo on its test set",
-        description="Prints accuracy, exit shares and the share of FLOPs of a checkpoint that "
-        "`elf-fast demo` wrote: the same numbers as in its results.json.",
+        help="evaluate a run or a checkpoint on its test set",
+        description="Prints accuracy, exit shares and the share of FLOPs on the test part: the "
+        "numbers that the run wrote into metrics.json, or the demo into results.json.",
     )
-    evaluate.add_argument("checkpoint", type=Path, help="a model.safetensors")
+    evaluate.add_argument("checkpoint", type=Path, metavar="RUN",
+                          help="a run's folder, one of its checkpoints, or weights")  # fmt: skip
+    evaluate.add_argument("--data-dir", metavar="FOLDER", help="where the images are now")
     evaluate.add_argument("--json", action="store_true", help="print all metrics as JSON")
     evaluate.set_defaults(command=_eval)
 
@@ -104,24 +129,64 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _train(arguments: argparse.Namespace) -> int:
+    from .training import distributed
+    from .training.config import from_arguments, from_dict, load_yaml
+    from .training.trainer import CONFIG, NonFiniteLossError, Trainer, resumed_config
+
+    folder = arguments.resume
+    try:
+        given = load_yaml(arguments.config) if arguments.config else {}
+        given.update(from_arguments(arguments))
+        resume = folder is not None and (folder / CONFIG).exists()
+        if folder is not None and not resume:
+            if not given:
+                raise UserError(f"--resume: expected the folder of a run, got {folder}")
+            given["output"] = str(folder)
+        config = resumed_config(folder, **given) if resume else from_dict(given)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    with distributed.ranks(config.device) as ranks:
+        try:
+            trainer = Trainer(config, ranks)
+            if resume:
+                trainer.resume()
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+        try:
+            results = trainer.run()
+        except NonFiniteLossError as error:
+            raise UserError(str(error)) from error
+        if ranks.is_first:
+            for part in ("validation", "test"):
+                if part in results:
+                    _show(f"{config.output}: {part}", results[part])
+    return 0
+
+
 def _eval(arguments: argparse.Namespace) -> int:
     from .training.checkpoint import CheckpointError
-    from .training.demo import evaluate_checkpoint
+    from .training.evaluate import evaluate_saved
 
+    overrides = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
     try:
-        metadata, metrics = evaluate_checkpoint(arguments.checkpoint)
+        metadata, metrics = evaluate_saved(arguments.checkpoint, **overrides)
     except CheckpointError as error:
         raise UserError(str(error)) from error
     if arguments.json:
         print(json.dumps(metrics, indent=1))
-        return 0
-    print(f"{arguments.checkpoint}: ELF, seed {metadata['seed']}, test set")
+    else:
+        _show(f"{arguments.checkpoint}: seed {metadata['seed']}, test set", metrics)
+    return 0
+
+
+def _show(heading: str, metrics: dict[str, Any]) -> None:
+    print(heading)
     for key in ("overall", "many", "medium", "few", "flops_share"):
         label = "FLOPs, % of without exits" if key == "flops_share" else f"accuracy {key}, %"
         print(f"  {label:26}{_percent(metrics[key])}")
     shares = " / ".join(_percent(share) for share in metrics["exit_shares"])
     print(f"  {'left at each exit, %':26}{shares}")
-    return 0
 
 
 def _percent(value: Any) -> str:

@@ -2,7 +2,8 @@
 
 The order of an epoch depends on seed and epoch only. Rank r of R takes its positions r, r + R,
 r + 2R and so on: batch by batch the ranks together see the order from front to back, however many
-they are, and an interrupted epoch goes on exactly where it stopped.
+they are. So an epoch goes on where it stopped, with another number of ranks, too, if every rank
+passes over the batches that it has used (`data.ImageLoader.set_epoch`).
 
 Shapes: N samples, C classes.
 """
@@ -87,26 +88,19 @@ class EpochSampler(Sampler[int], ABC):
         self.seed = seed
         self.set_epoch(0)
 
-    def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the epoch, counted from 0, that the next iteration shows.
-
-        To resume it, `start` is the number of samples of it that all ranks together have used:
-        finished steps times the global batch. What follows is what would have followed, with
-        another number of ranks, too; from N on, nothing is left.
-        """
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch, counted from 0, that the next iteration shows."""
         checks.integer("epoch", epoch, 0)
-        checks.integer("start", start, 0)
         self.epoch = epoch
-        self.start = start
 
     def __len__(self) -> int:
-        """Samples that this rank has left in the epoch."""
-        return max(0, -((self.start - len(self.targets)) // self.num_replicas))
+        """Samples of this rank in an epoch."""
+        return -(-len(self.targets) // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
         seed = numpy.random.SeedSequence([self.seed, self.epoch]).generate_state(1, numpy.uint64)
         order = self.order(torch.Generator().manual_seed(int(seed[0])))
-        own = self.start + self.rank + self.num_replicas * torch.arange(len(self))
+        own = self.rank + self.num_replicas * torch.arange(len(self))
         return iter(order[own % len(order)].tolist())
 
     @abstractmethod

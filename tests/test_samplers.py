@@ -6,7 +6,6 @@ import itertools
 
 import pytest
 import torch
-from torch.utils.data import BatchSampler
 
 from elf_fast.samplers import (
     ClassSampler,
@@ -112,35 +111,6 @@ def test_more_ranks_than_samples_wrap_round_more_than_once():
     assert sorted(i for share in shares for i in share) in ([0, 0, 0, 1, 1], [0, 0, 1, 1, 1])
 
 
-@EACH
-@pytest.mark.parametrize("ranks", [1, 3])
-def test_a_resumed_epoch_goes_on_with_the_batches_that_were_left(make, ranks):
-    batch, done = 16, 5
-    for rank in range(ranks):
-        sampler = make(TARGETS, num_replicas=ranks, rank=rank, seed=3)
-        sampler.set_epoch(2)
-        batches = list(BatchSampler(sampler, batch, drop_last=False))
-        again = make(TARGETS, num_replicas=ranks, rank=rank, seed=3)
-        again.set_epoch(2, start=done * batch * ranks)
-        rest = BatchSampler(again, batch, drop_last=False)
-        assert list(rest) == batches[done:] and len(rest) == len(batches) - done
-        again.set_epoch(2, start=len(batches) * batch * ranks)
-        assert list(again) == [] and len(again) == 0
-        again.set_epoch(3)
-        assert len(again) == len(sampler)
-
-
-def test_an_epoch_goes_on_with_another_number_of_ranks():
-    whole = list(InstanceSampler(TARGETS))
-    shares = []
-    for rank in range(3):
-        sampler = InstanceSampler(TARGETS, num_replicas=3, rank=rank)
-        sampler.set_epoch(0, start=2 * 64)
-        shares.append(list(sampler))
-    dealt = [i for together in zip(*shares, strict=True) for i in together]
-    assert dealt[: N - 128] == whole[128:] and len(dealt) - (N - 128) < 3
-
-
 @pytest.mark.parametrize("length, ranks", [(10, 1), (10, 3), (2, 3), (0, 2)])
 def test_evaluation_shows_every_sample_once_in_order(length, ranks):
     samplers = [EvaluationSampler(length, num_replicas=ranks, rank=r) for r in range(ranks)]
@@ -173,7 +143,6 @@ def test_the_process_group_is_asked_for_the_share(monkeypatch):
          r"rank: expected an integer in \[0, 1\], got 2"),
         (lambda: InstanceSampler([0], seed=1.5), TypeError, "seed: expected an integer, got 1.5"),
         (lambda: InstanceSampler([0]).set_epoch(-1), ValueError, "epoch: .*>= 0, got -1"),
-        (lambda: InstanceSampler([0]).set_epoch(0, -1), ValueError, "start: .*>= 0, got -1"),
         (lambda: EvaluationSampler(-1), ValueError, "length: .*>= 0, got -1"),
     ],
 )  # fmt: skip

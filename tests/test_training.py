@@ -24,7 +24,7 @@ from elf_fast.training import (
     summary,
     throughput,
 )
-from elf_fast.training.loop import Schedule, learning_rate_factor, predict, train
+from elf_fast.training.loop import Schedule, batches, learning_rate_factor, predict, train
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,7 +82,7 @@ def test_the_sweep_agrees_with_the_model_it_stands_for(digits):
     torch.manual_seed(0)
     model = network.with_exits(10).eval()
     images, targets = digits.validation.images, digits.validation.targets
-    table = calibrate.exit_table(model, images, targets)
+    table = calibrate.exit_table(model, batches(digits.validation))
     middle = table.confidence[0].sort().values[99:101]
     threshold = float(middle.mean())  # between two samples: no tie for rounding to settle
     model.thresholds.fill_(threshold)

@@ -36,6 +36,8 @@ class ImageLoader:
             nothing else is left out whole. Otherwise the first one raises `DecodeError`.
 
     Attributes:
+        position: batches of the epoch that were passed so far, those left out included: where
+            `set_epoch` has to start to go on after the last batch.
         skipped: how often each unreadable file was left out so far.
     """
 
@@ -56,6 +58,7 @@ class ImageLoader:
         self.dataset = dataset
         self.sampler = SequentialSampler(dataset) if sampler is None else sampler
         self.skip_errors = skip_errors
+        self.position = 0
         self.skipped: Counter[str] = Counter()
         self._keys = _BatchKeys(BatchSampler(self.sampler, batch_size, drop_last), seed)
         self._loader = DataLoader(
@@ -76,6 +79,7 @@ class ImageLoader:
                 the whole epoch's order; what is passed over is not loaded.
         """
         self._keys.epoch, self._keys.start = epoch, start
+        self.position = start
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 
@@ -84,7 +88,8 @@ class ImageLoader:
         return len(self._keys.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in self._loader:
+        for number, batch in enumerate(self._loader, self._keys.start):
+            self.position = number + 1
             if batch.unreadable and not self.skip_errors:
                 raise DecodeError(*batch.unreadable[0])
             self.skipped.update(path for _, path in batch.unreadable)

@@ -7,7 +7,7 @@ against never leaving early, take the one that costs the fewest FLOPs. Test data
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,8 +17,15 @@ from ..flops import Flops
 from ..modes import mode
 from ..reference import ELF, statistic
 
-#: Confidences that are tried; inf switches the exits off.
+#: Confidences, or margins, that are tried, from the boldest on; inf switches the exits off.
 THRESHOLDS = (*(round(0.20 + 0.01 * k, 2) for k in range(80)), 0.995, 0.999, math.inf)
+
+
+def candidates(criterion: str) -> tuple[float, ...]:
+    """The thresholds to try, from the boldest to never leaving early."""
+    if criterion == "entropy":
+        return (*(round(1 - t, 3) for t in THRESHOLDS[:-1]), -math.inf)
+    return THRESHOLDS
 
 
 class ExitTable(NamedTuple):
@@ -26,10 +33,12 @@ class ExitTable(NamedTuple):
 
     confidence: Tensor  # [E, N] the criterion's statistic
     correct: Tensor  # [E, N] bool
+    criterion: str = "confidence"
 
     def exit_index(self, threshold: float) -> Tensor:
-        """[N] the exit that each sample takes at one common threshold (criterion "confidence")."""
-        leaves = self.confidence >= torch.tensor(threshold, dtype=self.confidence.dtype)
+        """[N] the exit that each sample takes at one common threshold."""
+        t = torch.tensor(threshold, dtype=self.confidence.dtype)
+        leaves = self.confidence <= t if self.criterion == "entropy" else self.confidence >= t
         leaves[-1] = True
         return leaves.int().argmax(0)
 
@@ -41,34 +50,31 @@ class OperatingPoint(NamedTuple):
 
 
 @torch.inference_mode()
-def exit_table(model: ELF, images: Tensor, targets: Tensor, batch_size: int = 256) -> ExitTable:
-    """Every exit's confidence and correctness for images [N, ...] and targets [N].
-
-    Raises:
-        ValueError: the model's criterion is not "confidence".
-    """
-    if model.criterion != "confidence":
-        raise ValueError(f'criterion: expected "confidence", got {model.criterion!r}')
+def exit_table(model: ELF, batches: Iterable[tuple[Tensor, Tensor]]) -> ExitTable:
+    """Every exit's confidence and correctness for batches of images [n, ...] and targets [n]."""
+    device = model.thresholds.device
     temperatures = [*model.temperatures, torch.tensor(1.0)]
     confidence, correct = [], []
     with mode(model, training=False):
-        for x, y in zip(images.split(batch_size), targets.split(batch_size), strict=True):
+        for x, y in batches:
+            x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)
             logits = []
             for stage, head in zip(model.stages, model.heads, strict=True):
                 x = stage(x)
                 logits.append(head(x))
             pairs = zip(logits, temperatures, strict=True)
-            confidence.append(torch.stack([statistic(z, T) for z, T in pairs]))
-            correct.append(torch.stack([z.argmax(1) == y for z in logits]))
-    return ExitTable(torch.cat(confidence, 1), torch.cat(correct, 1))
+            found = torch.stack([statistic(z, T, model.criterion) for z, T in pairs])
+            confidence.append(found.cpu())
+            correct.append(torch.stack([z.argmax(1) == y for z in logits]).cpu())
+    return ExitTable(torch.cat(confidence, 1), torch.cat(correct, 1), model.criterion)
 
 
 def sweep(
-    table: ExitTable, flops: Flops, thresholds: Sequence[float] = THRESHOLDS
+    table: ExitTable, flops: Flops, thresholds: Sequence[float] | None = None
 ) -> list[OperatingPoint]:
-    """Accuracy and FLOPs at each threshold."""
+    """Accuracy and FLOPs at each threshold (None: the `candidates`)."""
     points = []
-    for threshold in thresholds:
+    for threshold in candidates(table.criterion) if thresholds is None else thresholds:
         exit_index = table.exit_index(threshold)
         correct = table.correct.gather(0, exit_index[None])
         accuracy = correct.double().mean().item()
@@ -78,10 +84,10 @@ def sweep(
 
 
 def choose(points: Sequence[OperatingPoint]) -> OperatingPoint:
-    """The cheapest point at least as accurate as never leaving early (threshold inf); of equally
-    cheap ones the most accurate, then the highest threshold."""
-    never = [p.accuracy for p in points if p.threshold == math.inf]
+    """The cheapest point at least as accurate as never leaving early (an infinite threshold); of
+    equally cheap ones the most accurate, then the last: `sweep` goes from bold to cautious."""
+    never = [p.accuracy for p in points if math.isinf(p.threshold)]
     if not never:
         raise ValueError("points: expected one with threshold inf to compare with, got none")
-    safe = [p for p in points if p.accuracy >= never[0]]
-    return min(safe, key=lambda p: (p.flops, -p.accuracy, -p.threshold))
+    safe = [p for p in reversed(points) if p.accuracy >= never[0]]
+    return min(safe, key=lambda p: (p.flops, -p.accuracy))

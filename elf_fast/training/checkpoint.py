@@ -22,25 +22,43 @@ class CheckpointError(ValueError):
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
     """Writes `state` and JSON-able `metadata` to `path`, all or nothing.
 
-    The file is written beside its place, flushed to disk and renamed; a checkpoint that was there
-    is kept as `<name>.previous.safetensors`.
+    A checkpoint that was there is kept as `<name>.previous.safetensors`.
     """
     from safetensors.torch import save as to_bytes
 
-    state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    # Copies, since safetensors refuses tensors that share memory, as two stages may.
+    state = {
+        name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
+        for name, value in state.items()
+    }
     described = json.dumps(metadata, sort_keys=True)
     header = {"format": FORMAT, "metadata": described, "sha256": _digest(state, described)}
     if path.exists():
         _replace(previous(path), path)
+    write(path, to_bytes(state, header))
+
+
+def write(path: Path, content: bytes) -> None:
+    """Writes a file, all or nothing: beside its place, flushed to disk and renamed."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            file.write(to_bytes(state, header))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flushes the names of a folder's files to disk: a rename lasts from then on."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

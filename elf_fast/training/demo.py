@@ -24,7 +24,7 @@ from ..losses import BalancedSoftmaxLoss
 from ..metrics import ELFMetrics
 from ..modules import ELF
 from . import calibrate, checkpoint, figures, network, report, summary, throughput
-from .loop import EpochStats, Schedule, predict, train
+from .loop import EpochStats, Schedule, batches, predict, train
 
 IMBALANCE = 50.0
 SPLIT_SEED = 0
@@ -146,9 +146,7 @@ def _assess(
     """Chooses the threshold on validation and evaluates both networks on the test set."""
     flops = count_flops(elf, data.test.images[:1])
     full = flops.without_exits
-    points = calibrate.sweep(
-        calibrate.exit_table(elf, data.validation.images, data.validation.targets), flops
-    )
+    points = calibrate.sweep(calibrate.exit_table(elf, batches(data.validation)), flops)
     chosen = calibrate.choose(points)
     test = {
         "without_exits": evaluate(
@@ -159,7 +157,7 @@ def _assess(
     test["never"] = evaluate(elf, data, flops)
     elf.thresholds.fill_(chosen.threshold)
     test["elf"] = evaluate(elf, data, flops)
-    curve = calibrate.sweep(calibrate.exit_table(elf, data.test.images, data.test.targets), flops)
+    curve = calibrate.sweep(calibrate.exit_table(elf, batches(data.test)), flops)
     entry = {
         "seed": seed,
         "threshold": _finite(chosen.threshold),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -85,15 +85,20 @@ def train(
     return history
 
 
+def batches(data: Digits, batch_size: int = 256) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images [n, ...], targets [n]) in order."""
+    return zip(data.images.split(batch_size), data.targets.split(batch_size), strict=True)
+
+
 @torch.inference_mode()
 def predict(model: ELF, images: Tensor, batch_size: int = 256) -> ELFOutput:
     """The model's outputs for images [N, ...] in evaluation mode, batch by batch, without loss."""
     with mode(model, training=False):
-        batches = [model(batch) for batch in images.split(batch_size)]
+        outputs = [model(batch) for batch in images.split(batch_size)]
     return ELFOutput(
-        logits=torch.cat([b.logits for b in batches]),
-        prediction=torch.cat([b.prediction for b in batches]),
-        confidence=torch.cat([b.confidence for b in batches]),
-        exit_index=torch.cat([b.exit_index for b in batches]),
+        logits=torch.cat([out.logits for out in outputs]),
+        prediction=torch.cat([out.prediction for out in outputs]),
+        confidence=torch.cat([out.confidence for out in outputs]),
+        exit_index=torch.cat([out.exit_index for out in outputs]),
         loss=None,
     )

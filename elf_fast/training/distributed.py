@@ -1,0 +1,68 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run. With one process the methods do nothing."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all ranks, on all of them."""
+        if self.world_size > 1:
+            values = values.to(self.device, copy=True)
+            distributed.all_reduce(values)
+        return values.cpu()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, on all of them."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            distributed.all_gather_object(values, value)
+        return values
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Gives every rank the first one's buffers: batch statistics differ from rank to rank."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
+
+    def wait(self) -> None:
+        if self.world_size > 1:
+            distributed.barrier()
+
+
+@contextlib.contextmanager
+def ranks(device: str | None = None) -> Iterator[Ranks]:
+    """The process group that torchrun's environment asks for (WORLD_SIZE), if any; NCCL on GPUs,
+    one per process, and Gloo on CPUs. device: None takes a GPU if there is one."""
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "WORLD_SIZE" not in os.environ:
+        yield Ranks(torch.device(kind))
+        return
+    own = torch.device(kind)
+    if own.type == "cuda":
+        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(own)
+    distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    yield Ranks(own, distributed.get_rank(), distributed.get_world_size())
+    # Not after an error: the other ranks may be inside a collective that this one never enters.
+    distributed.destroy_process_group()

@@ -1,0 +1,127 @@
+"""Evaluating a network on a part of its data set, fresh from training or from a file."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import ImageLoader, LabelledImages, Splits
+from ..flops import Flops, count_flops
+from ..losses import LongTailLoss
+from ..metrics import ELFMetrics
+from ..modes import mode
+from ..modules import ELF
+from ..samplers import EvaluationSampler
+from . import build, checkpoint, demo, snapshot
+from .checkpoint import CheckpointError
+from .config import TrainConfig, from_dict
+
+#: The key "network" in the metadata of a run's weights.
+NETWORK = "elf-fast train"
+
+
+def evaluation_loader(
+    config: TrainConfig, part: LabelledImages, device: torch.device
+) -> ImageLoader:
+    """Batches of every sample once, shared out over the ranks."""
+    return ImageLoader(
+        part,
+        config.batch_size,
+        sampler=EvaluationSampler(len(part)),
+        workers=config.workers,
+        channels_last=config.channels_last,
+        pin_memory=device.type == "cuda",
+        skip_errors=config.skip_errors,
+    )
+
+
+def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    """The mixed precision of a run."""
+    return torch.autocast(device.type, getattr(torch, config.amp_dtype), enabled=config.amp)
+
+
+def sample(config: TrainConfig, device: torch.device) -> Tensor:
+    """An image [1, 3, H, W] of zeros, for counting."""
+    size = build.image_size(config)
+    return torch.zeros(1, 3, size, size, device=device)
+
+
+@torch.inference_mode()
+def evaluate(
+    config: TrainConfig, model: ELF, batches: ImageLoader, class_counts: list[int], flops: Flops
+) -> dict[str, Any]:
+    """The metrics (`ELFMetrics`) of the model over all ranks."""
+    device = model.thresholds.device
+    assert isinstance(model.exit_loss, LongTailLoss)
+    temperatures = [*model.temperatures.tolist(), 1 / model.exit_loss.scale]
+    metrics = ELFMetrics(class_counts, flops, temperatures=temperatures).to(device)
+    with mode(model, training=False), autocast(config, device):
+        for images, targets in batches:
+            out = model(images.to(device, non_blocking=True))
+            metrics.update(out, targets.to(device, non_blocking=True))
+    return metrics.compute()
+
+
+def final_part(splits: Splits) -> tuple[str, LabelledImages | None]:
+    """What the result is measured on: the test part, or validation where a set has no test."""
+    return ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
+
+
+def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(metadata, metrics of the test part) of a run, of one of its checkpoints, or of a checkpoint
+    of the demo.
+
+    Args:
+        path: a run's folder, one of its checkpoints, or a file of weights.
+        overrides: settings that differ from the run's, such as data_dir.
+
+    Raises:
+        CheckpointError: it cannot be read, or does not fit.
+    """
+    state, metadata = _read(path)
+    if metadata.get("network") != NETWORK:
+        return demo.evaluate_checkpoint(path)
+    config = replace(from_dict(metadata["config"]), **overrides)
+    splits = build.load_splits(config)
+    if splits.class_counts != metadata["class_counts"]:
+        raise CheckpointError(
+            f"{path}: expected the training data that it was made with, class_counts "
+            f"{metadata['class_counts']}, got {splits.class_counts}"
+        )
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    model = build.network(config, splits.class_counts)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path}: its weights do not fit the network of this version "
+            f"({str(error).splitlines()[-1].strip()})"
+        ) from error
+    model.to(device)
+    _, part = final_part(splits)
+    if part is None:
+        raise CheckpointError(f"{path}: expected a test or validation part in its data, got none")
+    flops = count_flops(model, sample(config, device))
+    loader = evaluation_loader(config, part, device)
+    return metadata, evaluate(config, model, loader, splits.class_counts, flops)
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    if not path.is_dir():
+        return checkpoint.load(path)
+    if (path / snapshot.WEIGHTS).is_file() and not (path / snapshot.MANIFEST).is_file():
+        return checkpoint.load(path / snapshot.WEIGHTS)
+    if (path / snapshot.MANIFEST).is_file():
+        found: snapshot.Snapshot | None = snapshot.load(path)
+    else:
+        found, refused = snapshot.newest(path / "checkpoints")
+        if found is None:
+            why = "; ".join(map(str, refused)) or "found none"
+            raise CheckpointError(f"{path}: expected a run with weights or checkpoints: {why}")
+    assert found is not None
+    return found.weights if found.average is None else found.average, found.metadata

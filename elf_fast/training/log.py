@@ -1,0 +1,123 @@
+"""What a run shows and writes while it trains: rich, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from .config import TrainConfig, to_dict
+
+
+class Log:
+    """Shows the epoch that runs as a bar and every finished one as a line.
+
+    Args:
+        purge_step: the step that a resumed run goes on from; TensorBoard drops what is later.
+        active: False for all ranks but the first: they say and write nothing.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        console: Console,
+        *,
+        batches_per_epoch: int,
+        purge_step: int = 0,
+        active: bool = True,
+    ) -> None:
+        self.console = console
+        self.epochs = config.epochs
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[stats]}"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not (active and console.is_terminal),
+        )
+        self._task = self._progress.add_task("", total=batches_per_epoch, stats="")
+        self._active = active
+        self._board: Any = None
+        self._wandb: Any = None
+        if active and config.log_tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = Path(config.output) / "tensorboard"
+            self._board = SummaryWriter(str(folder), purge_step=purge_step)
+        if active and config.log_wandb:
+            import wandb
+
+            name = Path(config.output).name
+            self._wandb = wandb.init(project="elf_fast", name=name, id=name, resume="allow",
+                                     config=to_dict(config))  # fmt: skip
+
+    def __enter__(self) -> Log:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._progress.stop()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=1 if error[0] else 0)
+
+    def begin_epoch(self, epoch: int, batch: int) -> None:
+        """An epoch, counted from 0, starts at one of its batches."""
+        self._start = time.perf_counter()
+        self._progress.reset(self._task, description=f"epoch {epoch + 1}/{self.epochs}")
+        self._progress.update(self._task, completed=batch, stats="")
+
+    def batch(self, batch: int, images: int, stats: dict[str, Any]) -> None:
+        """`batch` batches of the epoch are done, in which `images` went through since it began."""
+        rate = images / (time.perf_counter() - self._start)
+        self._progress.update(
+            self._task, completed=batch, stats=f"{describe(stats)}  {rate:,.0f} img/s"
+        )
+
+    def seconds(self) -> float:
+        """Since the epoch began."""
+        return time.perf_counter() - self._start
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        if not self._active:
+            return
+        validation = record.get("validation")
+        text = f"epoch {record['epoch']}/{self.epochs}  {describe(record)}"
+        text += f"  {record['images_per_second']:,.0f} img/s"
+        if validation:
+            text += f"  | validation accuracy {100 * validation['overall']:.1f}%"
+        self.console.print(text, highlight=False, soft_wrap=True)
+        numbers = dict(_numbers(record))
+        if self._board is not None:
+            for name, number in numbers.items():
+                self._board.add_scalar(name, number, record["step"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=record["step"])
+
+
+def describe(stats: dict[str, Any]) -> str:
+    """Loss, accuracy and exit shares of training samples."""
+    text = f"loss {stats['loss']:.3f}  accuracy {100 * stats['accuracy']:.1f}%"
+    if len(stats["exit_shares"]) > 1:
+        text += "  exits " + "/".join(f"{100 * s:.0f}" for s in stats["exit_shares"]) + "%"
+    return text
+
+
+def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """The numbers of nested dicts and lists, each with its path as its name."""
+    found: list[tuple[str, float]] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            found += _numbers(value, f"{prefix}{key}/")
+        elif isinstance(value, list):
+            found += _numbers({str(i): v for i, v in enumerate(value)}, f"{prefix}{key}/")
+        elif isinstance(value, (int, float)):
+            found.append((prefix + key, value))
+    return found

@@ -1,0 +1,424 @@
+"""The trainer behind `elf-fast train`: one loop for networks with and without exits, on one process
+or on those that torchrun started, which goes on after an interruption as if there had been none."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from .. import __version__
+from ..data import ImageLoader, LabelledImages
+from ..flops import count_flops
+from ..losses import DeferredReweighting
+from ..modules import ELF
+from ..reference import ELFOutput
+from . import build, calibrate, checkpoint, distributed, snapshot
+from .config import TrainConfig, from_dict, load_yaml, to_dict, to_yaml
+from .distributed import Ranks
+from .ema import Average
+from .evaluate import NETWORK, autocast, evaluate, evaluation_loader, final_part, sample
+from .log import Log
+
+CONFIG, RESULTS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
+
+
+class NonFiniteLossError(ArithmeticError):
+    """The loss became NaN or infinite; the message names the step and what is left."""
+
+
+def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> dict:
+    """Trains as the settings say, and returns what it writes to <output>/metrics.json.
+
+    Args:
+        resume: go on with the run in config.output from its newest good checkpoint.
+
+    Raises:
+        FileExistsError: config.output holds a run, and `resume` is False.
+        NonFiniteLossError: the loss became NaN or infinite.
+        ValueError: settings that do not fit each other, the data or the checkpoint.
+    """
+    with distributed.ranks(config.device) as ranks:
+        trainer = Trainer(config, ranks, console=console)
+        if resume:
+            trainer.resume()
+        return trainer.run()
+
+
+def resumed_config(folder: Path, **overrides: Any) -> TrainConfig:
+    """The settings that a run was started with, with some changed."""
+    return from_dict({**load_yaml(folder / CONFIG), **overrides, "output": str(folder)})
+
+
+@dataclass
+class Totals:
+    """Sums over the training samples of an epoch, each at the exit that it took."""
+
+    exits: list[int]  # [E] samples
+    loss: float = 0.0
+    correct: int = 0
+
+    def add(self, out: ELFOutput, targets: Tensor, loss: float) -> None:
+        self.loss += loss * len(targets)
+        self.correct += int((out.prediction == targets).sum())
+        counts = torch.bincount(out.exit_index, minlength=len(self.exits)).tolist()
+        self.exits = [a + b for a, b in zip(self.exits, counts, strict=True)]
+
+    def over(self, ranks: Ranks) -> Totals:
+        """The sums over all ranks."""
+        values = torch.tensor([self.loss, self.correct, *self.exits], dtype=torch.float64)
+        loss, correct, *exits = ranks.total(values).tolist()
+        return Totals([int(n) for n in exits], loss, int(correct))
+
+    def means(self) -> dict[str, Any]:
+        n = max(1, sum(self.exits))
+        return {
+            "loss": self.loss / n,
+            "accuracy": self.correct / n,
+            "exit_shares": [count / n for count in self.exits],
+        }
+
+
+@dataclass
+class Position:
+    """How far a run is; a checkpoint holds it."""
+
+    totals: Totals
+    epoch: int = 0  # finished epochs
+    samples: int = 0  # of the epoch that runs, over all ranks, by whole batches
+    step: int = 0  # steps of the optimiser
+    history: list[dict[str, Any]] = field(default_factory=list)  # one record per finished epoch
+
+
+class Trainer:
+    """A run: its data, network, optimiser and position.
+
+    `run` trains from where it is to the end. Nothing is written before that.
+    """
+
+    def __init__(
+        self, config: TrainConfig, ranks: Ranks, *, console: Console | None = None
+    ) -> None:
+        self.config, self.ranks = config, ranks
+        self.output = Path(config.output)
+        self.console = console or Console(quiet=not ranks.is_first)
+        self.splits = build.load_splits(config)
+        self.class_counts = self.splits.class_counts
+        self.device = ranks.device
+        model = build.network(config, self.class_counts)
+        if config.sync_bn and ranks.world_size > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        self.model: ELF = model.to(self.device).to(memory_format=memory_format)
+        self.flops = count_flops(self.model, sample(config, self.device))
+        self.average = Average(self.model, config.model_ema_decay) if config.model_ema else None
+        self.optimizer = build.optimizer(config, self.model)
+        scaled = config.amp and config.amp_dtype == "float16" and self.device.type == "cuda"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        if config.torchcompile:
+            for stage in self.model.stages:
+                stage.compile()
+        self.learner: nn.Module = self.model
+        if ranks.world_size > 1:
+            self.learner = DistributedDataParallel(
+                self.model, device_ids=[self.device] if self.device.type == "cuda" else None
+            )
+        # A seed of its own for every rank: for augmentation, and for dropout and its like.
+        seed = config.seed * ranks.world_size + ranks.rank
+        self.loader = ImageLoader(
+            self.splits.train,
+            config.batch_size,
+            sampler=build.epoch_sampler(config, self.splits.train.targets),
+            workers=config.workers,
+            seed=seed,
+            channels_last=config.channels_last,
+            pin_memory=self.device.type == "cuda",
+            skip_errors=config.skip_errors,
+        )
+        self.validation = self._evaluation_loader(self.splits.validation)
+        self.steps_per_epoch = math.ceil(len(self.loader) / config.grad_accum_steps)
+        self.position = Position(self._no_totals())
+        self.resumed = False
+        torch.manual_seed(seed)
+
+    def _evaluation_loader(self, part: LabelledImages | None) -> ImageLoader | None:
+        return None if part is None else evaluation_loader(self.config, part, self.device)
+
+    def _no_totals(self) -> Totals:
+        return Totals([0] * len(self.model.stages))
+
+    # Checkpoints
+
+    def resume(self) -> None:
+        """Goes on from the newest good checkpoint of the run in config.output; from the start if
+        there is none yet.
+
+        Raises:
+            CheckpointError: it does not fit the settings.
+        """
+        self.resumed = True
+        folder = self.output / CHECKPOINTS
+        found, refused = snapshot.newest(folder)
+        self.ranks.wait()  # until all have read: the first one now renames
+        if self.ranks.is_first:
+            snapshot.set_aside(folder, found)
+        for error in refused:
+            self.console.print(f"refused: {error}", highlight=False, soft_wrap=True)
+        if found is None:
+            self.console.print("no checkpoint yet: the run starts anew", highlight=False)
+            return
+        self._restore(found)
+        self.console.print(f"goes on from {found.path}", highlight=False, soft_wrap=True)
+
+    def _restore(self, saved: snapshot.Snapshot) -> None:
+        state = saved.state
+        global_batch = self.config.batch_size * self.ranks.world_size
+        if state["position"]["samples"] % global_batch:
+            raise checkpoint.CheckpointError(
+                f"{saved.path}: {state['position']['samples']} samples into an epoch, expected a "
+                f"multiple of batch_size x processes = {global_batch}; resume with "
+                f"{state['global_batch']}, or another divisor"
+            )
+        if (saved.average is None) != (self.average is None):
+            raise checkpoint.CheckpointError(
+                f"{saved.path}: expected model_ema {saved.average is not None} as in the "
+                f"checkpoint, got {self.config.model_ema}"
+            )
+        try:
+            self.model.load_state_dict(saved.weights)
+            if self.average is not None and saved.average is not None:
+                self.average.model.load_state_dict(saved.average)
+            self.optimizer.load_state_dict(state["optimizer"])
+        except (RuntimeError, ValueError) as error:
+            raise checkpoint.CheckpointError(
+                f"{saved.path}: does not fit the network and optimiser of these settings "
+                f"({str(error).splitlines()[-1].strip()})"
+            ) from error
+        self.scaler.load_state_dict(state["scaler"])
+        self.position = Position(**state["position"])
+        # The sums are those of all ranks: the first one takes them over.
+        self.position.totals = (
+            Totals(**state["position"]["totals"]) if self.ranks.is_first else self._no_totals()
+        )
+        if len(state["random"]) == self.ranks.world_size:
+            _set_random_state(state["random"][self.ranks.rank], self.device)
+
+    def save(self) -> None:
+        """Writes a checkpoint of the run as it is."""
+        totals = self.position.totals.over(self.ranks)
+        random = self.ranks.gather(_random_state(self.device))
+        if not self.ranks.is_first:
+            return
+        state = {
+            "position": {**asdict(self.position), "totals": asdict(totals)},
+            "global_batch": self.config.batch_size * self.ranks.world_size,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "random": random,
+        }
+        snapshot.save(
+            self.output / CHECKPOINTS,
+            self.position.step,
+            self.model.state_dict(),
+            None if self.average is None else self.average.model.state_dict(),
+            state,
+            self._metadata(),
+        )
+
+    def _metadata(self) -> dict[str, Any]:
+        return {
+            "network": NETWORK,
+            "config": to_dict(self.config),
+            "class_counts": self.class_counts,
+            "class_names": self.splits.class_names,
+            "seed": self.config.seed,
+            "versions": {"elf_fast": __version__, "torch": torch.__version__},
+        }
+
+    # Training
+
+    def run(self) -> dict[str, Any]:
+        """Trains to the end, calibrates, evaluates once, and writes the results."""
+        config, p = self.config, self.position
+        if self.ranks.is_first:
+            self._claim_folder()
+        with Log(
+            config,
+            self.console,
+            batches_per_epoch=len(self.loader),
+            purge_step=p.step,
+            active=self.ranks.is_first,
+        ) as log:
+            while p.epoch < config.epochs:
+                self._epoch(log)
+                if p.epoch % config.checkpoint_epochs == 0 or p.epoch == config.epochs:
+                    self.save()
+        return self._finish()
+
+    def _claim_folder(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        if not self.resumed and (self.output / CONFIG).exists():
+            why = "holds a run already: go on with it by --resume, or choose another folder"
+            raise FileExistsError(errno.EEXIST, why, str(self.output))
+        checkpoint.write(self.output / CONFIG, to_yaml(self.config).encode())
+
+    def _epoch(self, log: Log) -> None:
+        config, p, loader = self.config, self.position, self.loader
+        global_batch = config.batch_size * self.ranks.world_size
+        if isinstance(self.model.exit_loss, DeferredReweighting):
+            self.model.exit_loss.set_epoch(p.epoch)
+        loader.set_epoch(p.epoch, start=p.samples // global_batch)
+        self.model.train()
+        log.begin_epoch(p.epoch, loader.position)
+        before = sum(p.totals.exits)
+        batches = iter(loader)
+        while group := list(islice(batches, config.grad_accum_steps)):
+            self._step(group)
+            p.samples = loader.position * global_batch
+            seen = (sum(p.totals.exits) - before) * self.ranks.world_size
+            log.batch(loader.position, seen, p.totals.means())
+            if config.checkpoint_steps and p.step % config.checkpoint_steps == 0:
+                self.save()
+        seconds = log.seconds()
+        totals = p.totals.over(self.ranks)
+        p.epoch, p.samples, p.totals = p.epoch + 1, 0, self._no_totals()
+        record = {
+            "epoch": p.epoch,
+            "step": p.step,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            **totals.means(),
+            "images_per_second": (sum(totals.exits) - before * self.ranks.world_size) / seconds,
+        }
+        if self.validation is not None and p.epoch % config.val_interval == 0:
+            record["validation"] = self._evaluate(self.validation)
+        p.history.append(record)
+        log.epoch(record)
+
+    def _step(self, group: list[tuple[Tensor, Tensor]]) -> None:
+        """One step of the optimiser on the mean loss over all batches of a group."""
+        config, p = self.config, self.position
+        lr = build.learning_rate(config, p.step, self.steps_per_epoch)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr
+        N = sum(len(targets) for _, targets in group)
+        for number, (images, targets) in enumerate(group, start=1):
+            images = images.to(self.device, non_blocking=True)
+            targets = targets.to(self.device, non_blocking=True)
+            with self._synchronised(number == len(group)):
+                with autocast(config, self.device):
+                    out = self.learner(images, targets)
+                loss = out.loss.item()
+                if not math.isfinite(loss):
+                    raise self._non_finite(loss)
+                self.scaler.scale(out.loss * (len(targets) / N)).backward()
+            p.totals.add(out, targets, loss)
+        if config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        p.step += 1
+        if self.average is not None:
+            self.average.update(self.model)
+
+    def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
+        """Gradients are averaged over the ranks in the last batch of a group only."""
+        if isinstance(self.learner, DistributedDataParallel) and not last:
+            return self.learner.no_sync()
+        return contextlib.nullcontext()
+
+    def _non_finite(self, loss: float) -> NonFiniteLossError:
+        p = self.position
+        return NonFiniteLossError(
+            f"the loss is {loss} in step {p.step + 1} (epoch {p.epoch + 1}), before which the "
+            f"learning rate was {self.optimizer.param_groups[0]['lr']:g}: nothing of this step is "
+            f"kept, the checkpoints in {self.output / CHECKPOINTS} are from before it. A lower "
+            "--lr, a longer --warmup-epochs or --clip-grad may help"
+        )
+
+    # Results
+
+    @property
+    def result(self) -> ELF:
+        """The network that counts: the averaged one where there is one."""
+        return self.model if self.average is None else self.average.model  # type: ignore[return-value]
+
+    def _evaluate(self, loader: ImageLoader) -> dict[str, Any]:
+        self.ranks.share_buffers(self.result)
+        return evaluate(self.config, self.result, loader, self.class_counts, self.flops)
+
+    def _finish(self) -> dict[str, Any]:
+        results: dict[str, Any] = {
+            "versions": self._metadata()["versions"],
+            "settings": to_dict(self.config),
+            "class_counts": self.class_counts,
+            "split": {
+                name: None if part is None else len(part)
+                for name, part in (
+                    ("train", self.splits.train),
+                    ("validation", self.splits.validation),
+                    ("test", self.splits.test),
+                )
+            },
+        }
+        if self.validation is not None:
+            if self.config.calibrate and len(self.model.stages) > 1:
+                results["calibration"] = self._calibrate(self.validation)
+            results["validation"] = self._evaluate(self.validation)
+        name, part = final_part(self.splits)
+        if name == "test" and (loader := self._evaluation_loader(part)) is not None:
+            results["test"] = self._evaluate(loader)
+        results["history"] = self.position.history
+        if self.ranks.is_first:
+            weights = self.result.state_dict()
+            checkpoint.save(self.output / snapshot.WEIGHTS, weights, self._metadata())
+            described = json.dumps(results, indent=1) + "\n"
+            checkpoint.write(self.output / RESULTS, described.encode())
+        return results
+
+    def _calibrate(self, validation: ImageLoader) -> dict[str, Any]:
+        """Sets the threshold of all exits from validation, and says what it gave there."""
+        model = self.result
+        self.ranks.share_buffers(model)
+        with autocast(self.config, self.device):
+            own = calibrate.exit_table(model, validation)
+        tables = self.ranks.gather(own)
+        table = calibrate.ExitTable(
+            torch.cat([t.confidence for t in tables], 1),
+            torch.cat([t.correct for t in tables], 1),
+            own.criterion,
+        )
+        points = calibrate.sweep(table, self.flops)
+        chosen = calibrate.choose(points)
+        model.thresholds.fill_(chosen.threshold)
+        never = points[-1]
+        return {
+            "threshold": chosen.threshold if math.isfinite(chosen.threshold) else None,
+            "accuracy": chosen.accuracy,
+            "accuracy_exits_off": never.accuracy,
+            "flops_share": chosen.flops / self.flops.without_exits,
+        }
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
