@@ -132,7 +132,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 def _train(arguments: argparse.Namespace) -> int:
     from .training import distributed
     from .training.config import from_arguments, from_dict, load_yaml
-    from .training.trainer import CONFIG, NonFiniteLossError, Trainer, resumed_config
+    from .training.trainer import CONFIG, NonFiniteError, Trainer, resumed_config
 
     folder = arguments.resume
     try:
@@ -155,7 +155,7 @@ def _train(arguments: argparse.Namespace) -> int:
             raise UserError(str(error)) from error
         try:
             results = trainer.run()
-        except NonFiniteLossError as error:
+        except NonFiniteError as error:
             raise UserError(str(error)) from error
         if ranks.is_first:
             for part in ("validation", "test"):

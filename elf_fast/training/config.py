@@ -133,7 +133,10 @@ class TrainConfig:
     amp: bool = _option(False, "speed", "mixed precision")
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "speed", "of mixed precision")
     channels_last: bool = _option(False, "speed", "memory format of images and network")
-    torchcompile: bool = _option(False, "speed", "compile every stage")
+    torchcompile: str | None = _option(
+        None, "speed", "compile every stage, by inductor or the backend named",
+        metavar="BACKEND", const="inductor",
+    )  # fmt: skip
     sync_bn: bool = _option(False, "speed", "batch statistics over all processes (GPU only)")
 
     output: str = _option(
@@ -258,7 +261,7 @@ def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _add_flag(group: Any, option: dataclasses.Field, hint: Any) -> None:
     flag = "--" + option.name.replace("_", "-")
-    common = {"dest": option.name, "default": argparse.SUPPRESS}
+    common: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}
     text = option.metadata["help"].replace("%", "%%")
     if hint is bool:
         yes, no = _SWITCHES.get(option.name, (flag, "--no-" + flag[2:]))
@@ -274,8 +277,10 @@ def _add_flag(group: Any, option: dataclasses.Field, hint: Any) -> None:
         metavar = "KEY=VALUE" if origin is dict else _METAVAR[get_args(hint)[0]]
         group.add_argument(flag, nargs="+", metavar=metavar, help=text, **common)
     else:
-        metavar = option.metadata.get("metavar", _METAVAR[hint])
-        group.add_argument(flag, metavar=metavar, help=text, **common)
+        common["metavar"] = option.metadata.get("metavar", _METAVAR[hint])
+        if "const" in option.metadata:
+            common |= {"nargs": "?", "const": option.metadata["const"]}
+        group.add_argument(flag, help=text, **common)
 
 
 class _Switch(argparse.Action):

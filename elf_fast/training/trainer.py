@@ -33,8 +33,8 @@ from .log import Log
 CONFIG, RESULTS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
 
 
-class NonFiniteLossError(ArithmeticError):
-    """The loss became NaN or infinite; the message names the step and what is left."""
+class NonFiniteError(ArithmeticError):
+    """The loss or a weight became NaN or infinite; the message names the step and what is left."""
 
 
 def train(config: TrainConfig, *, resume: bool = False, console: Console | None = None) -> dict:
@@ -45,7 +45,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
 
     Raises:
         FileExistsError: config.output holds a run, and `resume` is False.
-        NonFiniteLossError: the loss became NaN or infinite.
+        NonFiniteError: the loss or a weight became NaN or infinite.
         ValueError: settings that do not fit each other, the data or the checkpoint.
     """
     with distributed.ranks(config.device) as ranks:
@@ -125,9 +125,9 @@ class Trainer:
         self.optimizer = build.optimizer(config, self.model)
         scaled = config.amp and config.amp_dtype == "float16" and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
-        if config.torchcompile:
+        if config.torchcompile is not None:
             for stage in self.model.stages:
-                stage.compile()
+                stage.compile(backend=config.torchcompile)
         self.learner: nn.Module = self.model
         if ranks.world_size > 1:
             self.learner = DistributedDataParallel(
@@ -161,14 +161,18 @@ class Trainer:
 
     def resume(self) -> None:
         """Goes on from the newest good checkpoint of the run in config.output; from the start if
-        there is none yet.
+        it has written none yet.
 
         Raises:
-            CheckpointError: it does not fit the settings.
+            CheckpointError: all of them are damaged, or it does not fit the settings.
         """
         self.resumed = True
         folder = self.output / CHECKPOINTS
         found, refused = snapshot.newest(folder)
+        if refused and found is None:
+            raise checkpoint.CheckpointError(
+                f"{folder}: expected a good checkpoint, got none: {'; '.join(map(str, refused))}"
+            )
         self.ranks.wait()  # until all have read: the first one now renames
         if self.ranks.is_first:
             snapshot.set_aside(folder, found)
@@ -214,7 +218,13 @@ class Trainer:
             _set_random_state(state["random"][self.ranks.rank], self.device)
 
     def save(self) -> None:
-        """Writes a checkpoint of the run as it is."""
+        """Writes a checkpoint of the run as it is.
+
+        Raises:
+            NonFiniteError: a weight is NaN or infinite; nothing is written.
+        """
+        if not all(bool(w.isfinite().all()) for w in self.model.parameters()):
+            raise self._non_finite("a weight is NaN or infinite after")
         totals = self.position.totals.over(self.ranks)
         random = self.ranks.gather(_random_state(self.device))
         if not self.ranks.is_first:
@@ -319,7 +329,8 @@ class Trainer:
                     out = self.learner(images, targets)
                 loss = out.loss.item()
                 if not math.isfinite(loss):
-                    raise self._non_finite(loss)
+                    p.step += 1
+                    raise self._non_finite(f"the loss is {loss} in")
                 self.scaler.scale(out.loss * (len(targets) / N)).backward()
             p.totals.add(out, targets, loss)
         if config.clip_grad is not None:
@@ -338,13 +349,13 @@ class Trainer:
             return self.learner.no_sync()
         return contextlib.nullcontext()
 
-    def _non_finite(self, loss: float) -> NonFiniteLossError:
+    def _non_finite(self, what: str) -> NonFiniteError:
         p = self.position
-        return NonFiniteLossError(
-            f"the loss is {loss} in step {p.step + 1} (epoch {p.epoch + 1}), before which the "
-            f"learning rate was {self.optimizer.param_groups[0]['lr']:g}: nothing of this step is "
-            f"kept, the checkpoints in {self.output / CHECKPOINTS} are from before it. A lower "
-            "--lr, a longer --warmup-epochs or --clip-grad may help"
+        return NonFiniteError(
+            f"{what} step {p.step} (epoch {p.epoch + 1}, learning rate "
+            f"{self.optimizer.param_groups[0]['lr']:g}): the run stops, and the checkpoints in "
+            f"{self.output / CHECKPOINTS} are from before. A lower --lr, a longer --warmup-epochs "
+            "or --clip-grad may help"
         )
 
     # Results

@@ -1,0 +1,319 @@
+"""Nothing is lost: a run that was interrupted ends as one that was not."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("safetensors")
+pytest.importorskip("rich")
+pytest.importorskip("timm")
+pytest.importorskip("torchmetrics")
+pytest.importorskip("torchvision")
+pytest.importorskip("yaml")
+
+from rich.console import Console
+
+from elf_fast.training import checkpoint, snapshot, trainer
+from elf_fast.training.config import TrainConfig
+from elf_fast.training.trainer import CHECKPOINTS, RESULTS, train
+
+CONFIG = TrainConfig(
+    dataset="digits",
+    imbalance=50.0,
+    model="cifar_resnet8",
+    loss="ldam",
+    drw_epoch=1,
+    train_threshold=(0.3,),
+    epochs=2,
+    batch_size=64,
+    lr=0.05,
+    warmup_epochs=1,
+    model_ema=True,
+    model_ema_decay=0.9,
+    checkpoint_steps=1,
+    workers=0,
+    log_tensorboard=False,
+)
+QUIET = Console(quiet=True)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def outcome(folder: Path):
+    """Everything that a finished run leaves, but for how fast it was."""
+    results = json.loads((folder / RESULTS).read_text())
+    for record in results["history"]:
+        del record["images_per_second"]
+    del results["settings"]["output"]
+    last, refused = snapshot.newest(folder / CHECKPOINTS)
+    assert not refused
+    tensors = {
+        **{f"final {k}": v for k, v in checkpoint.load(folder / "model.safetensors")[0].items()},
+        **{f"model {k}": v for k, v in last.weights.items()},
+        **{f"average {k}": v for k, v in (last.average or {}).items()},
+        "random": last.state["random"][0]["cpu"],
+    }
+    for i, state in last.state["optimizer"]["state"].items():
+        tensors |= {f"optimizer {i} {k}": v for k, v in state.items() if torch.is_tensor(v)}
+    return results, tensors
+
+
+def assert_same_outcome(ours: Path, theirs: Path):
+    (results, tensors), (expected, expected_tensors) = outcome(ours), outcome(theirs)
+    assert results == expected
+    assert tensors.keys() == expected_tensors.keys()
+    different = [k for k, v in expected_tensors.items() if not torch.equal(tensors[k], v)]
+    assert different == []
+
+
+# Kills
+
+
+def test_killed_twenty_times_a_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+    """Each attempt is a process of its own that SIGKILL ends at a random moment: while it starts,
+    trains, writes a checkpoint (one after every step) or evaluates."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    processes = multiprocessing.get_context("forkserver")  # which imports once, for all attempts
+    processes.set_forkserver_preload(
+        ["elf_fast.training.trainer", "timm.optim", "sklearn.datasets", "torchvision"]
+    )
+
+    def attempt(folder: Path, seconds: float | None = None) -> bool:
+        """Whether the run came to its end within `seconds` and was not killed."""
+        config = replace(CONFIG, output=str(folder))
+        resume = (folder / trainer.CONFIG).exists()
+        process = processes.Process(target=train, args=(config,), kwargs={"resume": resume})
+        process.start()
+        process.join(seconds)
+        process.kill()
+        process.join()
+        assert process.exitcode in (0, -9)
+        return process.exitcode == 0
+
+    assert attempt(tmp_path / "whole")
+    kills = finished = 0
+    while kills < 20:
+        folder = tmp_path / f"killed {finished}"
+        if attempt(folder, seconds=random.uniform(0.2, 1.2)):
+            finished += 1
+            assert_same_outcome(folder, tmp_path / "whole")
+        else:
+            kills += 1
+    folder = tmp_path / f"killed {finished}"
+    assert attempt(folder)
+    assert_same_outcome(folder, tmp_path / "whole")
+
+
+# Interruptions at a chosen step
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(monkeypatch, config: TrainConfig, step: int) -> None:
+    """Trains until the checkpoint of a step is written."""
+    save = snapshot.save
+
+    def save_and_stop(folder, at, *rest):
+        save(folder, at, *rest)
+        if at == step:
+            raise Interrupted
+
+    with monkeypatch.context() as patch:
+        patch.setattr(snapshot, "save", save_and_stop)
+        with pytest.raises(Interrupted):
+            train(config, console=QUIET)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of CONFIG that nothing interrupted."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    train(replace(CONFIG, output=str(folder)), console=QUIET)
+    return folder
+
+
+@pytest.mark.parametrize("step", [2, 5, 8])  # in the middle and at the end of an epoch of 5
+def test_an_interrupted_run_ends_like_a_whole_one(step, whole, tmp_path, monkeypatch):
+    config = replace(CONFIG, output=str(tmp_path))
+    interrupt(monkeypatch, config, step)
+    train(config, resume=True, console=QUIET)
+    assert_same_outcome(tmp_path, whole)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": "timm/test_resnet", "model_kwargs": {"drop_rate": 0.5}, "model_ema": False},
+        {"opt": "adamw", "lr": 1e-3, "grad_accum_steps": 2, "sampler": "progressive"},
+        {"exits": (), "workers": 1, "clip_grad": 1.0, "amp": True, "loss": "focal"},
+    ],
+    ids=["dropout", "adamw", "no exits"],
+)
+def test_what_else_a_run_has_comes_back(changes, tmp_path, monkeypatch):
+    config = replace(CONFIG, **changes)
+    train(replace(config, output=str(tmp_path / "whole")), console=QUIET)
+    config = replace(config, output=str(tmp_path / "interrupted"))
+    interrupt(monkeypatch, config, 4)
+    torch.manual_seed(99)
+    train(config, resume=True, console=QUIET)
+    assert_same_outcome(tmp_path / "interrupted", tmp_path / "whole")
+
+
+def test_a_run_goes_on_in_mid_epoch_with_other_batches_of_the_same_samples(tmp_path, monkeypatch):
+    config = replace(CONFIG, output=str(tmp_path))
+    interrupt(monkeypatch, config, 2)  # 128 of 300 samples
+    with pytest.raises(checkpoint.CheckpointError, match="128 samples into an epoch.* = 96; resum"):
+        train(replace(config, batch_size=96), resume=True, console=QUIET)
+    results = train(replace(config, batch_size=32), resume=True, console=QUIET)
+    samples = results["split"]["train"]
+    steps = 2 + -(-(samples - 128) // 32)
+    assert [record["step"] for record in results["history"]] == [steps, steps + -(-samples // 32)]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):
+    config = replace(CONFIG, output=str(tmp_path))
+    interrupt(monkeypatch, config, 1)
+    for change, message in (
+        ({"model": "cifar_resnet14"}, "does not fit the network and optimiser"),
+        ({"model_ema": False}, "expected model_ema True as in the checkpoint, got False"),
+    ):
+        with pytest.raises(checkpoint.CheckpointError, match=message):
+            train(replace(config, **change), resume=True, console=QUIET)
+
+
+def test_a_run_is_not_overwritten(whole):
+    before = {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()}
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(replace(CONFIG, output=str(whole)), console=QUIET)
+    assert {p: p.read_bytes() for p in whole.rglob("*") if p.is_file()} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_its_checkpoints(tmp_path):
+    config = replace(CONFIG, output=str(tmp_path), checkpoint_steps=None, checkpoint_epochs=2)
+    config = replace(config, loss="cross_entropy", lr=1e30, warmup_epochs=0)
+    with pytest.raises(trainer.NonFiniteError, match=r"the loss is (nan|inf) in step 2 \(epoch 1"):
+        train(config, console=QUIET)
+    assert not (tmp_path / CHECKPOINTS).exists()
+    config = replace(config, lr=3e38, weight_decay=1e3, checkpoint_steps=1)
+    with pytest.raises(trainer.NonFiniteError, match="a weight is NaN or infinite after step 1 "):
+        train(replace(config, output=str(tmp_path / "again")), console=QUIET)
+    assert not (tmp_path / "again" / CHECKPOINTS).exists()
+
+
+# Damage
+
+
+def cut_short(file: Path, other: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def flip_a_bit(file: Path, other: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def remove(file: Path, other: Path) -> None:
+    file.unlink()
+
+
+def swap(file: Path, other: Path) -> None:
+    """A torn set: the file is good, but of another checkpoint."""
+    shutil.copyfile(other, file)
+
+
+FILES = (snapshot.WEIGHTS, snapshot.AVERAGE, snapshot.STATE, snapshot.MANIFEST)
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of the whole run, its checkpoints oldest first."""
+    folder = tmp_path / "run"
+    shutil.copytree(whole, folder)
+    previous, last = sorted((folder / CHECKPOINTS).iterdir())
+    return folder, previous, last
+
+
+@pytest.mark.parametrize("damage", [cut_short, flip_a_bit, remove, swap])
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_refused_and_the_previous_one_used(name, damage, run):
+    folder, previous, last = run
+    assert snapshot.newest(folder / CHECKPOINTS)[0].path == last
+    damage(last / name, previous / name)
+    found, (error,) = snapshot.newest(folder / CHECKPOINTS)
+    assert found.path == previous
+    named = FILES if (damage, name) == (swap, snapshot.MANIFEST) else (name,)
+    assert str(error).startswith(f"{last}: ") and any(n in str(error) for n in named)
+
+
+def test_a_run_with_a_damaged_checkpoint_goes_on_from_the_previous_one(run, whole, capsys):
+    folder, previous, last = run
+    flip_a_bit(last / snapshot.STATE, previous)
+    (folder / RESULTS).unlink()
+    train(replace(CONFIG, output=str(folder)), resume=True)
+    assert_same_outcome(folder, whole)
+    said = capsys.readouterr().out
+    assert f"refused: {last}: state.pt is damaged" in said and f"goes on from {previous}" in said
+    names = [path.name for path in sorted((folder / CHECKPOINTS).iterdir())]
+    assert names == [previous.name, last.name, f"{last.name}.damaged"]
+
+
+def test_without_a_good_checkpoint_nothing_is_touched(run):
+    folder, previous, last = run
+    for path in (previous, last):
+        remove(path / snapshot.STATE, path)
+    with pytest.raises(checkpoint.CheckpointError, match="expected a good checkpoint, got none"):
+        train(replace(CONFIG, output=str(folder)), resume=True, console=QUIET)
+    assert sorted((folder / CHECKPOINTS).iterdir()) == [previous, last]
+
+
+class Unsafe:
+    def __reduce__(self):
+        return print, ("a checkpoint must not run code",)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, capsys):
+    path = snapshot.save(tmp_path, 1, {"a": torch.zeros(1)}, None, {"x": Unsafe()}, {})
+    with pytest.raises(checkpoint.CheckpointError, match="state.pt holds what this version cannot"):
+        snapshot.load(path)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("writes", range(4))
+def test_a_save_that_fails_leaves_the_checkpoints_alone(writes, run, monkeypatch):
+    """The disk is full at the first, second, ... file."""
+    folder, previous, last = run
+    saved = snapshot.load(last)
+    write, done = checkpoint.write, []
+
+    def full(path, content):
+        if len(done) == writes:
+            raise OSError(28, "No space left on device")
+        done.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(checkpoint, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        snapshot.save(last.parent, 11, saved.weights, saved.average, saved.state, saved.metadata)
+    found, refused = snapshot.newest(last.parent)
+    assert found.path == last and not refused
+    snapshot.set_aside(last.parent, found)
+    assert sorted(last.parent.iterdir()) == [previous, last]
