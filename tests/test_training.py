@@ -65,6 +65,18 @@ def test_the_sweep_and_the_cheapest_threshold_that_loses_nothing():
         calibrate.choose(points[:3])
 
 
+@pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy"])
+def test_the_candidates_go_from_bold_to_never(digits, criterion):
+    model = network.with_exits(10, criterion=criterion)
+    table = calibrate.exit_table(model, batches(digits.validation))
+    points = calibrate.sweep(table, count_flops(model, digits.test.images[:1]))
+    flops = [p.flops for p in points]
+    assert flops == sorted(flops) and math.isinf(points[-1].threshold)
+    model.thresholds.fill_(points[-1].threshold)
+    assert set(predict(model, digits.validation.images[:8]).exit_index.tolist()) == {2}
+    assert len(points) == len(calibrate.THRESHOLDS)
+
+
 def test_when_every_threshold_loses_the_exits_stay_off():
     point = calibrate.OperatingPoint
     points = [point(0.5, 0.8, 10.0), point(0.9, 0.89, 15.0), point(math.inf, 0.9, 20.0)]
@@ -78,9 +90,10 @@ def test_equally_cheap_points_are_settled_by_accuracy_and_then_caution():
     assert calibrate.choose(points).threshold == 0.7
 
 
-def test_the_sweep_agrees_with_the_model_it_stands_for(digits):
+@pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy"])
+def test_the_sweep_agrees_with_the_model_it_stands_for(digits, criterion):
     torch.manual_seed(0)
-    model = network.with_exits(10).eval()
+    model = network.with_exits(10, criterion=criterion).eval()
     images, targets = digits.validation.images, digits.validation.targets
     table = calibrate.exit_table(model, batches(digits.validation))
     middle = table.confidence[0].sort().values[99:101]
