@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -102,6 +103,8 @@ def test_settings_survive_yaml(changes, tmp_path):
     settings = replace(DIGITS, **changes)
     (tmp_path / "a.yaml").write_text(config.to_yaml(settings))
     assert config.from_dict(config.load_yaml(tmp_path / "a.yaml")) == settings
+    strict = json.dumps(config.to_dict(settings), allow_nan=False)
+    assert config.from_dict(json.loads(strict)) == settings
 
 
 def test_yaml_takes_numbers_as_people_write_them(tmp_path):
@@ -120,7 +123,7 @@ def test_yaml_takes_numbers_as_people_write_them(tmp_path):
         ({"epochs": True}, TypeError, "epochs: expected an integer, got True"),
         ({"lr": "fast"}, TypeError, "lr: expected a number, got 'fast'"),
         ({"lr": None}, TypeError, "lr: expected a number, got None"),
-        ({"lr": -1.0}, ValueError, "lr: expected positive finite numbers, got -1.0"),
+        ({"lr": -1.0}, ValueError, "lr: expected a finite number >= 0.0, got -1.0"),
         ({"amp": "yes"}, TypeError, "amp: expected true or false, got 'yes'"),
         ({"model": 3}, TypeError, "model: expected a text, got 3"),
         ({"loss": "ce"}, ValueError, "loss: expected one of cross_entropy, .*, got 'ce'"),
@@ -136,6 +139,15 @@ def test_yaml_takes_numbers_as_people_write_them(tmp_path):
 def test_wrong_settings_are_named(values, error, message):
     with pytest.raises(error, match=message):
         config.from_dict({"dataset": "digits", **values})
+
+
+def test_the_documented_commands_name_settings_that_exist():
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text().replace("\\\n", "")
+    commands = re.findall(r"^(?:.* )?(?:elf-fast|elf_fast.cli) train (.*)$", text, re.MULTILINE)
+    assert len(commands) >= 4
+    for command in commands:
+        flags = command.partition("#")[0].split()
+        assert flags[0] == "--resume" or parse(*flags).data_dir
 
 
 # Parts
@@ -367,6 +379,13 @@ def test_a_finished_run_resumes_to_the_same_results(run, capsys):
     before = json.loads((run / "metrics.json").read_text())
     assert f"goes on from {run}" in printed(capsys, "train", "--resume", run).replace("\n", "")
     assert json.loads((run / "metrics.json").read_text()) == before
+
+
+def test_resuming_a_run_that_is_not_there_yet_starts_it(tmp_path, capsys):
+    flags = "--dataset digits --epochs 1 --model cifar_resnet8 --workers 0 --no-log-tensorboard"
+    command = ["train", "--resume", tmp_path / "new", *flags.split()]
+    assert "goes on" not in printed(capsys, *command)
+    assert "goes on from" in printed(capsys, *command)
 
 
 @pytest.mark.parametrize(

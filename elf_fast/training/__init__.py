@@ -1,5 +1,6 @@
-"""Training, calibration and evaluation of ELF on long-tailed data, as `elf-fast demo` runs them.
+"""Training, calibration and evaluation of ELF on long-tailed data.
 
-network, checkpoint, calibrate, summary, throughput -> loop, figures -> report ->
-demo. Each file has one subject; `demo.run` shows how they fit together.
+`elf-fast train`: config -> build, distributed, ema, snapshot, log, position -> evaluate -> trainer.
+`elf-fast demo`: network, summary, throughput -> loop, figures -> report -> demo. Both: calibrate,
+checkpoint. Each file has one subject; `trainer.Trainer` and `demo.run` show how they fit together.
 """

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from .. import checks
 
 
 def _option(default: Any, group: str, help: str, **metadata: Any) -> Any:
+    """A setting. metadata: its metavar in the help, its limits (lowest,) or (lowest, highest), the
+    value that the bare flag stands for (const)."""
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
 
 
@@ -41,19 +44,31 @@ class TrainConfig:
         "test.txt for `lists`; data-dir if not given", metavar="FOLDER",
     )  # fmt: skip
     imbalance: float | None = _option(
-        None, "data", "make training long-tailed: the largest class over the smallest"
+        None,
+        "data",
+        "make training long-tailed: the largest class over the smallest",
+        limits=(1.0,),
     )
     imbalance_profile: Literal["exponential", "step"] = _option(
         "exponential", "data", "how class sizes fall from head to tail"
     )
     validation_fraction: float = _option(
-        0.0, "data", "share of every class held out of training, to choose thresholds on"
+        0.0,
+        "data",
+        "share of every class held out of training, to choose thresholds on",
+        limits=(0.0, 1.0),
     )
     data_seed: int = _option(
-        0, "data", "of the choice of images for the tail and for validation; published CIFAR-LT: 0"
+        0,
+        "data",
+        "of the choice of images for the tail and for validation; published CIFAR-LT: 0",
+        limits=(0,),
     )
     img_size: int | None = _option(
-        None, "data", "height and width; 224 if not given, and 32 or 16 for CIFAR and digits"
+        None,
+        "data",
+        "height and width; 224 if not given, and 32 or 16 for CIFAR and digits",
+        limits=(1,),
     )
     transforms: Literal["small", "large"] | None = _option(
         None, "data", "small: shift and mirror images that have img-size already; large: random "
@@ -102,34 +117,49 @@ class TrainConfig:
     tau: float = _option(1.0, "loss and sampling", "of logit_adjusted")
     ldam_scale: float = _option(30.0, "loss and sampling", "of ldam")
     drw_epoch: int | None = _option(
-        None, "loss and sampling", "re-weight the loss by class from this epoch on, counted from 0"
+        None,
+        "loss and sampling",
+        "re-weight the loss by class from this epoch on, counted from 0",
+        limits=(0,),
     )
     sampler: Literal["instance", "class_balanced", "square_root", "progressive"] = _option(
         "instance", "loss and sampling", "how often an epoch shows each class"
     )
 
-    epochs: int = _option(200, "optimisation", "passes over the training data")
-    batch_size: int = _option(128, "optimisation", "per process")
-    grad_accum_steps: int = _option(1, "optimisation", "batches per step of the optimiser")
+    epochs: int = _option(200, "optimisation", "passes over the training data", limits=(1,))
+    batch_size: int = _option(128, "optimisation", "per process", limits=(1,))
+    grad_accum_steps: int = _option(
+        1, "optimisation", "batches per step of the optimiser", limits=(1,)
+    )
     opt: str = _option("sgd", "optimisation", "optimiser, as timm names them: sgd, adamw, ...")
-    lr: float = _option(0.1, "optimisation", "learning rate after the warm-up")
-    momentum: float = _option(0.9, "optimisation", "of sgd")
-    weight_decay: float = _option(2e-4, "optimisation", "not on biases and normalisation")
+    lr: float = _option(0.1, "optimisation", "learning rate after the warm-up", limits=(0.0,))
+    momentum: float = _option(0.9, "optimisation", "of sgd", limits=(0.0, 1.0))
+    weight_decay: float = _option(
+        2e-4, "optimisation", "not on biases and normalisation", limits=(0.0,)
+    )
     sched: Literal["cosine", "step"] = _option("cosine", "optimisation", "of the learning rate")
-    warmup_epochs: float = _option(5.0, "optimisation", "in which the learning rate rises")
-    min_lr: float = _option(0.0, "optimisation", "where cosine ends")
+    warmup_epochs: float = _option(
+        5.0, "optimisation", "in which the learning rate rises", limits=(0.0,)
+    )
+    min_lr: float = _option(0.0, "optimisation", "where cosine ends", limits=(0.0,))
     decay_milestones: tuple[int, ...] = _option(
         (160, 180), "optimisation", "epochs at which step multiplies the rate by --decay-rate"
     )
-    decay_rate: float = _option(0.01, "optimisation", "of step")
-    clip_grad: float | None = _option(None, "optimisation", "largest norm of the gradient")
+    decay_rate: float = _option(0.01, "optimisation", "of step", limits=(0.0, 1.0))
+    clip_grad: float | None = _option(
+        None, "optimisation", "largest norm of the gradient", limits=(0.0,)
+    )
     model_ema: bool = _option(
         False, "optimisation", "average the weights over steps; the average is the result"
     )
-    model_ema_decay: float = _option(0.9998, "optimisation", "of the average, per step")
+    model_ema_decay: float = _option(
+        0.9998, "optimisation", "of the average, per step", limits=(0.0, 1.0)
+    )
 
     device: str | None = _option(None, "speed", "cuda if there is one, else cpu")
-    workers: int = _option(4, "speed", "processes that load images, per training process")
+    workers: int = _option(
+        4, "speed", "processes that load images, per training process", limits=(0,)
+    )
     amp: bool = _option(False, "speed", "mixed precision")
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "speed", "of mixed precision")
     channels_last: bool = _option(False, "speed", "memory format of images and network")
@@ -142,22 +172,23 @@ class TrainConfig:
     output: str = _option(
         "run", "run", "folder for checkpoints, weights and results", metavar="FOLDER"
     )
-    seed: int = _option(0, "run", "of weights, order and augmentation")
-    val_interval: int = _option(1, "run", "epochs from one validation to the next")
-    checkpoint_epochs: int = _option(1, "run", "epochs from one checkpoint to the next")
-    checkpoint_steps: int | None = _option(None, "run", "steps between more checkpoints")
+    seed: int = _option(0, "run", "of weights, order and augmentation", limits=(0,))
+    val_interval: int = _option(1, "run", "epochs from one validation to the next", limits=(1,))
+    checkpoint_epochs: int = _option(
+        1, "run", "epochs from one checkpoint to the next", limits=(1,)
+    )
+    checkpoint_steps: int | None = _option(
+        None, "run", "steps between more checkpoints", limits=(1,)
+    )
     log_tensorboard: bool = _option(True, "run", "write TensorBoard's files into the folder")
     log_wandb: bool = _option(False, "run", "log to Weights & Biases")
 
     def __post_init__(self) -> None:
-        for name, lowest in _LOWEST_INTEGER.items():
-            if getattr(self, name) is not None:
-                checks.integer(name, getattr(self, name), lowest)
-        for name, low, high in _RANGES:
-            if getattr(self, name) is not None:
-                checks.at_least(name, getattr(self, name), low, high)
-        for name in ("lr", "ldam_scale"):
-            checks.positive(name, getattr(self, name))
+        for option in dataclasses.fields(self):
+            value, limits = getattr(self, option.name), option.metadata.get("limits")
+            if limits and value is not None:
+                check: Any = checks.integer if isinstance(limits[0], int) else checks.at_least
+                check(option.name, value, *limits)
         if self.dataset != "digits" and self.data_dir is None:
             raise ValueError(f"data_dir: expected the folder of {self.dataset}, got none")
         if self.imbalance is not None and self.dataset not in _SUBSETTABLE:
@@ -173,22 +204,6 @@ class TrainConfig:
 
 
 _HINTS = get_type_hints(TrainConfig)
-_LOWEST_INTEGER = {
-    "img_size": 1, "epochs": 1, "batch_size": 1, "grad_accum_steps": 1, "workers": 0, "seed": 0,
-    "data_seed": 0, "val_interval": 1, "checkpoint_epochs": 1, "checkpoint_steps": 1,
-    "drw_epoch": 0,
-}  # fmt: skip
-_RANGES: tuple[tuple[str, float, float], ...] = (
-    ("imbalance", 1.0, float("inf")),
-    ("validation_fraction", 0.0, 1.0),
-    ("momentum", 0.0, 1.0),
-    ("weight_decay", 0.0, float("inf")),
-    ("warmup_epochs", 0.0, float("inf")),
-    ("min_lr", 0.0, float("inf")),
-    ("decay_rate", 0.0, 1.0),
-    ("clip_grad", 0.0, float("inf")),
-    ("model_ema_decay", 0.0, 1.0),
-)
 _SUBSETTABLE = ("folder", "digits", "cifar10", "cifar100")
 #: Flags for true and false that are not --name and --no-name.
 _SWITCHES = {"drop_exited": ("--drop-exited", "--keep-exited")}
@@ -229,9 +244,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """All settings as plain values, which YAML and JSON hold; `from_dict` reads them."""
-    values = dataclasses.asdict(config)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    """All settings as plain values, which YAML and strict JSON hold; `from_dict` reads them."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def to_yaml(config: TrainConfig) -> str:

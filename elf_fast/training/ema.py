@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from ..modules import ELF
+
 
 class Average:
     """a <- decay a + (1 - decay) w after every step, for parameters and running statistics.
@@ -17,7 +19,7 @@ class Average:
         model: a copy of the model, with the averaged weights.
     """
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
+    def __init__(self, model: ELF, decay: float) -> None:
         self.model = copy.deepcopy(model).requires_grad_(False).eval()
         self.decay = decay
 

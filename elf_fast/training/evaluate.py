@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import ImageLoader, LabelledImages, Splits
+from ..data import ImageLoader, LabelledImages
 from ..flops import Flops, count_flops
 from ..losses import LongTailLoss
 from ..metrics import ELFMetrics
@@ -67,14 +67,9 @@ def evaluate(
     return metrics.compute()
 
 
-def final_part(splits: Splits) -> tuple[str, LabelledImages | None]:
-    """What the result is measured on: the test part, or validation where a set has no test."""
-    return ("test", splits.test) if splits.test is not None else ("validation", splits.validation)
-
-
 def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(metadata, metrics of the test part) of a run, of one of its checkpoints, or of a checkpoint
-    of the demo.
+    """(metadata, metrics) of a run, of one of its checkpoints, or of a checkpoint of the demo, on
+    the test part, or on validation where a data set has no test part.
 
     Args:
         path: a run's folder, one of its checkpoints, or a file of weights.
@@ -103,7 +98,7 @@ def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[s
             f"({str(error).splitlines()[-1].strip()})"
         ) from error
     model.to(device)
-    _, part = final_part(splits)
+    part = splits.validation if splits.test is None else splits.test
     if part is None:
         raise CheckpointError(f"{path}: expected a test or validation part in its data, got none")
     flops = count_flops(model, sample(config, device))

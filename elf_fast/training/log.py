@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ class Log:
     """Shows the epoch that runs as a bar and every finished one as a line.
 
     Args:
-        purge_step: the step that a resumed run goes on from; TensorBoard drops what is later.
+        purge_step: the next step; TensorBoard drops what an interrupted run wrote from there on.
         active: False for all ranks but the first: they say and write nothing.
     """
 
@@ -54,8 +53,7 @@ class Log:
             import wandb
 
             name = Path(config.output).name
-            self._wandb = wandb.init(project="elf_fast", name=name, id=name, resume="allow",
-                                     config=to_dict(config))  # fmt: skip
+            self._wandb = wandb.init(project="elf_fast", name=name, config=to_dict(config))
 
     def __enter__(self) -> Log:
         self._progress.start()
@@ -70,27 +68,19 @@ class Log:
 
     def begin_epoch(self, epoch: int, batch: int) -> None:
         """An epoch, counted from 0, starts at one of its batches."""
-        self._start = time.perf_counter()
         self._progress.reset(self._task, description=f"epoch {epoch + 1}/{self.epochs}")
         self._progress.update(self._task, completed=batch, stats="")
 
-    def batch(self, batch: int, images: int, stats: dict[str, Any]) -> None:
-        """`batch` batches of the epoch are done, in which `images` went through since it began."""
-        rate = images / (time.perf_counter() - self._start)
-        self._progress.update(
-            self._task, completed=batch, stats=f"{describe(stats)}  {rate:,.0f} img/s"
-        )
-
-    def seconds(self) -> float:
-        """Since the epoch began."""
-        return time.perf_counter() - self._start
+    def batch(self, batch: int, stats: dict[str, Any]) -> None:
+        """`batch` batches of the epoch are done."""
+        self._progress.update(self._task, completed=batch, stats=describe(stats))
 
     def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch is done."""
         if not self._active:
             return
         validation = record.get("validation")
         text = f"epoch {record['epoch']}/{self.epochs}  {describe(record)}"
-        text += f"  {record['images_per_second']:,.0f} img/s"
         if validation:
             text += f"  | validation accuracy {100 * validation['overall']:.1f}%"
         self.console.print(text, highlight=False, soft_wrap=True)
@@ -103,11 +93,11 @@ class Log:
 
 
 def describe(stats: dict[str, Any]) -> str:
-    """Loss, accuracy and exit shares of training samples."""
+    """Loss, accuracy and exit shares of training samples, and speed."""
     text = f"loss {stats['loss']:.3f}  accuracy {100 * stats['accuracy']:.1f}%"
     if len(stats["exit_shares"]) > 1:
         text += "  exits " + "/".join(f"{100 * s:.0f}" for s in stats["exit_shares"]) + "%"
-    return text
+    return text + f"  {stats['images_per_second']:,.0f} img/s"
 
 
 def _numbers(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -7,7 +7,8 @@ import contextlib
 import errno
 import json
 import math
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,13 +23,13 @@ from ..data import ImageLoader, LabelledImages
 from ..flops import count_flops
 from ..losses import DeferredReweighting
 from ..modules import ELF
-from ..reference import ELFOutput
 from . import build, calibrate, checkpoint, distributed, snapshot
 from .config import TrainConfig, from_dict, load_yaml, to_dict, to_yaml
 from .distributed import Ranks
 from .ema import Average
-from .evaluate import NETWORK, autocast, evaluate, evaluation_loader, final_part, sample
+from .evaluate import NETWORK, autocast, evaluate, evaluation_loader, sample
 from .log import Log
+from .position import Position, Totals
 
 CONFIG, RESULTS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
 
@@ -58,46 +59,6 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
 def resumed_config(folder: Path, **overrides: Any) -> TrainConfig:
     """The settings that a run was started with, with some changed."""
     return from_dict({**load_yaml(folder / CONFIG), **overrides, "output": str(folder)})
-
-
-@dataclass
-class Totals:
-    """Sums over the training samples of an epoch, each at the exit that it took."""
-
-    exits: list[int]  # [E] samples
-    loss: float = 0.0
-    correct: int = 0
-
-    def add(self, out: ELFOutput, targets: Tensor, loss: float) -> None:
-        self.loss += loss * len(targets)
-        self.correct += int((out.prediction == targets).sum())
-        counts = torch.bincount(out.exit_index, minlength=len(self.exits)).tolist()
-        self.exits = [a + b for a, b in zip(self.exits, counts, strict=True)]
-
-    def over(self, ranks: Ranks) -> Totals:
-        """The sums over all ranks."""
-        values = torch.tensor([self.loss, self.correct, *self.exits], dtype=torch.float64)
-        loss, correct, *exits = ranks.total(values).tolist()
-        return Totals([int(n) for n in exits], loss, int(correct))
-
-    def means(self) -> dict[str, Any]:
-        n = max(1, sum(self.exits))
-        return {
-            "loss": self.loss / n,
-            "accuracy": self.correct / n,
-            "exit_shares": [count / n for count in self.exits],
-        }
-
-
-@dataclass
-class Position:
-    """How far a run is; a checkpoint holds it."""
-
-    totals: Totals
-    epoch: int = 0  # finished epochs
-    samples: int = 0  # of the epoch that runs, over all ranks, by whole batches
-    step: int = 0  # steps of the optimiser
-    history: list[dict[str, Any]] = field(default_factory=list)  # one record per finished epoch
 
 
 class Trainer:
@@ -145,6 +106,7 @@ class Trainer:
             pin_memory=self.device.type == "cuda",
             skip_errors=config.skip_errors,
         )
+        self.global_batch = config.batch_size * ranks.world_size
         self.validation = self._evaluation_loader(self.splits.validation)
         self.steps_per_epoch = math.ceil(len(self.loader) / config.grad_accum_steps)
         self.position = Position(self._no_totals())
@@ -186,11 +148,10 @@ class Trainer:
 
     def _restore(self, saved: snapshot.Snapshot) -> None:
         state = saved.state
-        global_batch = self.config.batch_size * self.ranks.world_size
-        if state["position"]["samples"] % global_batch:
+        if state["position"]["samples"] % self.global_batch:
             raise checkpoint.CheckpointError(
                 f"{saved.path}: {state['position']['samples']} samples into an epoch, expected a "
-                f"multiple of batch_size x processes = {global_batch}; resume with "
+                f"multiple of batch_size x processes = {self.global_batch}; resume with "
                 f"{state['global_batch']}, or another divisor"
             )
         if (saved.average is None) != (self.average is None):
@@ -203,17 +164,16 @@ class Trainer:
             if self.average is not None and saved.average is not None:
                 self.average.model.load_state_dict(saved.average)
             self.optimizer.load_state_dict(state["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{saved.path}: does not fit the network and optimiser of these settings "
                 f"({str(error).splitlines()[-1].strip()})"
             ) from error
-        self.scaler.load_state_dict(state["scaler"])
-        self.position = Position(**state["position"])
         # The sums are those of all ranks: the first one takes them over.
-        self.position.totals = (
-            Totals(**state["position"]["totals"]) if self.ranks.is_first else self._no_totals()
-        )
+        sums = Totals(**state["position"]["totals"])
+        totals = sums if self.ranks.is_first else self._no_totals()
+        self.position = Position(**{**state["position"], "totals": totals})
         if len(state["random"]) == self.ranks.world_size:
             _set_random_state(state["random"][self.ranks.rank], self.device)
 
@@ -231,7 +191,7 @@ class Trainer:
             return
         state = {
             "position": {**asdict(self.position), "totals": asdict(totals)},
-            "global_batch": self.config.batch_size * self.ranks.world_size,
+            "global_batch": self.global_batch,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random,
@@ -266,7 +226,7 @@ class Trainer:
             config,
             self.console,
             batches_per_epoch=len(self.loader),
-            purge_step=p.step,
+            purge_step=p.step + 1,
             active=self.ranks.is_first,
         ) as log:
             while p.epoch < config.epochs:
@@ -280,26 +240,27 @@ class Trainer:
         if not self.resumed and (self.output / CONFIG).exists():
             why = "holds a run already: go on with it by --resume, or choose another folder"
             raise FileExistsError(errno.EEXIST, why, str(self.output))
+        for leftover in self.output.glob("*.partial"):  # of a kill
+            leftover.unlink()
         checkpoint.write(self.output / CONFIG, to_yaml(self.config).encode())
 
     def _epoch(self, log: Log) -> None:
         config, p, loader = self.config, self.position, self.loader
-        global_batch = config.batch_size * self.ranks.world_size
         if isinstance(self.model.exit_loss, DeferredReweighting):
             self.model.exit_loss.set_epoch(p.epoch)
-        loader.set_epoch(p.epoch, start=p.samples // global_batch)
+        loader.set_epoch(p.epoch, start=p.samples // self.global_batch)
         self.model.train()
         log.begin_epoch(p.epoch, loader.position)
-        before = sum(p.totals.exits)
+        rate, images, start = 0.0, 0, time.perf_counter()
         batches = iter(loader)
         while group := list(islice(batches, config.grad_accum_steps)):
             self._step(group)
-            p.samples = loader.position * global_batch
-            seen = (sum(p.totals.exits) - before) * self.ranks.world_size
-            log.batch(loader.position, seen, p.totals.means())
+            p.samples = loader.position * self.global_batch
+            images += self.ranks.world_size * sum(len(targets) for _, targets in group)
+            rate = images / (time.perf_counter() - start)
+            log.batch(loader.position, {**p.totals.means(), "images_per_second": rate})
             if config.checkpoint_steps and p.step % config.checkpoint_steps == 0:
                 self.save()
-        seconds = log.seconds()
         totals = p.totals.over(self.ranks)
         p.epoch, p.samples, p.totals = p.epoch + 1, 0, self._no_totals()
         record = {
@@ -307,7 +268,7 @@ class Trainer:
             "step": p.step,
             "lr": self.optimizer.param_groups[0]["lr"],
             **totals.means(),
-            "images_per_second": (sum(totals.exits) - before * self.ranks.world_size) / seconds,
+            "images_per_second": rate,
         }
         if self.validation is not None and p.epoch % config.val_interval == 0:
             record["validation"] = self._evaluate(self.validation)
@@ -363,7 +324,7 @@ class Trainer:
     @property
     def result(self) -> ELF:
         """The network that counts: the averaged one where there is one."""
-        return self.model if self.average is None else self.average.model  # type: ignore[return-value]
+        return self.model if self.average is None else self.average.model
 
     def _evaluate(self, loader: ImageLoader) -> dict[str, Any]:
         self.ranks.share_buffers(self.result)
@@ -375,26 +336,22 @@ class Trainer:
             "settings": to_dict(self.config),
             "class_counts": self.class_counts,
             "split": {
-                name: None if part is None else len(part)
-                for name, part in (
-                    ("train", self.splits.train),
-                    ("validation", self.splits.validation),
-                    ("test", self.splits.test),
-                )
+                name: None if (part := getattr(self.splits, name)) is None else len(part)
+                for name in ("train", "validation", "test")
             },
         }
         if self.validation is not None:
             if self.config.calibrate and len(self.model.stages) > 1:
                 results["calibration"] = self._calibrate(self.validation)
             results["validation"] = self._evaluate(self.validation)
-        name, part = final_part(self.splits)
-        if name == "test" and (loader := self._evaluation_loader(part)) is not None:
-            results["test"] = self._evaluate(loader)
+        test = self._evaluation_loader(self.splits.test)
+        if test is not None:
+            results["test"] = self._evaluate(test)
         results["history"] = self.position.history
         if self.ranks.is_first:
             weights = self.result.state_dict()
             checkpoint.save(self.output / snapshot.WEIGHTS, weights, self._metadata())
-            described = json.dumps(results, indent=1) + "\n"
+            described = json.dumps(results, indent=1, allow_nan=False) + "\n"
             checkpoint.write(self.output / RESULTS, described.encode())
         return results
 

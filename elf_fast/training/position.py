@@ -1,0 +1,52 @@
+"""How far a run is: what a checkpoint holds beside weights, optimiser and random generators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import ELFOutput
+from .distributed import Ranks
+
+
+@dataclass
+class Totals:
+    """Sums over the training samples of an epoch, each at the exit that it took."""
+
+    exits: list[int]  # [E] samples
+    loss: float = 0.0
+    correct: int = 0
+
+    def add(self, out: ELFOutput, targets: Tensor, loss: float) -> None:
+        self.loss += loss * len(targets)
+        self.correct += int((out.prediction == targets).sum())
+        counts = torch.bincount(out.exit_index, minlength=len(self.exits)).tolist()
+        self.exits = [a + b for a, b in zip(self.exits, counts, strict=True)]
+
+    def over(self, ranks: Ranks) -> Totals:
+        """The sums over all ranks."""
+        values = torch.tensor([self.loss, self.correct, *self.exits], dtype=torch.float64)
+        loss, correct, *exits = ranks.total(values).tolist()
+        return Totals([int(n) for n in exits], loss, int(correct))
+
+    def means(self) -> dict[str, Any]:
+        n = max(1, sum(self.exits))
+        return {
+            "loss": self.loss / n,
+            "accuracy": self.correct / n,
+            "exit_shares": [count / n for count in self.exits],
+        }
+
+
+@dataclass
+class Position:
+    """How far a run is; a checkpoint holds it."""
+
+    totals: Totals
+    epoch: int = 0  # finished epochs
+    samples: int = 0  # of the epoch that runs, over all ranks, by whole batches
+    step: int = 0  # steps of the optimiser
+    history: list[dict[str, Any]] = field(default_factory=list)  # one record per finished epoch
