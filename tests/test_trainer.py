@@ -128,6 +128,7 @@ def test_yaml_takes_numbers_as_people_write_them(tmp_path):
         ({"model": 3}, TypeError, "model: expected a text, got 3"),
         ({"loss": "ce"}, ValueError, "loss: expected one of cross_entropy, .*, got 'ce'"),
         ({"thresholds": [0.5, "x"]}, TypeError, "thresholds: expected a number, got 'x'"),
+        ({"decay_milestones": [True]}, TypeError, "decay_milestones: expected an integer, got Tr"),
         ({"model_kwargs": ["a"]}, ValueError, "model_kwargs: expected KEY=VALUE, got 'a'"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
         ({"momentum": 2}, ValueError, r"momentum: expected a number in \[0.0, 1.0\], got 2.0"),
