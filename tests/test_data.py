@@ -14,6 +14,7 @@ from PIL import Image
 pytest.importorskip("torchvision")
 pytest.importorskip("sklearn")
 
+from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from elf_fast import data
@@ -130,6 +131,18 @@ def test_same_seed_same_digits_other_seed_other_digits(digits):
     assert torch.equal(digits.test.position, again.test.position)
     other = data.long_tailed_digits(50.0, seed=1)
     assert not torch.equal(digits.test.position, other.test.position)
+
+
+def test_any_digit_can_be_the_head(digits):
+    order = [3, 1, 4, 0, 5, 9, 2, 6, 8, 7]
+    ordered = data.long_tailed_digits(50.0, class_order=order)
+    assert ordered.class_counts == digits.class_counts
+    assert ordered.class_names == [str(digit) for digit in order]
+    shown = torch.from_numpy(load_digits().target)
+    for part in (ordered.train, ordered.validation, ordered.test):
+        assert torch.equal(torch.tensor(order)[part.targets], shown[part.position])
+    with pytest.raises(ValueError, match="class_order: expected every digit from 0 to 9 once"):
+        data.long_tailed_digits(50.0, class_order=[0, 0, 2, 3, 4, 5, 6, 7, 8, 9])
 
 
 def test_augmentation_keeps_shape_and_repeats_with_its_generator(digits):

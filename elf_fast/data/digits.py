@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,7 @@ from .longtail import long_tailed_counts, members
 from .splits import Splits
 
 IMAGE_SIZE = 16
+DIGITS = 10
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
@@ -69,15 +71,29 @@ def long_tailed_digits(
     validation_per_class: int = 20,
     test_per_class: int = 50,
     seed: int = 0,
+    class_order: Sequence[int] = range(DIGITS),
 ) -> DigitSplits:
     """The 1797 digits of 8x8 pixels as a long-tailed training set with balanced validation and
-    test parts, enlarged to 16x16."""
+    test parts, enlarged to 16x16.
+
+    Args:
+        class_order: the digit of every class, from head to tail.
+
+    Raises:
+        ValueError: imbalance, or class_order that is not every digit once.
+    """
     from sklearn.datasets import load_digits
 
+    if sorted(class_order) != list(range(DIGITS)):
+        raise ValueError(
+            f"class_order: expected every digit from 0 to {DIGITS - 1} once, "
+            f"got {list(class_order)}"
+        )
     digits = load_digits()
     pixels = torch.from_numpy(digits.images).float()[:, None] / 8.0 - 1.0
     images = F.interpolate(pixels, size=IMAGE_SIZE, mode="bilinear", align_corners=False)
-    targets = torch.from_numpy(digits.target).long()
+    class_of_digit = torch.tensor(class_order).argsort()
+    targets = class_of_digit[torch.from_numpy(digits.target).long()]
     train, validation, test = (
         Digits(images[index], targets[index], index)
         for index in long_tailed_indices(
@@ -88,7 +104,7 @@ def long_tailed_digits(
             seed=seed,
         )
     )
-    return DigitSplits(train, validation, test, class_names=[str(d) for d in range(10)])
+    return DigitSplits(train, validation, test, class_names=[str(digit) for digit in class_order])
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:

@@ -44,9 +44,11 @@ def _stages(widths: tuple[int, ...]) -> list[nn.Module]:
     ]
 
 
-def with_exits(num_classes: int, *, widths: tuple[int, ...] = WIDTHS, **options: Any) -> ELF:
-    """Three stages, an exit after each; `options` go to `ELF`."""
-    heads = [ExitHead(width, num_classes, conv=True) for width in widths]
+def with_exits(
+    num_classes: int, *, widths: tuple[int, ...] = WIDTHS, conv: bool = True, **options: Any
+) -> ELF:
+    """Three stages, an exit after each; conv as in `ExitHead`, `options` go to `ELF`."""
+    heads = [ExitHead(width, num_classes, conv=conv) for width in widths]
     return ELF(_stages(widths), heads, **options)
 
 
