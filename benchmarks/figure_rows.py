@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import datetime
-import platform
-import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from elf_fast.bench.timing import Quartiles, Samples, sample
 
@@ -87,26 +81,3 @@ def amount(value: float, unit: str) -> str:
             if value >= size:
                 return f"{value / size:.3g} {larger}"
     return f"{value:.3g} {unit}"
-
-
-def environment() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
-    cpu = platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        fields = dict(
-            (part.strip() for part in line.split(":", 1))
-            for line in cpuinfo.read_text().splitlines()
-            if ":" in line
-        )
-        cpu = f"{fields.get('model name', cpu)}, family {fields.get('cpu family', '?')}"
-    return {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "cpu": cpu,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-    }

@@ -18,7 +18,8 @@ import figures_growth
 import figures_kernels
 import figures_models
 import figures_startup
-from figure_rows import HEADING, Row, environment
+from environment import environment
+from figure_rows import HEADING, Row
 
 SUITES: dict[str, Callable[..., Iterator[Row]]] = {
     "kernels": figures_kernels.rows,

@@ -1,0 +1,79 @@
+"""Trains the runs of the table that the results file lacks.
+
+    python -m benchmarks.accuracy.run [--only FIELD=VALUE,...] [--jobs N] [--limit-minutes M]
+
+A run is one process with one thread. What is finished stays when the command is stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import results
+from .runs import Run, select, table
+from .trial import perform
+
+Finished = tuple[Run, dict[str, Any]]
+
+
+def missing(runs: Sequence[Run], path: Path) -> list[Run]:
+    """Those that the results file lacks, in the same order."""
+    there = results.load(path)
+    return [run for run in runs if run not in there]
+
+
+def finished(
+    runs: Sequence[Run], jobs: int, in_time: Callable[[], bool], perform: Callable[[Run], Any]
+) -> Iterator[Finished]:
+    """Each run with its record, as they end; none is begun once `in_time` says no."""
+    waiting = (run for run in runs if in_time())
+    if jobs == 1:
+        yield from ((run, perform(run)) for run in waiting)
+        return
+    with ProcessPoolExecutor(
+        jobs, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        begun: dict[Future[Any], Run] = {}
+        while True:
+            begun |= {pool.submit(perform, run): run for run in islice(waiting, jobs - len(begun))}
+            if not begun:
+                return
+            for future in wait(begun, return_when=FIRST_COMPLETED).done:
+                yield begun.pop(future), future.result()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.run", description=__doc__)
+    parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE,...")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--limit-minutes", type=float, default=float("inf"))
+    parser.add_argument("--output", type=Path, default=results.PATH)
+    options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected a positive integer, got {options.jobs}")
+    try:
+        todo = missing(select(table(), options.only), options.output)
+    except ValueError as error:
+        parser.error(str(error))
+    torch.set_num_threads(1)
+    end = time.monotonic() + 60 * options.limit_minutes
+    done = 0
+    for run, record in finished(todo, options.jobs, lambda: time.monotonic() < end, perform):
+        results.add(run, record, options.output)
+        done += 1
+        accuracy = "/".join(f"{100 * t['overall']:.1f}" for t in record["test"].values())
+        print(f"{done}/{len(todo)} {run}: {accuracy}%, {record['seconds']:.0f} s", flush=True)
+    print(f"{len(todo) - done} runs are missing")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What is trained: the table of runs, most informative first, and filters over it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from itertools import product
+
+IMBALANCES = (100, 50, 10)
+LOSSES = ("ce", "balanced_softmax", "ldam_drw", "logit_adjustment")
+HEADS = ("conv", "pooled")
+SEEDS = tuple(range(10))
+
+
+@dataclass(frozen=True)
+class Exits:
+    """How a network with exits is trained."""
+
+    drop_exited: bool
+    threshold: float = 0.9  # inf: no sample leaves in training
+    weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    opened: float = 0.0  # share of the epochs before any sample may leave
+
+
+#: None: without exits.
+VARIANTS: dict[str, Exits | None] = {
+    "plain": None,
+    "keep": Exits(drop_exited=False),
+    "drop": Exits(drop_exited=True),
+    "stay": Exits(drop_exited=False, threshold=math.inf),
+    "keep-0.99": Exits(drop_exited=False, threshold=0.99),
+    "keep-light": Exits(drop_exited=False, weights=(1 / 3, 2 / 3, 1.0)),
+    "drop-late": Exits(drop_exited=True, opened=0.5),
+}
+TABLE = ("plain", "keep", "drop")
+TRIED = ("stay", "keep-0.99", "keep-light", "drop-late")  # at imbalance 100, convolutional heads
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One training. Runs that differ in nothing but `variant` are a pair: the same split, initial
+    weights of shared parameters, order and augmentation of the samples."""
+
+    imbalance: int
+    loss: str
+    head: str
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.loss}, imbalance {self.imbalance}, {self.head}, {self.variant}, {self.seed}"
+
+
+def table() -> list[Run]:
+    """Every run, in the order in which they are worth having: the seeds of one comparison after
+    each other, each with all its variants."""
+    runs = [
+        Run(imbalance, loss, head, variant, seed)
+        for head, imbalance, loss in product(HEADS, IMBALANCES, LOSSES)
+        for seed, variant in product(SEEDS, TABLE)
+    ]
+    runs += [
+        Run(100, loss, "conv", variant, seed)
+        for loss in ("ce", "balanced_softmax")
+        for seed, variant in product(SEEDS, TRIED)
+    ]
+    return runs
+
+
+def select(runs: Iterable[Run], only: Sequence[str]) -> list[Run]:
+    """The runs that pass every filter "field=value" or "field=value,value".
+
+    Raises:
+        ValueError: a filter that names no field of `Run`, or a value that no run has.
+    """
+    chosen = list(runs)
+    names = [field.name for field in fields(Run)]
+    for text in only:
+        name, _, values = text.partition("=")
+        if name not in names:
+            raise ValueError(f"--only: expected {'|'.join(names)}=value,..., got {text!r}")
+        known = {str(getattr(run, name)) for run in table()}
+        wanted = set(values.split(","))
+        if not wanted <= known:
+            raise ValueError(
+                f"--only: expected values of {name} among {', '.join(sorted(known))}, "
+                f"got {', '.join(sorted(wanted - known))}"
+            )
+        chosen = [run for run in chosen if str(getattr(run, name)) in wanted]
+    return chosen

@@ -1,0 +1,172 @@
+"""One run: trains a network of the table, chooses thresholds on validation and tests it once."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from elf_fast import ELF, losses
+from elf_fast.classifiers import adjust_logits_, use_cosine_
+from elf_fast.data import long_tailed_digits
+from elf_fast.data.digits import DigitSplits
+from elf_fast.flops import Flops, count_flops
+from elf_fast.metrics import ELFMetrics
+from elf_fast.training import calibrate, network
+from elf_fast.training.calibrate import OperatingPoint
+from elf_fast.training.loop import EpochStats, Schedule, predict, train
+
+from ..environment import environment
+from .runs import VARIANTS, Run
+
+SCHEDULE = Schedule(epochs=80)
+#: Share of the FLOPs of the network without exits that ELF may use by its own claim.
+FLOPS_LIMIT = 0.8
+#: DRW re-weights in the last fifth, as Cao et al. (arXiv 1906.07413, section 4: 160 of 200 epochs).
+REWEIGHTED_FROM = 0.8
+#: What a record keeps of the metrics; the test part is balanced, so macro accuracy is the overall.
+KEPT = (
+    "overall",
+    "many",
+    "medium",
+    "few",
+    "ece",
+    "exit_accuracy",
+    "exit_shares",
+    "exit_shares_by_group",
+    "early_wrong",
+    "early_wrong_by_group",
+    "flops_share",
+)
+
+
+def split(imbalance: float, seed: int) -> DigitSplits:
+    """The data of a seed: its own training, validation and test digits, and its own order of the
+    digits from head to tail."""
+    order = torch.randperm(10, generator=torch.Generator().manual_seed(seed)).tolist()
+    return long_tailed_digits(imbalance, seed=seed, class_order=order)
+
+
+def build(run: Run, class_counts: Sequence[int], epochs: int) -> ELF:
+    """The untrained network of a run, never leaving early in evaluation. A network without exits is
+    made of the stages and the last head of the one with exits, so that their weights are equal."""
+    C = len(class_counts)
+    loss = _exit_loss(run.loss, class_counts, epochs)
+    exits = VARIANTS[run.variant]
+    options: dict[str, Any] = {}
+    if exits is not None:
+        options = {
+            "train_thresholds": math.inf if exits.opened else exits.threshold,
+            "exit_weights": exits.weights,
+            "drop_exited": exits.drop_exited,
+        }
+    torch.manual_seed(run.seed)
+    elf = network.with_exits(
+        C,
+        conv=run.head == "conv",
+        exit_loss=loss,
+        thresholds=math.inf,
+        temperatures=1 / loss.scale,  # other than 1 with cosines alone, see CosineClassifier
+        **options,
+    )
+    if run.loss == "ldam_drw":
+        use_cosine_(elf)
+    if exits is None:
+        return ELF([torch.nn.Sequential(*elf.stages)], [elf.heads[-1]], exit_loss=loss)
+    return elf
+
+
+def _exit_loss(name: str, class_counts: Sequence[int], epochs: int) -> losses.LongTailLoss:
+    if name == "balanced_softmax":
+        return losses.BalancedSoftmaxLoss(class_counts)
+    if name == "ldam_drw":
+        start = round(REWEIGHTED_FROM * epochs)
+        ldam = losses.LDAMLoss(class_counts)
+        return losses.DeferredReweighting(ldam, class_counts, start_epoch=start)
+    # Logit adjustment is post hoc here: in the loss, with tau = 1, it is balanced softmax.
+    return losses.CrossEntropyLoss()
+
+
+def perform(run: Run, schedule: Schedule = SCHEDULE) -> dict[str, Any]:
+    """Trains and tests; the record, a dict that JSON can hold. Deterministic on one machine, but
+    for "seconds" and "environment", which says how many threads there were.
+
+    Accuracies are shares in [0, 1], floats have 6 decimals. A threshold is None where no sample
+    leaves early, an accuracy where the group is empty. "validation" and "test" have an entry per
+    operating point: "full", run to the last exit; and, with exits, "safe", the cheapest threshold
+    that loses no validation accuracy against that, and "best", the most accurate on validation
+    within FLOPS_LIMIT.
+    """
+    start = time.perf_counter()
+    data = split(run.imbalance, run.seed)
+    model = build(run, data.class_counts, schedule.epochs)
+    exits = VARIANTS[run.variant]
+
+    def next_epoch(stats: EpochStats) -> None:
+        if isinstance(model.exit_loss, losses.DeferredReweighting):
+            model.exit_loss.set_epoch(stats.epoch)
+        if exits is not None and stats.epoch >= exits.opened * schedule.epochs:
+            assert model.train_thresholds is not None
+            model.train_thresholds.fill_(exits.threshold)
+
+    last = train(model, data.train, schedule, seed=run.seed, on_epoch=next_epoch)[-1]
+    if run.loss == "logit_adjustment":
+        adjust_logits_(model, data.class_counts)
+    flops = count_flops(model, data.test.images[:1])
+    points = _operating_points(model, data, flops)
+    return _plain(
+        {
+            "class_order": [int(name) for name in data.class_names],
+            "class_counts": data.class_counts,
+            "schedule": asdict(schedule),
+            "last_epoch": {
+                "loss": last.loss,
+                "accuracy": last.accuracy,
+                "exit_shares": last.exit_shares,
+            },
+            "thresholds": {name: point.threshold for name, point in points.items()},
+            "validation": {name: point.accuracy for name, point in points.items()},
+            "test": {
+                name: _test(model, data, flops, point.threshold) for name, point in points.items()
+            },
+            "seconds": time.perf_counter() - start,
+            "environment": environment(),
+        }
+    )
+
+
+def _operating_points(model: ELF, data: DigitSplits, flops: Flops) -> dict[str, OperatingPoint]:
+    table = calibrate.exit_table(model, data.validation.images, data.validation.targets)
+    if len(model.stages) == 1:
+        return {"full": calibrate.sweep(table, flops, [math.inf])[0]}
+    points = calibrate.sweep(table, flops)
+    affordable = [p for p in points if p.flops <= FLOPS_LIMIT * flops.without_exits]
+    return {
+        "full": points[-1],
+        "safe": calibrate.choose(points),
+        "best": max(affordable, key=lambda p: (p.accuracy, p.threshold)),
+    }
+
+
+def _test(model: ELF, data: DigitSplits, flops: Flops, threshold: float) -> dict[str, Any]:
+    model.thresholds.fill_(threshold)
+    scale = getattr(model.exit_loss, "scale", 1.0)
+    metrics = ELFMetrics(data.class_counts, flops, temperatures=1 / scale)
+    metrics.update(predict(model, data.test.images), data.test.targets)
+    values = metrics.compute()
+    return {name: values[name] for name in KEPT}
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON has it: infinity is None, and six decimals do."""
+    if isinstance(value, dict):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list):
+        return [_plain(v) for v in value]
+    if isinstance(value, float):
+        return round(value, 6) if math.isfinite(value) else None
+    return value

@@ -1,0 +1,306 @@
+"""The accuracy benchmark: paired runs, a results file that survives, statistics, the page."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("sklearn")
+pytest.importorskip("torchmetrics")
+
+from scipy import stats
+from torch import nn
+
+from elf_fast import losses
+from elf_fast.classifiers import CosineClassifier
+from elf_fast.data.digits import augment
+from elf_fast.flops import count_flops
+from elf_fast.training import demo
+from elf_fast.training.loop import EpochStats, Schedule, train
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from benchmarks.accuracy import paired, results, run, runs, trial
+from benchmarks.accuracy.runs import Run
+
+BRIEF = Schedule(epochs=1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    with demo.one_thread():
+        yield
+
+
+def variants(**fields) -> dict[str, Run]:
+    return {
+        name: Run(
+            **{"imbalance": 100, "loss": "ce", "head": "conv", "seed": 3, **fields}, variant=name
+        )
+        for name in runs.VARIANTS
+    }
+
+
+# Pairing
+
+
+@pytest.mark.parametrize("loss", ["ce", "ldam_drw"])
+@pytest.mark.parametrize("head", runs.HEADS)
+def test_variants_start_from_the_same_weights(loss, head):
+    models = {
+        name: trial.build(r, [9, 5, 1], epochs=1)
+        for name, r in variants(loss=loss, head=head).items()
+    }
+    keep = models.pop("keep")
+    plain = models.pop("plain")
+    stages = nn.Sequential(*keep.stages).state_dict()
+    assert plain.stages[0].state_dict().keys() == stages.keys()
+    for name, value in plain.stages[0].state_dict().items():
+        assert torch.equal(value, stages[name])
+    for name, value in plain.heads[0].state_dict().items():
+        assert torch.equal(value, keep.heads[-1].state_dict()[name])
+    weights = dict(keep.named_parameters())
+    for model in models.values():
+        for name, value in model.named_parameters():
+            assert torch.equal(value, weights[name])
+    other = trial.build(variants(loss=loss, head=head, seed=4)["keep"], [9, 5, 1], epochs=1)
+    assert not torch.equal(next(other.parameters()), next(keep.parameters()))
+
+
+def test_variants_see_the_same_samples_in_the_same_order(monkeypatch):
+    batches: list[torch.Tensor] = []
+
+    def watched(images, generator):
+        batches.append(augment(images, generator))
+        return batches[-1]
+
+    monkeypatch.setattr("elf_fast.training.loop.augment", watched)
+    seen = {}
+    for name, r in variants().items():
+        if name in runs.TABLE:
+            batches.clear()
+            data = trial.split(r.imbalance, r.seed)
+            train(trial.build(r, data.class_counts, 1), data.train, BRIEF, seed=r.seed)
+            seen[name] = torch.cat(batches)
+    assert len(seen["plain"]) == 254
+    assert torch.equal(seen["plain"], seen["keep"]) and torch.equal(seen["plain"], seen["drop"])
+
+
+def test_a_seed_has_its_own_digits_for_every_imbalance():
+    at_100, at_10, other = trial.split(100, 0), trial.split(10, 0), trial.split(100, 1)
+    assert torch.equal(at_100.test.position, at_10.test.position)
+    assert at_100.class_names == at_10.class_names != other.class_names
+    assert set(at_100.test.position.tolist()) != set(other.test.position.tolist())
+
+
+# One run
+
+
+def test_losses_and_temperatures_are_those_of_the_method():
+    model = trial.build(variants(loss="ldam_drw")["keep"], [9, 5, 1], epochs=10)
+    assert isinstance(model.exit_loss, losses.DeferredReweighting)
+    assert model.exit_loss.start_epoch == 8 and model.exit_loss.scale == 30
+    assert model.temperatures.tolist() == pytest.approx([1 / 30, 1 / 30])
+    assert all(isinstance(head.classifier, CosineClassifier) for head in model.heads)
+    model = trial.build(variants(loss="balanced_softmax")["keep"], [9, 5, 1], epochs=10)
+    assert isinstance(model.exit_loss, losses.BalancedSoftmaxLoss)
+    assert model.temperatures.tolist() == [1, 1]
+
+
+def test_logit_adjustment_in_the_loss_is_balanced_softmax():
+    """Why the table has logit adjustment post hoc only."""
+    z = torch.randn(20, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(20) % 5
+    counts = [50, 20, 8, 3, 1]
+    torch.testing.assert_close(
+        losses.LogitAdjustedLoss(counts)(z, y), losses.BalancedSoftmaxLoss(counts)(z, y)
+    )
+
+
+@pytest.fixture(scope="module")
+def record():
+    """Of a run with LDAM-DRW: exits, cosines, temperatures."""
+    return trial.perform(variants(loss="ldam_drw")["keep"], BRIEF)
+
+
+def test_a_run_repeats(record):
+    again = trial.perform(variants(loss="ldam_drw")["keep"], BRIEF)
+    for either in (record, again):
+        assert either["seconds"] > 0 and either["environment"]["threads"] == "1"
+    varies = {"seconds", "environment"}
+    assert {k: v for k, v in record.items() if k not in varies} == {
+        k: v for k, v in again.items() if k not in varies
+    }
+
+
+def test_a_record_has_every_figure_at_every_operating_point(record):
+    assert set(record["test"]) == {"full", "safe", "best"}
+    assert record["class_counts"] == [104, 62, 37, 22, 13, 8, 4, 2, 1, 1]
+    assert record["thresholds"]["full"] is None
+    assert record["test"]["full"]["exit_shares"] == [0, 0, 1]
+    assert record["test"]["full"]["flops_share"] > 1  # the heads
+    for point in record["test"].values():
+        assert set(point) == set(trial.KEPT)
+        assert point["overall"] * 500 == pytest.approx(
+            50 * point["many"] + 150 * point["medium"] + 300 * point["few"], abs=0.01
+        )
+    assert record["validation"]["safe"] >= record["validation"]["full"]
+    assert record["validation"]["best"] >= record["validation"]["safe"]
+
+
+def test_what_changes_during_training(monkeypatch):
+    """DRW's weights come in for the last fifth; drop-late opens its exits at the half."""
+    even, thresholds = [], []
+
+    def without_training(model, data, schedule, *, seed, on_epoch):
+        history = [EpochStats(epoch, 1.0, 0.5, [1.0]) for epoch in range(1, schedule.epochs + 1)]
+        for epoch in history:
+            even.append(bool((model.exit_loss.weight == 1).all()))
+            thresholds.append(model.train_thresholds[0].item())
+            on_epoch(epoch)
+        return history
+
+    monkeypatch.setattr(trial, "train", without_training)
+    trial.perform(variants(loss="ldam_drw")["drop-late"], Schedule(epochs=5))
+    assert even == [True] * 4 + [False]
+    assert thresholds == pytest.approx([math.inf] * 3 + [0.9] * 2)
+
+
+def test_post_hoc_logit_adjustment_moves_every_exit_towards_the_tail(monkeypatch):
+    monkeypatch.setattr(trial, "train", lambda *_, **__: [EpochStats(1, 1.0, 0.5, [1.0])])
+    adjusted = []
+
+    def watched(model, sample):
+        adjusted.append(model)
+        return count_flops(model, sample)
+
+    monkeypatch.setattr(trial, "count_flops", watched)
+    r = variants(loss="logit_adjustment")["keep"]
+    trial.perform(r, BRIEF)
+    counts = torch.tensor([104, 62, 37, 22, 13, 8, 4, 2, 1, 1.0])
+    before = trial.build(r, counts.int().tolist(), 1)
+    for head, start in zip(adjusted[0].heads, before.heads, strict=True):
+        shift = head.classifier.bias - start.classifier.bias
+        torch.testing.assert_close(shift, -(counts / counts.sum()).log())
+
+
+# The results file
+
+
+def a_record(**fields) -> dict:
+    return {"test": {"full": {"overall": 0.5}}, "seconds": 1.0, **fields}
+
+
+RUNS = list(variants().values())[:3]
+
+
+def test_the_file_is_sorted_whatever_the_order(tmp_path):
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    for r in RUNS:
+        results.add(r, a_record(), one)
+    for r in reversed(RUNS):
+        results.add(r, a_record(), two)
+    results.add(RUNS[0], a_record(seconds=9.0), two)  # there: stays
+    assert one.read_bytes() == two.read_bytes()
+    assert sorted(RUNS) == list(results.load(one))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["one.jsonl", "two.jsonl"]
+
+
+def test_a_torn_last_line_is_done_again(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    for r in RUNS:
+        results.add(r, a_record(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-9])
+    last = sorted(RUNS)[-1]
+    assert run.missing(RUNS, path) == [last]
+    assert f"{path}:3: cut short" in capsys.readouterr().err
+    results.add(last, a_record(), path)
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda lines: ["{", *lines], ":1: expected the record of a run, got '{"),
+        (lambda lines: ['{"run": {"loss": "ce"}}', *lines], ":1: expected the record of a run"),
+        (lambda lines: [*lines, lines[0]], ":4: expected one record a run, got a second of ce"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, damage, message):
+    path = tmp_path / "results.jsonl"
+    for r in RUNS:
+        results.add(r, a_record(), path)
+    path.write_text("\n".join(damage(path.read_text().splitlines())) + "\n")
+    with pytest.raises(ValueError, match=re.escape(message)):
+        results.load(path)
+
+
+# The command
+
+
+def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
+    done = []
+
+    def pretend(r):
+        done.append(r)
+        return a_record()
+
+    monkeypatch.setattr(run, "perform", pretend)
+    output = tmp_path / "results.jsonl"
+    results.add(Run(50, "ce", "conv", "keep", 1), a_record(), output)
+    filters = ["--only", "imbalance=50", "--only", "loss=ce", "--only", "head=conv"]
+    run.main([*filters, "--only", "seed=0,1", "--output", str(output)])
+    assert [(r.seed, r.variant) for r in done] == [
+        (0, "plain"), (0, "keep"), (0, "drop"), (1, "plain"), (1, "drop"),
+    ]  # fmt: skip
+    run.main([*filters, "--only", "seed=0,1", "--output", str(output)])
+    assert len(done) == 5 and len(results.load(output)) == 6
+    assert "0 runs are missing" in capsys.readouterr().out
+    run.main([*filters, "--only", "seed=2", "--limit-minutes", "0", "--output", str(output)])
+    assert len(done) == 5 and "3 runs are missing" in capsys.readouterr().out
+
+
+def test_jobs_are_processes_and_give_the_same():
+    expected = [(r, str(r)) for r in sorted(RUNS)]
+    for jobs in (1, 2):
+        assert sorted(run.finished(RUNS, jobs, lambda: True, str)) == expected
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("los=ce", "expected imbalance|loss|head|variant|seed=value,..., got 'los=ce'"),
+        ("seed=3,99", "expected values of seed among 0, 1"),
+    ],
+)
+def test_filters_say_what_they_know(text, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        runs.select(runs.table(), [text])
+
+
+def test_the_table_has_no_run_twice_and_all_that_is_asked():
+    table = runs.table()
+    assert len(set(table)) == len(table)
+    assert len(runs.select(table, ["variant=plain,keep,drop"])) == 3 * 4 * 2 * 3 * 10
+
+
+# Statistics
+
+
+def test_intervals_are_students():
+    rng = torch.Generator().manual_seed(0)
+    ours, theirs = torch.randn(2, 10, dtype=torch.float64, generator=rng).tolist()
+    expected = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    got = paired.difference(ours, theirs)
+    assert got == pytest.approx((sum(ours) / 10 - sum(theirs) / 10, *expected))
+    # by hand: mean 2, s = 1, t_{0.975, 2} = 4.302653, so 2 -+ 4.302653 / sqrt(3)
+    assert paired.difference([2, 3, 4], [1, 1, 1]) == pytest.approx((2, -0.484138, 4.484138))
+    with pytest.raises(ValueError, match="at least 3, got 3 and 2"):
+        paired.difference([1, 2, 3], [1, 2])
+    with pytest.raises(ValueError, match="at least 3, got 2 and 2"):
+        paired.difference([1, 2], [1, 2])
