@@ -24,7 +24,7 @@ from elf_fast.training import demo
 from elf_fast.training.loop import EpochStats, Schedule, train
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from benchmarks.accuracy import paired, results, run, runs, trial
+from benchmarks.accuracy import comparisons, paired, report, results, run, runs, trial
 from benchmarks.accuracy.runs import Run
 
 BRIEF = Schedule(epochs=1)
@@ -304,3 +304,112 @@ def test_intervals_are_students():
         paired.difference([1, 2, 3], [1, 2])
     with pytest.raises(ValueError, match="at least 3, got 2 and 2"):
         paired.difference([1, 2], [1, 2])
+
+
+# The page
+
+
+def made_up(setting: tuple[int, str, str], gains: dict[str, float], seeds=runs.SEEDS, flops=0.7):
+    """Records in which a variant gains so many points over a network without exits, whose accuracy
+    moves from seed to seed; the gain moves, too, by a tenth."""
+    records = {}
+    for variant, gain in gains.items():
+        for seed in seeds:
+            overall = 0.6 + 0.02 * seed + (gain + (0.1 if seed % 2 else -0.1)) / 100
+            if variant == "plain":
+                overall = 0.6 + 0.02 * seed
+            shares = [1.0] if variant == "plain" else [0.25, 0.25, 0.5]
+            figures = {
+                **dict.fromkeys(("many", "medium", "few"), overall),
+                "overall": overall,
+                "ece": 0.1,
+                "exit_shares": shares,
+                "exit_shares_by_group": {"few": shares},
+                "early_wrong": 0.02,
+                "early_wrong_by_group": {"few": 0.01},
+                "flops_share": 1.0 if variant == "plain" else flops,
+            }
+            points = ("full",) if variant == "plain" else ("full", "safe", "best")
+            records[Run(*setting, variant, seed)] = {
+                "test": dict.fromkeys(points, figures),
+                "seconds": 10.0,
+                "environment": {"torch": "2", "cpu": "a", "threads": "1", "commit": "0123456789"},
+            }
+    return records
+
+
+def test_verdicts_follow_the_whole_interval():
+    gains = {"plain": 0.0, "keep": 4.0, "drop": -2.0}
+    records = made_up((100, "ce", "conv"), gains)
+    (keep,) = comparisons.compare(records, "keep", "plain", point="best")
+    half = stats.t.ppf(0.975, 9) * torch.tensor([0.1, -0.1] * 5).std().item() / math.sqrt(10)
+    assert keep.difference == pytest.approx((4.0, 4.0 - half, 4.0 + half))
+    assert keep.accuracy == pytest.approx((73.0, 69.0))
+    assert comparisons.claim(keep) == "holds"
+    assert comparisons.claim(keep._replace(flops_share=0.81)) == "fails"
+    for interval, verdict in (((3.5, 2.9, 4.1), "open"), ((2.0, 1.0, 2.9), "fails")):
+        there = keep._replace(difference=paired.Difference(*interval))
+        assert comparisons.claim(there) == verdict
+    for low, high, verdict in ((-0.4, 0.9, "none"), (-2, -0.1, "some"), (-2, 1, "open")):
+        assert comparisons.harm(paired.Difference((low + high) / 2, low, high)) == verdict
+
+
+def test_all_settings_together_count_a_seed_once():
+    records = made_up((100, "ce", "conv"), {"plain": 0.0, "keep": 4.0})
+    assert comparisons.together(records, "keep", "plain", point="best") is None
+    records |= made_up((50, "ce", "conv"), {"plain": 0.0, "keep": 1.0})
+    records |= made_up((10, "ce", "conv"), {"plain": 0.0, "keep": 9.0}, seeds=range(9))
+    settings, difference = comparisons.together(records, "keep", "plain", point="best")
+    assert settings == 2 and difference.mean == pytest.approx(2.5)
+    # Both settings move alike with the seed: averaging them narrows nothing.
+    one = comparisons.compare(records, "keep", "plain", point="best")[0].difference
+    assert difference.high - difference.low == pytest.approx(one.high - one.low)
+
+
+def rows(page: str, heading: str) -> list[list[str]]:
+    section = page[page.index(heading) :].split("\n## ")[0].split("\n\n")
+    lines = next(part for part in section if part.startswith("| ")).splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def test_the_page_says_what_the_results_say(tmp_path):
+    records = {
+        **made_up((100, "ce", "conv"), {"plain": 0, "keep": 4, "drop": -2, "stay": 1}),
+        **made_up((50, "ldam_drw", "pooled"), {"plain": 0, "keep": 3.5, "drop": 3.4}, flops=0.6),
+        **made_up((10, "ce", "conv"), {"plain": 0, "keep": 1}, seeds=range(2)),
+    }
+    path, output = tmp_path / "results.jsonl", tmp_path / "accuracy.md"
+    for r, made in records.items():
+        results.add(r, made, path)
+    report.main(["--results", str(path), "--output", str(output)])
+    page = output.read_text(encoding="utf-8")
+    assert "is reached for two losses: of 4 comparisons it holds in 3 (LDAM-DRW, cross" in page
+    assert "It is less accurate than the network without exits, beyond chance, in 1 of 4" in page
+    assert "harmless (the interval ends above -0.5) in 1 of 2 comparisons, harmful in 1" in page
+    assert "Over the 2 settings that have all seeds, dropping differs from keeping by -3." in page
+    against = rows(page, "## ELF against")
+    assert [row[:5] for row in against] == [
+        ["cross-entropy", "100", "convolution", "10", "dropped"],
+        ["LDAM-DRW", "50", "pool", "10", "dropped"],
+        ["LDAM-DRW", "50", "pool", "10", "kept"],
+        ["cross-entropy", "100", "convolution", "10", "kept"],
+    ]
+    assert against[0][5:] == ["69.0%", "67.0%", "-2.0 [-2.1, -1.9]", "70%", "fails"]
+    assert [row[-2:] for row in against[1:]] == [["60%", "holds"]] * 2 + [["70%", "holds"]]
+    assert rows(page, "## Dropping")[0][-1] == "some"
+    assert rows(page, "## What else")[0][-3:] == ["+1.0 [+0.9, +1.1]", "-3.0 [-3.0, -3.0]", "70%"]
+    figures = rows(page, "## All figures")
+    assert len(figures) == 7  # the setting of two seeds is left out
+    assert figures[0][:6] == ["LDAM-DRW", "50", "pool", "10", "without exits", "69.0 ± 6.1"]
+    assert "74 of the" in page and "commits 0123456" in page
+
+
+def test_one_loss_is_not_two(tmp_path):
+    records = made_up((100, "ce", "conv"), {"plain": 0, "keep": 4})
+    assert "NOT reached for two losses: of 1 comparisons it holds in 1" in report.page(records)
+
+
+def test_a_page_of_nothing_is_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        report.main(["--results", str(tmp_path / "none.jsonl")])
+    assert "--results: expected finished runs, found none" in capsys.readouterr().err

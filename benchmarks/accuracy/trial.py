@@ -99,7 +99,7 @@ def perform(run: Run, schedule: Schedule = SCHEDULE) -> dict[str, Any]:
     leaves early, an accuracy where the group is empty. "validation" and "test" have an entry per
     operating point: "full", run to the last exit; and, with exits, "safe", the cheapest threshold
     that loses no validation accuracy against that, and "best", the most accurate on validation
-    within FLOPS_LIMIT.
+    within FLOPS_LIMIT, of equals the highest.
     """
     start = time.perf_counter()
     data = split(run.imbalance, run.seed)

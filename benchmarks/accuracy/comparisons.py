@@ -1,0 +1,120 @@
+"""What the results say: one way of training against another over all settings, and the verdicts.
+Accuracies and their differences are in points of percent."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from .paired import LEAST_SEEDS, Difference, difference
+from .runs import SEEDS, Run
+from .trial import FLOPS_LIMIT
+
+Records = Mapping[Run, Mapping[str, Any]]
+
+#: The claim of ELF (arXiv 2006.11979, abstract: more than 3 points, up to 20% of the FLOPs saved),
+#: read against the same loss without exits.
+CLAIMED_POINTS = 3.0
+#: What dropping the samples that left may cost against keeping them, and still be harmless.
+HARMLESS_POINTS = 0.5
+
+
+class Setting(NamedTuple):
+    """What the two runs of a pair have in common, but for the seed."""
+
+    imbalance: int
+    loss: str
+    head: str
+
+
+class Comparison(NamedTuple):
+    setting: Setting
+    ours: str  # variant
+    seeds: tuple[int, ...]
+    accuracy: tuple[float, float]  # means: ours, theirs
+    difference: Difference
+    flops_share: float  # ours, mean
+
+
+def settings(records: Records) -> list[Setting]:
+    return sorted({Setting(run.imbalance, run.loss, run.head) for run in records})
+
+
+def common_seeds(records: Records, setting: Setting, *variants: str) -> tuple[int, ...]:
+    """The seeds for which every one of the variants has finished."""
+    return tuple(seed for seed in SEEDS if all(Run(*setting, v, seed) in records for v in variants))
+
+
+def tested(
+    records: Records, setting: Setting, variant: str, seeds: Sequence[int], point: str
+) -> list[Mapping[str, Any]]:
+    """The test figures of every seed at an operating point; a network without exits has one, full,
+    which stands for all."""
+    tests = [records[Run(*setting, variant, seed)]["test"] for seed in seeds]
+    return [test["full"] if variant == "plain" else test[point] for test in tests]
+
+
+def compare(
+    records: Records, ours: str, theirs: str, *, point: str, key: str = "overall"
+) -> list[Comparison]:
+    """One comparison for every setting in which at least LEAST_SEEDS seeds have both variants, the
+    worst for `ours` first. `key` is an accuracy: overall, many, medium or few."""
+    found = []
+    for setting in settings(records):
+        seeds = common_seeds(records, setting, ours, theirs)
+        if len(seeds) < LEAST_SEEDS:
+            continue
+        a = tested(records, setting, ours, seeds, point)
+        b = tested(records, setting, theirs, seeds, point)
+        left, right = ([100 * test[key] for test in tests] for tests in (a, b))
+        found.append(
+            Comparison(
+                setting,
+                ours,
+                seeds,
+                (fmean(left), fmean(right)),
+                difference(left, right),
+                fmean(test["flops_share"] for test in a),
+            )
+        )
+    return sorted(found, key=lambda c: c.difference.mean)
+
+
+def together(
+    records: Records, ours: str, theirs: str, *, point: str
+) -> tuple[int, Difference] | None:
+    """How many settings have all seeds, and the difference in accuracy averaged over them. Its
+    interval is over the seeds: settings share their draws. None with fewer than two settings."""
+    complete = [s for s in settings(records) if common_seeds(records, s, ours, theirs) == SEEDS]
+    if len(complete) < 2:
+        return None
+    means = [
+        [
+            100 * fmean(test["overall"] for test in of_seed)
+            for of_seed in zip(
+                *(tested(records, s, variant, SEEDS, point) for s in complete), strict=True
+            )
+        ]
+        for variant in (ours, theirs)
+    ]
+    return len(complete), difference(*means)
+
+
+def claim(comparison: Comparison) -> str:
+    """Whether CLAIMED_POINTS are gained within FLOPS_LIMIT: "holds" or "fails" where the whole
+    interval says so, else "open". Too many FLOPs fail."""
+    # The limit is held on validation; test may miss it by the noise of a share, half a percent.
+    if round(comparison.flops_share, 2) > FLOPS_LIMIT:
+        return "fails"
+    if comparison.difference.high < CLAIMED_POINTS:
+        return "fails"
+    return "holds" if comparison.difference.low >= CLAIMED_POINTS else "open"
+
+
+def harm(dropping: Difference) -> str:
+    """What dropping costs against keeping: "none" where the interval allows at most
+    HARMLESS_POINTS, "some" where it lies below 0, else "open"."""
+    if dropping.low >= -HARMLESS_POINTS:
+        return "none"
+    return "some" if dropping.high < 0 else "open"

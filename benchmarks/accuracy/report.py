@@ -1,0 +1,276 @@
+"""Fills page.md with the results and writes it as docs/accuracy.md.
+
+python -m benchmarks.accuracy.report [--results FILE] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+
+from . import results
+from .comparisons import (
+    CLAIMED_POINTS,
+    HARMLESS_POINTS,
+    Comparison,
+    Records,
+    Setting,
+    claim,
+    common_seeds,
+    compare,
+    harm,
+    settings,
+    tested,
+    together,
+)
+from .paired import LEAST_SEEDS, Difference
+from .runs import TABLE, TRIED, table
+from .trial import FLOPS_LIMIT
+
+TEMPLATE = Path(__file__).with_name("page.md")
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "accuracy.md"
+NAMES = {
+    "ce": "cross-entropy",
+    "balanced_softmax": "balanced softmax",
+    "ldam_drw": "LDAM-DRW",
+    "logit_adjustment": "logit adjustment",
+    "conv": "convolution",
+    "pooled": "pool",
+    "plain": "without exits",
+    "keep": "kept",
+    "drop": "dropped",
+    "stay": "kept, none leaves in training",
+    "keep-0.99": "kept, training threshold 0.99 (not 0.9)",
+    "keep-light": "kept, exit weights 1/3, 2/3, 1 (not 1, 1, 1)",
+    "drop-late": "dropped, in the second half of the epochs",
+}
+_SETTING = ("loss", "imbalance", "head", "seeds")
+
+
+def page(records: Records) -> str:
+    """The page, in Markdown."""
+    against_plain = {
+        point: sorted(
+            (c for ours in ("keep", "drop") for c in compare(records, ours, "plain", point=point)),
+            key=lambda c: c.difference.mean,
+        )
+        for point in ("best", "safe")
+    }
+    return TEMPLATE.read_text(encoding="utf-8").format(
+        in_short="\n".join(
+            [*_claims(records, against_plain["best"]), *_costs_of_dropping(records)]
+        ),
+        best=_against_plain(against_plain["best"]),
+        safe=_against_plain(against_plain["safe"]),
+        dropping=_dropping(records),
+        tried=_tried(records),
+        figures=_figures(records),
+        origin=_origin(records),
+    )
+
+
+def _claims(records: Records, rows: Sequence[Comparison]) -> list[str]:
+    """ELF against the network without exits, in sentences."""
+    verdicts = Counter(claim(c) for c in rows)
+    holding = sorted({NAMES[c.setting.loss] for c in rows if claim(c) == "holds"})
+    lines = [
+        f"- ELF's claim, read as {CLAIMED_POINTS:g} points above the same loss without exits at no "
+        f"more than {100 * FLOPS_LIMIT:.0f}% of its FLOPs, is "
+        f"{'reached' if len(holding) > 1 else 'NOT reached'} for two losses: of {len(rows)} "
+        f"comparisons it holds in {verdicts['holds']}"
+        f"{' (' + ', '.join(holding) + ')' if holding else ''}, is open in {verdicts['open']} "
+        f"(the interval reaches above and below) and fails in {verdicts['fails']}."
+    ]
+    for says, clear in (
+        ("less", [c for c in rows if c.difference.high < 0]),
+        ("more", [c for c in rows if c.difference.low > 0]),
+    ):
+        where = "; ".join(
+            f"{NAMES[c.setting.loss]} at {c.setting.imbalance}, {NAMES[c.setting.head]} head, "
+            f"{NAMES[c.ours]}: {_points(c.difference.mean)}"
+            for c in clear
+        )
+        lines.append(
+            f"- It is {says} accurate than the network without exits, beyond chance, in "
+            f"{len(clear)} of {len(rows)}{' (' + where + ')' if where else ''}."
+        )
+    for ours in ("keep", "drop"):
+        if whole := together(records, ours, "plain", point="best"):
+            lines.append(
+                f"- With samples {NAMES[ours]}, over the {whole[0]} settings that have all seeds, "
+                f"it differs by {_interval(whole[1])} points."
+            )
+    return lines
+
+
+def _costs_of_dropping(records: Records) -> list[str]:
+    rows = compare(records, "drop", "keep", point="best")
+    verdicts = Counter(harm(c.difference) for c in rows)
+    lines = [
+        f"- Dropping against keeping: harmless (the interval ends above -{HARMLESS_POINTS:g}) in "
+        f"{verdicts['none']} of {len(rows)} comparisons, harmful in {verdicts['some']}, open in "
+        f"{verdicts['open']}."
+    ]
+    if whole := together(records, "drop", "keep", point="best"):
+        lines.append(
+            f"- Over the {whole[0]} settings that have all seeds, dropping differs from keeping by "
+            f"{_interval(whole[1])} points: "
+            + {
+                "none": "it costs no accuracy.",
+                "some": "it costs accuracy.",
+                "open": f"a cost above {HARMLESS_POINTS:g} is not ruled out.",
+            }[harm(whole[1])]
+        )
+    return lines
+
+
+def _against_plain(rows: Iterable[Comparison]) -> str:
+    return _table(
+        [*_SETTING, "samples that left", "without exits", "ELF", "difference", "FLOPs", "claim"],
+        (
+            [
+                *_setting(c.setting, c.seeds),
+                NAMES[c.ours],
+                f"{c.accuracy[1]:.1f}%",
+                f"{c.accuracy[0]:.1f}%",
+                _interval(c.difference),
+                f"{100 * c.flops_share:.0f}%",
+                claim(c),
+            ]
+            for c in rows
+        ),
+    )
+
+
+def _dropping(records: Records) -> str:
+    best, few, full = (
+        {c.setting: c for c in compare(records, "drop", "keep", point=point, key=key)}
+        for point, key in (("best", "overall"), ("best", "few"), ("full", "overall"))
+    )
+    return _table(
+        [*_SETTING, "best", "best, few-shot", "exits off", "harm"],
+        (
+            [
+                *_setting(setting, c.seeds),
+                *(_interval(at[setting].difference) for at in (best, few, full)),
+                harm(c.difference),
+            ]
+            for setting, c in best.items()
+        ),
+    )
+
+
+def _tried(records: Records) -> str:
+    rows = []
+    for variant in TRIED:
+        plain = {c.setting: c for c in compare(records, variant, "plain", point="best")}
+        for c in compare(records, variant, "keep", point="best"):
+            if c.setting in plain:
+                rows.append(
+                    [
+                        NAMES[variant],
+                        *_setting(c.setting, c.seeds),
+                        _interval(plain[c.setting].difference),
+                        _interval(c.difference),
+                        f"{100 * c.flops_share:.0f}%",
+                    ]
+                )
+    return _table(
+        ["samples that left", *_SETTING, "against without exits", "against kept", "FLOPs"], rows
+    )
+
+
+def _figures(records: Records) -> str:
+    rows = []
+    for setting in settings(records):
+        for variant in (*TABLE, *TRIED):
+            seeds = common_seeds(records, setting, variant)
+            if len(seeds) >= LEAST_SEEDS:
+                rows.append([*_setting(setting, seeds), *_row(records, setting, variant, seeds)])
+    return _table(
+        [*_SETTING, "samples that left", "overall", "many", "medium", "few", "ECE", "FLOPs",
+         "left at exit 1 / 2 / 3", "of few", "early wrong", "of few"],
+        rows,
+    )  # fmt: skip
+
+
+def _row(records: Records, setting: Setting, variant: str, seeds: Sequence[int]) -> list[str]:
+    tests = tested(records, setting, variant, seeds, "best")
+    overall = [100 * test["overall"] for test in tests]
+    cells = [NAMES[variant], f"{fmean(overall):.1f} ± {stdev(overall):.1f}"]
+    for key in ("many", "medium", "few", "ece", "flops_share"):
+        cells.append(f"{100 * fmean(test[key] for test in tests):.1f}")
+    if variant == "plain":
+        return [*cells, "", "", "", ""]
+    few_left = [test["exit_shares_by_group"]["few"] for test in tests]
+    few_wrong = [test["early_wrong_by_group"]["few"] for test in tests]
+    return [
+        *cells,
+        _shares([test["exit_shares"] for test in tests]),
+        _shares(few_left),
+        f"{100 * fmean(test['early_wrong'] for test in tests):.1f}",
+        f"{100 * fmean(few_wrong):.1f}",
+    ]
+
+
+def _shares(of_seeds: Iterable[Sequence[float]]) -> str:
+    return " / ".join(f"{100 * fmean(share):.0f}" for share in zip(*of_seeds, strict=True))
+
+
+def _origin(records: Records) -> str:
+    seconds = [record["seconds"] for record in records.values()]
+    known = {
+        key: ", ".join(sorted({record["environment"][key] for record in records.values()}))
+        for key in ("torch", "cpu", "threads")
+    }
+    commits = sorted({record["environment"]["commit"][:7] for record in records.values()})
+    return (
+        f"{len(records)} of the {len(table())} runs of the table are there. A run took "
+        f"{median(seconds):.0f} s (median, beside other work) with {known['threads']} thread on "
+        f"{known['cpu']}; torch {known['torch']}; commits "
+        f"{', '.join(commits)}."
+    )
+
+
+def _setting(setting: Setting, seeds: Sequence[int]) -> list[str]:
+    return [NAMES[setting.loss], str(setting.imbalance), NAMES[setting.head], str(len(seeds))]
+
+
+def _points(value: float) -> str:
+    # Adding 0.0 turns a rounded -0.0 into 0.0.
+    return f"{round(value, 1) + 0.0:+.1f}"
+
+
+def _interval(d: Difference) -> str:
+    return f"{_points(d.mean)} [{_points(d.low)}, {_points(d.high)}]"
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    if len(lines) == 2:
+        return "No comparison has three seeds yet."
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.accuracy.report", description=__doc__
+    )
+    parser.add_argument("--results", type=Path, default=results.PATH)
+    parser.add_argument("--output", type=Path, default=PAGE)
+    options = parser.parse_args(arguments)
+    try:
+        records = results.load(options.results)
+    except ValueError as error:
+        parser.error(str(error))
+    if not records:
+        parser.error(f"--results: expected finished runs, found none in {options.results}")
+    options.output.write_text(page(records), encoding="utf-8")
+    print(f"written: {options.output}")
+
+
+if __name__ == "__main__":
+    main()
