@@ -148,6 +148,7 @@ def test_a_record_has_every_figure_at_every_operating_point(record):
         assert point["overall"] * 500 == pytest.approx(
             50 * point["many"] + 150 * point["medium"] + 300 * point["few"], abs=0.01
         )
+    assert record["test"]["best"]["flops_share"] < record["test"]["full"]["flops_share"]
     assert record["validation"]["safe"] >= record["validation"]["full"]
     assert record["validation"]["best"] >= record["validation"]["safe"]
 
@@ -266,9 +267,18 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
 
 
 def test_jobs_are_processes_and_give_the_same():
-    expected = [(r, str(r)) for r in sorted(RUNS)]
+    begun = []
+
+    def in_time() -> bool:
+        begun.append(len(begun))
+        return True
+
     for jobs in (1, 2):
-        assert sorted(run.finished(RUNS, jobs, lambda: True, str)) == expected
+        begun.clear()
+        records = run.finished(RUNS, jobs, in_time, str)
+        first = next(records)
+        assert len(begun) == jobs
+        assert sorted([first, *records]) == [(r, str(r)) for r in sorted(RUNS)]
 
 
 @pytest.mark.parametrize(

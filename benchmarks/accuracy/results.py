@@ -32,7 +32,7 @@ def load(path: Path = PATH) -> dict[Run, dict[str, Any]]:
             record = json.loads(line)
             run = Run(**record["run"])
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines) and not line.endswith("\n"):
+            if not line.endswith("\n"):
                 print(f"{path}:{number}: cut short, left out", file=sys.stderr)
                 break
             raise ValueError(
