@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from elf_fast import ELF, ExitHead
+from elf_fast import ELF, ExitHead, cli
 from elf_fast.bench import command, inference, training
 from elf_fast.bench.timing import sample
 from elf_fast.bench.workload import inference_work, training_work
@@ -86,9 +86,7 @@ def test_samples_are_paired():
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    return parser.parse_args(arguments)
+    return cli._parser().parse_args(["bench", *arguments])
 
 
 def test_command(capsys):

@@ -15,31 +15,10 @@ from .timing import Samples, sample
 from .workload import inference_work, training_work
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", default="torchvision/resnet18", metavar="NAME",
-                        help="a network of timm or torchvision, or cifar_resnet32 "
-                        "(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--exits", metavar="MODULE,MODULE,...",
-                        help="modules to put exits after (default: three, evenly)")  # fmt: skip
-    parser.add_argument("--batch", type=int, default=64, metavar="N",
-                        help="images in a batch (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--size", type=int, default=224, metavar="PIXELS",
-                        help="height and width of the images (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--classes", type=int, default=1000, metavar="C",
-                        help="(default: %(default)s)")  # fmt: skip
-    parser.add_argument("--share", type=float, nargs="+", default=[0.5, 0.8, 1.0], metavar="S",
-                        help="shares of the samples that go on after each exit; 1 switches the "
-                        "exits off (default: 0.5 0.8 1)")  # fmt: skip
-    parser.add_argument("--training", action="store_true", help="time training steps, too")
-    parser.add_argument("--seconds", type=float, default=10.0,
-                        help="for each table row (default: %(default)s)")  # fmt: skip
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="print the rows as JSON")
-
-
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """One row for each share and mode: {"mode", "share", "microseconds", "speed"}, where
-    `speed` is that of elf_fast over each candidate's, [median, lower, upper quartile].
+    """Prints, as `options` of `elf-fast bench` say, and returns one row for each share and mode:
+    {"mode", "share", "microseconds", "speed"}, where `speed` is that of elf_fast over each
+    candidate's, [median, lower, upper quartile].
 
     Raises:
         ValueError: an argument that names no network, no module, or no batch.
@@ -52,9 +31,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not all(0 <= share <= 1 for share in options.share):
         raise ValueError(f"--share: expected numbers in [0, 1], got {options.share}")
     torch.manual_seed(0)
-    layout = {"device": options.device, "memory_format": torch.channels_last}
-    backbone = create(options.model, options.classes).to(**layout)
-    images = torch.randn(options.batch, 3, options.size, options.size).to(**layout)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    layout = torch.channels_last
+    backbone = create(options.model, options.classes).to(device, memory_format=layout)
+    images = torch.randn(options.batch, 3, options.size, options.size)
+    images = images.to(device, memory_format=layout)
     exits = options.exits.split(",") if options.exits else default_exits(backbone)
     model = from_backbone(backbone, exits, options.classes, example_input=images[:1])
     rows = []
@@ -70,7 +51,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         print(json.dumps(rows, indent=1))
     else:
         print(f"{options.model}, exits after {', '.join(exits)}; batch {options.batch} of "
-              f"{options.size}x{options.size}, {options.device}")  # fmt: skip
+              f"{options.size}x{options.size}, {device}")  # fmt: skip
         _print(rows)
     return rows
 
