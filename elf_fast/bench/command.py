@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     layout = torch.channels_last
-    backbone = create(options.model, options.classes).to(device, memory_format=layout)
+    backbone = create(options.model, options.classes).to(device).to(memory_format=layout)
     images = torch.randn(options.batch, 3, options.size, options.size)
     images = images.to(device, memory_format=layout)
     exits = options.exits.split(",") if options.exits else default_exits(backbone)
