@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional, ops, reference
+from . import checks, functional, ops, ranks, reference
 from .losses import LongTailLoss
 from .reference import ELFOutput, ExitHead
 
@@ -43,8 +43,9 @@ class ELF(reference.ELF):
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> ELFOutput:
         N = self._check_input(x, target)
+        batch = ranks.batch_of(self, x)
         if N == 0:
-            return self._forward_empty(x, target)
+            return self._forward_empty(x, target, batch)
         drop = self.drop_exited or not self.training
         thresholds = self._active_thresholds().unbind(0)
         temperatures = self.temperatures.unbind(0)
@@ -76,7 +77,11 @@ class ELF(reference.ELF):
             n = int(result.survivor_count)
             if n < 0:
                 checks.target_range(y, result.logits.shape[1])
+            observed = batch.observed(n)
             if n == 0:
+                if batch.shared:
+                    _, zero = self._without_survivors(x, target, batch, e + 1, observed)
+                    out, loss = reference._add_zero(out, loss, zero)
                 break
             if n < rows:
                 survivors = result.survivors[:n]
@@ -84,12 +89,12 @@ class ELF(reference.ELF):
                 y = None if y is None else y.index_select(0, survivors)
                 if drop:
                     keep = survivors if present is None else present.index_select(0, survivors)
-                    keep, present = self._rows_to_keep(keep, x.shape[0])
+                    keep, present = self._rows_to_keep(keep, x.shape[0], observed)
                     x = functional._call(ops.compact, (x,), (x, keep))
                 else:
                     present = alive
         assert out is not None
-        return out._replace(loss=None if loss is None else loss / N)
+        return out._replace(loss=None if loss is None else batch.mean(loss))
 
     def _exit(
         self,

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import checks
+from . import checks, ranks
 from .checks import CRITERIA
 
 __all__ = [
@@ -274,7 +274,7 @@ class ELF(nn.Module):
         train_thresholds: the same for training; None: as `thresholds`.
         temperatures: a scalar or E-1 values > 0; the tests read softmax(logits / temperature).
         criterion: "confidence", "margin" or "entropy"; see `statistic`.
-        exit_loss: callable (logits [n, C], target [n]) -> losses [n], or a loss of
+        exit_loss: callable (logits [n, C], target [n]) -> losses [n], n >= 0, or a loss of
             `elf_fast.losses`; None: cross-entropy.
         exit_weights: a scalar or E values w_k >= 0.
         drop_exited: in training, drop samples that left from later stages; if False they stay in
@@ -287,6 +287,14 @@ class ELF(nn.Module):
     forward(x, target=None) -> ELFOutput. A sample leaves at the first exit whose test it passes;
     in training with a target its prediction there must be right, too. With a target,
     loss = sum_i sum_{k <= e_i} w_k l(z_k, y_i) / N, over the exits up to the one sample i takes.
+
+    In training inside `torch.nn.parallel.DistributedDataParallel`, N is that of the global batch
+    and the loss is R times this rank's part of it, for R ranks: its mean over the ranks is the loss
+    of the global batch and, where all hold equally many samples, it is the mean over this rank's
+    own. Every rank enters every stage. One without survivors goes on with an empty batch, which the
+    stages must accept: SyncBatchNorm then has the statistics of all ranks' survivors, which padding
+    would change, and BatchNorm, whose statistics are those of its own rank, leaves them alone. See
+    docs/distributed.md.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -342,8 +350,9 @@ class ELF(nn.Module):
 
     def forward(self, x: Tensor, target: Tensor | None = None) -> ELFOutput:
         N = self._check_input(x, target)
+        batch = ranks.batch_of(self, x)
         if N == 0:
-            return self._forward_empty(x, target)
+            return self._forward_empty(x, target, batch)
         drop = self.drop_exited or not self.training
         thresholds = self._active_thresholds()
         alive = torch.arange(N, device=x.device)  # [n] the samples that reach the current stage
@@ -371,23 +380,32 @@ class ELF(nn.Module):
             if y is not None:
                 losses = self._losses(z, y)
                 loss = _add(loss, self.exit_weights[e] * losses.sum())
-            if last or len(gate.survivors) == 0:
+            if last:
+                break
+            observed = batch.observed(len(gate.survivors))
+            if len(gate.survivors) == 0:
+                if batch.shared:
+                    _, zero = self._without_survivors(x, target, batch, e + 1, observed)
+                    out, loss = _add_zero(out, loss, zero)
                 break
             alive = alive[gate.survivors]
             if drop:
                 rows = gate.survivors if present is None else present[gate.survivors]
-                rows, present = self._rows_to_keep(rows, len(x))
+                rows, present = self._rows_to_keep(rows, len(x), observed)
                 x = compact(x, rows)
             else:
                 present = alive
         assert out is not None
-        return out._replace(loss=None if loss is None else loss / N)
+        return out._replace(loss=None if loss is None else batch.mean(loss))
 
-    def _rows_to_keep(self, survivors: Tensor, rows: int) -> tuple[Tensor, Tensor | None]:
+    def _rows_to_keep(
+        self, survivors: Tensor, rows: int, observed: int
+    ) -> tuple[Tensor, Tensor | None]:
         """The rows [m] of x that go on, and where the survivors [n] then stand among them (None:
-        they are all there is). In training a lone survivor takes one exited sample along with
-        weight 0: BatchNorm has no statistics of a single value per channel."""
-        if self.training and len(survivors) == 1 < rows:
+        they are all there is). In training a lone survivor, of all ranks under SyncBatchNorm, takes
+        one exited sample along with weight 0: there are no statistics of a single value per
+        channel."""
+        if self.training and observed == 1 < rows:
             first = torch.zeros_like(survivors)
             return torch.cat([first, survivors.clamp_min(1)]), survivors.clamp_max(1)
         return survivors, None
@@ -439,24 +457,37 @@ class ELF(nn.Module):
                     f"got {list(t.shape)}"
                 )
 
-    def _forward_empty(self, x: Tensor, target: Tensor | None) -> ELFOutput:
-        """N = 0: empty outputs and a zero loss that still backpropagates into every parameter.
-        Runs in eval mode: statistics of nothing must not reach BatchNorm's running averages."""
-        modes = [(module, module.training) for module in self.modules()]
-        self.eval()
-        zero = x.new_zeros((), dtype=torch.float32)
-        try:
-            for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-                x = stage(x)
-                z = head(x)
-                self._check_logits(z, e, 0)
-                zero = zero + z.sum()
-        finally:
-            for module, training in modes:
-                module.training = training
+    def _forward_empty(self, x: Tensor, target: Tensor | None, batch: ranks.Batch) -> ELFOutput:
+        """N = 0: empty outputs and a zero loss that still backpropagates into every parameter."""
+        z, zero = self._without_survivors(x, target, batch, 0, batch.entering())
         gate = exit_gate(z, self._never, criterion=self.criterion)
         out = _write(None, x.new_zeros(0, dtype=torch.int64), z, gate, 0)
-        return out._replace(loss=None if target is None else zero)
+        return out._replace(loss=None if target is None else batch.mean(zero))
+
+    def _without_survivors(
+        self, x: Tensor, target: Tensor | None, batch: ranks.Batch, first: int, observed: int
+    ) -> tuple[Tensor, Tensor]:
+        """The stages from `first` on, where no sample of this process goes on: the last exit's
+        logits [0, C], and a zero [] that backpropagates into every parameter on the way.
+
+        x is empty, unless `drop_exited` is False and other ranks' samples, `observed` in number,
+        are to be normalised together with those here.
+        """
+        zero = x.new_zeros((), dtype=torch.float32)
+        for e in range(first, len(self.stages)):
+            if self.drop_exited or not observed:
+                x = x[:0]
+            with ranks.norms_at_rest(self, x, observed=observed) as x:
+                x = self.stages[e](x)
+                z = self.heads[e](x)
+            self._check_logits(z, e, len(x))
+            z = z[:0]
+            zero = zero + z.sum()
+            if target is not None:
+                zero = zero + self._losses(z, target[:0]).sum()
+            if observed and e < len(self.stages) - 1:
+                observed = batch.observed(0)
+        return z, zero
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ELF:
         exact = {
@@ -478,6 +509,11 @@ class ELF(nn.Module):
 
 def _add(total: Tensor | None, part: Tensor) -> Tensor:
     return part if total is None else total + part
+
+
+def _add_zero(out: ELFOutput, loss: Tensor | None, zero: Tensor) -> tuple[ELFOutput, Tensor | None]:
+    """Whichever of the outputs is backpropagated reaches what `zero` [] does."""
+    return out._replace(logits=out.logits + zero), None if loss is None else loss + zero
 
 
 def _write(out: ELFOutput | None, rows: Tensor, z: Tensor, gate: Any, e: int) -> ELFOutput:

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: layer with all that is in it.
 LAYERS = (
     ("checks", "modes", "kernels"),
+    ("ranks",),
     ("reference",),
     ("ops",),
     ("backend",),
