@@ -80,7 +80,7 @@ class ELF(reference.ELF):
             observed = batch.observed(n)
             if n == 0:
                 if batch.shared:
-                    _, zero = self._without_survivors(x, target, batch, e + 1, observed)
+                    _, zero = self._without_survivors(x, batch, e + 1, observed)
                     out, loss = reference._add_zero(out, loss, zero)
                 break
             if n < rows:

@@ -385,7 +385,7 @@ class ELF(nn.Module):
             observed = batch.observed(len(gate.survivors))
             if len(gate.survivors) == 0:
                 if batch.shared:
-                    _, zero = self._without_survivors(x, target, batch, e + 1, observed)
+                    _, zero = self._without_survivors(x, batch, e + 1, observed)
                     out, loss = _add_zero(out, loss, zero)
                 break
             alive = alive[gate.survivors]
@@ -459,13 +459,15 @@ class ELF(nn.Module):
 
     def _forward_empty(self, x: Tensor, target: Tensor | None, batch: ranks.Batch) -> ELFOutput:
         """N = 0: empty outputs and a zero loss that still backpropagates into every parameter."""
-        z, zero = self._without_survivors(x, target, batch, 0, batch.entering())
+        z, zero = self._without_survivors(x, batch, 0, batch.entering())
+        if target is not None:
+            zero = zero + self._losses(z, target).sum()  # which may have parameters, too
         gate = exit_gate(z, self._never, criterion=self.criterion)
         out = _write(None, x.new_zeros(0, dtype=torch.int64), z, gate, 0)
         return out._replace(loss=None if target is None else batch.mean(zero))
 
     def _without_survivors(
-        self, x: Tensor, target: Tensor | None, batch: ranks.Batch, first: int, observed: int
+        self, x: Tensor, batch: ranks.Batch, first: int, observed: int
     ) -> tuple[Tensor, Tensor]:
         """The stages from `first` on, where no sample of this process goes on: the last exit's
         logits [0, C], and a zero [] that backpropagates into every parameter on the way.
@@ -483,8 +485,6 @@ class ELF(nn.Module):
             self._check_logits(z, e, len(x))
             z = z[:0]
             zero = zero + z.sum()
-            if target is not None:
-                zero = zero + self._losses(z, target[:0]).sum()
             if observed and e < len(self.stages) - 1:
                 observed = batch.observed(0)
         return z, zero

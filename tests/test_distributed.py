@@ -1,7 +1,7 @@
 """ELF under DistributedDataParallel, against one process that has the whole batch.
 
 Ranks are processes in a gloo group. They make networks and data from seeds, take rows of the data
-and answer with arrays; everything is float64.
+and answer with arrays, in float64 unless a test says otherwise.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 from elf_fast import ELF, ExitHead, losses, reference
 
 CLASSES, CHANNELS, SAMPLES = 4, 4, 48
-COLLECTIVE = timedelta(seconds=20)  # a rank that waits longer fails
-TASK = 60.0  # seconds, for what does not even wait in a collective
+COLLECTIVE = timedelta(seconds=45)  # a rank that waits longer fails
+TASK = 120.0  # seconds, for what hangs elsewhere
 
 
 class Ranks:
@@ -84,8 +84,17 @@ def _in_group(R: int, task: Callable, args: tuple) -> Any:
     return task(_groups[R], *args)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the ranks have: a second one would only wait for a core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory) -> Iterator[list[Ranks]]:
+def ranks() -> Iterator[list[Ranks]]:
     started: list[Ranks] = []
     yield started
     for ranks in started:
@@ -240,7 +249,7 @@ def test_gradients_are_those_of_one_process(together, R, loss, norm, drop_exited
 @NORM
 @DROP
 def test_a_rank_without_samples_takes_part(together, drop_exited, norm):
-    case = Case(drop_exited=drop_exited, norm=norm)
+    case = Case(drop_exited=drop_exited, loss="callable", norm=norm)
     rows = list(range(SAMPLES))
     results = together(step, (case, []), (case, rows))
     assert results[0]["exits"] == [] and results[0]["loss"] == 0
@@ -464,4 +473,4 @@ def test_an_error_on_one_rank_ends_the_run_and_is_shown(tmp_path):
     with pytest.raises(torch.multiprocessing.ProcessRaisedException) as error:
         torch.multiprocessing.spawn(fail_on_rank_1, args=(f"{tmp_path}/store",), nprocs=2)
     assert "target: expected 0 <= target < 4" in str(error.value)
-    assert time.monotonic() - started < 60
+    assert time.monotonic() - started < COLLECTIVE.total_seconds()
