@@ -333,6 +333,8 @@ def test_a_run_learns_and_leaves_its_files(run):
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert history[-1]["accuracy"] > 0.9 and results["test"]["overall"] > 0.9
     assert all(sum(record["exit_shares"]) == pytest.approx(1) for record in history)
+    assert {"overall", "few", "flops_share"} < set(history[0]["validation"])
+    assert "per_class" in results["validation"] and "per_class" not in history[0]["validation"]
     assert results["test"]["samples"] == 24
     calibration = results["calibration"]
     assert calibration["accuracy"] >= calibration["accuracy_exits_off"]

@@ -16,7 +16,7 @@ class Log:
 
     Args:
         purge_step: the next step; TensorBoard drops what an interrupted run wrote from there on.
-        active: False for all ranks but the first: they say and write nothing.
+        active: False for all ranks but the first, whose console says nothing: they write nothing.
     """
 
     def __init__(
@@ -41,7 +41,6 @@ class Log:
             disable=not (active and console.is_terminal),
         )
         self._task = self._progress.add_task("", total=batches_per_epoch, stats="")
-        self._active = active
         self._board: Any = None
         self._wandb: Any = None
         if active and config.log_tensorboard:
@@ -68,8 +67,8 @@ class Log:
 
     def begin_epoch(self, epoch: int, batch: int) -> None:
         """An epoch, counted from 0, starts at one of its batches."""
-        self._progress.reset(self._task, description=f"epoch {epoch + 1}/{self.epochs}")
-        self._progress.update(self._task, completed=batch, stats="")
+        title = f"epoch {epoch + 1}/{self.epochs}"
+        self._progress.reset(self._task, description=title, completed=batch, stats="")
 
     def batch(self, batch: int, stats: dict[str, Any]) -> None:
         """`batch` batches of the epoch are done."""
@@ -77,8 +76,6 @@ class Log:
 
     def epoch(self, record: dict[str, Any]) -> None:
         """An epoch is done."""
-        if not self._active:
-            return
         validation = record.get("validation")
         text = f"epoch {record['epoch']}/{self.epochs}  {describe(record)}"
         if validation:

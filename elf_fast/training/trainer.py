@@ -32,6 +32,8 @@ from .log import Log
 from .position import Position, Totals
 
 CONFIG, RESULTS, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
+#: Metrics that the record of an epoch leaves out: there may be thousands of classes.
+_BY_CLASS = ("per_class", "exit_shares_by_class")
 
 
 class NonFiniteError(ArithmeticError):
@@ -72,7 +74,7 @@ class Trainer:
     ) -> None:
         self.config, self.ranks = config, ranks
         self.output = Path(config.output)
-        self.console = console or Console(quiet=not ranks.is_first)
+        self.console = (console or Console()) if ranks.is_first else Console(quiet=True)
         self.splits = build.load_splits(config)
         self.class_counts = self.splits.class_counts
         self.device = ranks.device
@@ -271,7 +273,8 @@ class Trainer:
             "images_per_second": rate,
         }
         if self.validation is not None and p.epoch % config.val_interval == 0:
-            record["validation"] = self._evaluate(self.validation)
+            metrics = self._evaluate(self.validation)
+            record["validation"] = {k: v for k, v in metrics.items() if k not in _BY_CLASS}
         p.history.append(record)
         log.epoch(record)
 
