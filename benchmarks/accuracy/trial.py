@@ -18,7 +18,7 @@ from elf_fast.flops import Flops, count_flops
 from elf_fast.metrics import ELFMetrics
 from elf_fast.training import calibrate, network
 from elf_fast.training.calibrate import OperatingPoint
-from elf_fast.training.loop import EpochStats, Schedule, predict, train
+from elf_fast.training.loop import EpochStats, Schedule, batches, predict, train
 
 from ..environment import environment
 from .runs import VARIANTS, Run
@@ -140,7 +140,7 @@ def perform(run: Run, schedule: Schedule = SCHEDULE) -> dict[str, Any]:
 
 
 def _operating_points(model: ELF, data: DigitSplits, flops: Flops) -> dict[str, OperatingPoint]:
-    table = calibrate.exit_table(model, data.validation.images, data.validation.targets)
+    table = calibrate.exit_table(model, batches(data.validation))
     if len(model.stages) == 1:
         return {"full": calibrate.sweep(table, flops, [math.inf])[0]}
     points = calibrate.sweep(table, flops)
