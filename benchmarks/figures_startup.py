@@ -25,10 +25,10 @@ IMPORT = (
 def rows(*, full: bool) -> Iterator[Row]:
     seconds = [_import() for _ in range(9)]
     yield _row("import elf_fast", "after import torch", seconds, 0.3)
-    if full:
-        yield _row("build, ELF_FAST_BUILD=cpu", "from source", [_build("cpu")] * 2, 60.0)
-        if shutil.which("nvcc"):
-            yield _row("build, ELF_FAST_BUILD=cuda", "from source", [_build("cuda")] * 2, 300.0)
+    modes = {"cpu": 60.0, **({"cuda": 300.0} if shutil.which("nvcc") else {})}
+    for mode, most in modes.items() if full else ():
+        taken = [_build(mode) for _ in range(2)]
+        yield _row(f"build, ELF_FAST_BUILD={mode}", "from source", taken, most)
 
 
 def _import() -> float:

@@ -35,11 +35,10 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
-def sceptic(work: InferenceWork, *, compile: bool = False) -> Rival:
+def sceptic(work: InferenceWork) -> Rival:
     """The best that plain PyTorch gives without kernels of one's own: no softmax, two small
-    index lists and one index_select an exit. compile: the test by torch.compile."""
+    index lists and one index_select an exit."""
     model, images = work.model, work.images
-    test = torch.compile(_confident, dynamic=True) if compile else _confident
     last = len(model.stages) - 1
 
     def run() -> tuple[Tensor, Tensor]:
@@ -52,7 +51,7 @@ def sceptic(work: InferenceWork, *, compile: bool = False) -> Rival:
             if e == last:
                 found = logits.argmax(1)
             else:
-                leaves, found = test(logits, model.thresholds[e], model.temperatures[e])
+                leaves, found = _confident(logits, model.thresholds[e], model.temperatures[e])
             # A later exit overwrites the predictions of those that go on.
             if alive is None:
                 prediction.copy_(found)

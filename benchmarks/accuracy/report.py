@@ -226,12 +226,10 @@ def _origin(records: Records) -> str:
         key: ", ".join(sorted({record["environment"][key] for record in records.values()}))
         for key in ("torch", "cpu", "threads")
     }
-    commits = sorted({record["environment"]["commit"][:7] for record in records.values()})
     return (
         f"{len(records)} of the {len(table())} runs of the table are there. A run took "
         f"{median(seconds):.0f} s (median, beside other work) with {known['threads']} thread on "
-        f"{known['cpu']}; torch {known['torch']}; commits "
-        f"{', '.join(commits)}."
+        f"{known['cpu']}; torch {known['torch']}."
     )
 
 
