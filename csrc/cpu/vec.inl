@@ -7,7 +7,19 @@ typedef uint32_t vu __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
 ELF_INLINE vf splat(float x) { return vf{} + x; }
-ELF_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// a > b ? a : b in every lane, b where one is NaN. Compilers make a compare and a blend of that
+// expression, at twice the price of the instruction that does the same.
+ELF_INLINE vf vmax(vf a, vf b) {
+#if ELF_LANES == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif ELF_LANES == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return a > b ? a : b;
+#endif
+}
+
 ELF_INLINE vf select(vi keep, vf a, vf b) { return (vf)(((vi)a & keep) | ((vi)b & ~keep)); }
 
 ELF_INLINE vi lane_index() {
