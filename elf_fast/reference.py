@@ -277,9 +277,10 @@ class ELF(nn.Module):
         exit_loss: callable (logits [n, C], target [n]) -> losses [n], n >= 0, or a loss of
             `elf_fast.losses`; None: cross-entropy.
         exit_weights: a scalar or E values w_k >= 0.
-        drop_exited: in training, drop samples that left from later stages; if False they stay in
-            the forward pass with weight 0, so that batch statistics see the full batch. Which of
-            the two trains better depends on data and loss.
+        drop_exited: in training, drop samples that left from later stages, which makes a step
+            cheaper; if False they stay in the forward pass with weight 0, so that batch statistics
+            see the full batch, which trained more accurate networks (docs/accuracy.md). In
+            evaluation they are always dropped.
 
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
     never rounded to another dtype.
@@ -315,7 +316,7 @@ class ELF(nn.Module):
         criterion: str = "confidence",
         exit_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         exit_weights: float | Sequence[float] = 1.0,
-        drop_exited: bool = True,
+        drop_exited: bool = False,
     ) -> None:
         super().__init__()
         stages = checks.sequence_of_modules("stages", stages)

@@ -161,9 +161,13 @@ def test_later_stages_see_survivors_only():
     model.eval()(SAMPLES)
     assert sizes == [4, 3, 2]
     sizes.clear()
-    model.train().drop_exited = False
-    model(SAMPLES, torch.zeros(4, dtype=torch.int64))
+    target = torch.zeros(4, dtype=torch.int64)
+    model.train()(SAMPLES, target)  # by default nobody is dropped in training
     assert sizes == [4, 4, 4]
+    sizes.clear()
+    model.drop_exited = True
+    model(SAMPLES, target)
+    assert sizes == [4, 3, 2]
 
 
 @BOTH
@@ -180,7 +184,7 @@ def test_a_lone_survivor_passes_batch_norm(cls):
         first = [SURE if i != survivor else UNSURE for i in range(3)]
         stages = [nn.Identity(), Norm(1), nn.Identity()]
         heads = [Constant(first), nn.Linear(1, 3), nn.Linear(1, 3)]
-        return cls(stages, heads, thresholds=[0.9, 1.0])
+        return cls(stages, heads, thresholds=[0.9, 1.0], drop_exited=True)
 
     x, y = torch.tensor([[0.0], [1.0], [2.0]]), torch.zeros(3, dtype=torch.int64)
     for survivor, together in ((0, [0.0, 1.0]), (1, [0.0, 1.0]), (2, [0.0, 2.0])):

@@ -19,7 +19,7 @@ class Quartiles(NamedTuple):
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Quartiles:
-        low, median, high = quantiles(values, n=4)
+        low, median, high = quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 
 import copy
 import math
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..bench import timing
 from ..bench.inference import check_agreement
+from ..bench.timing import Quartiles
 from ..modules import ELF, unfuse
 
 RATIOS = (("elf_fast", "full"), ("elf_fast", "reference"), ("elf_fast_off", "full"))
@@ -59,25 +60,28 @@ def measure(
                     variants[name + suffix](batch) for name in ("elf_fast", "reference")
                 )
                 check_agreement(ours, theirs, m.thresholds)
-        rates: dict[str, list[float]] = {name: [] for name in variants}
-        variants["full"](batches[0])
-        for _ in range(repeats):
-            for name, forward in variants.items():
-                start = time.perf_counter()
-                for batch in batches:
-                    forward(batch)
-                rates[name].append(sum(map(len, batches)) / (time.perf_counter() - start))
+        samples = timing.sample(
+            {name: partial(_run, forward, batches) for name, forward in variants.items()},
+            seconds=0,
+            least=repeats,
+        )
+        size = sum(map(len, batches))
         results.append(
             {
                 "batch_size": len(batches[0]),
-                "images_per_second": {name: _quartiles(v) for name, v in rates.items()},
-                "ratios": {
-                    f"{a}/{b}": _quartiles([x / y for x, y in zip(rates[a], rates[b], strict=True)])
-                    for a, b in RATIOS
+                "images_per_second": {
+                    name: _rising(Quartiles.of([size / us * 1e6 for us in samples[name]]))
+                    for name in variants
                 },
+                "ratios": {f"{a}/{b}": _rising(samples.ratio(b, a)) for a, b in RATIOS},
             }
         )
     return results
+
+
+def _run(forward: Callable[[Tensor], Any], batches: list[Tensor]) -> None:
+    for batch in batches:
+        forward(batch)
 
 
 def _batches(images: Tensor, batch_size: int, most: int = 8) -> list[Tensor]:
@@ -89,5 +93,5 @@ def _batches(images: Tensor, batch_size: int, most: int = 8) -> list[Tensor]:
     return full[:most] or [mixed]
 
 
-def _quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4)
+def _rising(q: Quartiles) -> list[float]:
+    return [q.low, q.median, q.high]
