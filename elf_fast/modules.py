@@ -46,7 +46,7 @@ class ELF(reference.ELF):
         batch = ranks.batch_of(self, x)
         if N == 0:
             return self._forward_empty(x, target, batch)
-        drop = self.drop_exited or not self.training
+        drop = self.drops_exited
         thresholds = self._active_thresholds().unbind(0)
         temperatures = self.temperatures.unbind(0)
         last = len(self.stages) - 1

@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import checks, ranks
 from .checks import CRITERIA
@@ -277,10 +279,11 @@ class ELF(nn.Module):
         exit_loss: callable (logits [n, C], target [n]) -> losses [n], n >= 0, or a loss of
             `elf_fast.losses`; None: cross-entropy.
         exit_weights: a scalar or E values w_k >= 0.
-        drop_exited: in training, drop samples that left from later stages, which makes a step
-            cheaper; if False they stay in the forward pass with weight 0, so that batch statistics
-            see the full batch, which trained more accurate networks (docs/accuracy.md). In
-            evaluation they are always dropped.
+        drop_exited: whether training drops samples that left from the later stages, as evaluation
+            always does, or keeps them in the forward pass with weight 0. Without batch statistics
+            the two give the same gradients and dropping is cheaper; with BatchNorm, keeping trained
+            the more accurate networks (docs/accuracy.md). None: drop unless a later stage or head
+            normalises by the batch.
 
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
     never rounded to another dtype.
@@ -316,7 +319,7 @@ class ELF(nn.Module):
         criterion: str = "confidence",
         exit_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
         exit_weights: float | Sequence[float] = 1.0,
-        drop_exited: bool = False,
+        drop_exited: bool | None = None,
     ) -> None:
         super().__init__()
         stages = checks.sequence_of_modules("stages", stages)
@@ -354,7 +357,7 @@ class ELF(nn.Module):
         batch = ranks.batch_of(self, x)
         if N == 0:
             return self._forward_empty(x, target, batch)
-        drop = self.drop_exited or not self.training
+        drop = self.drops_exited
         thresholds = self._active_thresholds()
         alive = torch.arange(N, device=x.device)  # [n] the samples that reach the current stage
         present: Tensor | None = None  # [n] their rows in x, where x holds others, too
@@ -410,6 +413,20 @@ class ELF(nn.Module):
             first = torch.zeros_like(survivors)
             return torch.cat([first, survivors.clamp_min(1)]), survivors.clamp_max(1)
         return survivors, None
+
+    @property
+    def drops_exited(self) -> bool:
+        """Whether samples that left are dropped from the later stages, in the mode that the network
+        is in: always in evaluation, by `drop_exited` in training."""
+        if not self.training:
+            return True
+        if self.drop_exited is not None:
+            return self.drop_exited
+        return not any(
+            isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+            for part in chain(self.stages[1:], self.heads[1:])
+            for module in part.modules()
+        )
 
     @property
     def _never(self) -> float:
@@ -473,12 +490,13 @@ class ELF(nn.Module):
         """The stages from `first` on, where no sample of this process goes on: the last exit's
         logits [0, C], and a zero [] that backpropagates into every parameter on the way.
 
-        x is empty, unless `drop_exited` is False and other ranks' samples, `observed` in number,
-        are to be normalised together with those here.
+        x is empty, unless samples that left are kept and other ranks' samples, `observed` in
+        number, are to be normalised together with those here.
         """
+        drop = self.drops_exited
         zero = x.new_zeros((), dtype=torch.float32)
         for e in range(first, len(self.stages)):
-            if self.drop_exited or not observed:
+            if drop or not observed:
                 x = x[:0]
             with ranks.norms_at_rest(self, x, observed=observed) as x:
                 x = self.stages[e](x)

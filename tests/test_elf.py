@@ -148,7 +148,22 @@ def test_everyone_leaving_ends_the_forward_pass(cls):
     assert model(SAMPLES).exit_index.tolist() == [0, 0, 0, 0]
 
 
-def test_later_stages_see_survivors_only():
+@BOTH
+@pytest.mark.parametrize(
+    ("norm", "drop_exited", "in_training"),
+    [
+        (nn.Identity(), None, [4, 3, 2]),
+        (nn.LayerNorm(1), None, [4, 3, 2]),
+        (nn.BatchNorm1d(1), None, [4, 4, 4]),
+        (nn.BatchNorm1d(1).eval(), None, [4, 3, 2]),  # frozen
+        (nn.BatchNorm1d(1, track_running_stats=False).eval(), None, [4, 4, 4]),
+        (nn.Identity(), False, [4, 4, 4]),
+        (nn.BatchNorm1d(1), True, [4, 3, 2]),
+    ],
+)
+@pytest.mark.parametrize("place", ["stage 0", "stage 2", "head 1"])
+def test_who_is_dropped_in_training(cls, norm, drop_exited, in_training, place):
+    """By default nobody, where a stage or head that not all may reach normalises by the batch."""
     sizes = []
 
     class Spy(nn.Module):
@@ -157,17 +172,18 @@ def test_later_stages_see_survivors_only():
             return x
 
     tables = [[UNSURE, SURE, UNSURE], [UNSURE, UNSURE, SURE], [UNSURE] * 3]
-    model = ELF([Spy(), Spy(), Spy()], [Constant(t) for t in tables])
+    stages, heads = [Spy(), Spy(), Spy()], [Constant(t) for t in tables]
+    part = {"stage 0": stages[0], "stage 2": stages[2], "head 1": heads[1]}[place]
+    part.norm = norm
+    training = norm.training
+    model = cls(stages, heads, drop_exited=drop_exited)
     model.eval()(SAMPLES)
     assert sizes == [4, 3, 2]
     sizes.clear()
-    target = torch.zeros(4, dtype=torch.int64)
-    model.train()(SAMPLES, target)  # by default nobody is dropped in training
-    assert sizes == [4, 4, 4]
-    sizes.clear()
-    model.drop_exited = True
-    model(SAMPLES, target)
-    assert sizes == [4, 3, 2]
+    model.train()
+    norm.train(training)
+    model(SAMPLES, torch.zeros(4, dtype=torch.int64))
+    assert sizes == ([4, 3, 2] if place == "stage 0" and drop_exited is None else in_training)
 
 
 @BOTH

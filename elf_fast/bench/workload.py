@@ -67,12 +67,12 @@ def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
             x = stage(x)
             if e == len(scratch.stages) - 1:
                 break
-            logits = head(x) if model.drop_exited else head(x)[alive]
+            logits = head(x) if model.drops_exited else head(x)[alive]
             goes_on, target[alive] = _decide(model, thresholds, e, logits, share)
             alive = alive[goes_on]
             if not len(alive):
                 break
-            if model.drop_exited:
+            if model.drops_exited:
                 x = _select(x, goes_on)
     return TrainingWork(model, images, target)
 

@@ -99,9 +99,9 @@ class TrainConfig:
     exit_weights: tuple[float, ...] = _option(
         (1.0,), "exits", "of the losses: one, or one per exit with the last"
     )
-    drop_exited: bool = _option(
-        False, "exits", "in training, drop samples that left from the later stages, or keep them "
-        "there with weight 0",
+    drop_exited: bool | None = _option(
+        None, "exits", "in training, drop samples that left from the later stages, or keep them "
+        "there with weight 0; keep if not given where these normalise by the batch, else drop",
     )  # fmt: skip
     calibrate: bool = _option(
         True, "exits", "after training, choose the cheapest threshold that loses no accuracy on "
@@ -285,7 +285,8 @@ def _add_flag(group: Any, option: dataclasses.Field, hint: Any) -> None:
     text = option.metadata["help"].replace("%", "%%")
     if hint is bool:
         yes, no = _SWITCHES.get(option.name, (flag, "--no-" + flag[2:]))
-        text += f" (default: {yes if option.default else no})"
+        if option.default is not None:
+            text += f" (default: {yes if option.default else no})"
         group.add_argument(yes, no, action=_Switch, nargs=0, help=text, **common)
         return
     shown = _spell(option.default)
