@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("torchmetrics")
 
+from PIL import Image
 from scipy import stats
 from torch import nn
 
@@ -24,7 +26,7 @@ from elf_fast.training import demo
 from elf_fast.training.loop import EpochStats, Schedule, train
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from benchmarks.accuracy import comparisons, paired, report, results, run, runs, trial
+from benchmarks.accuracy import cifar, comparisons, paired, report, results, run, runs, trial
 from benchmarks.accuracy.runs import Run
 
 BRIEF = Schedule(epochs=1)
@@ -171,6 +173,18 @@ def test_what_changes_during_training(monkeypatch):
     assert thresholds == pytest.approx([math.inf] * 3 + [0.9] * 2)
 
 
+def test_batch_norm_rests_on_small_batches():
+    model = trial.build(variants()["drop-rest"], [9, 5, 1], epochs=1).train()
+    norm = next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d))
+    x = torch.randn(32, norm.num_features, 4, 4)
+    before = norm.running_mean.clone()
+    torch.testing.assert_close(norm(x[:31]), norm.eval()(x[:31]))
+    assert torch.equal(norm.running_mean, before)
+    assert norm.train()(x).mean().abs() < 1e-5 and not torch.equal(norm.running_mean, before)
+    norm(x[:31])
+    assert norm.training
+
+
 def test_post_hoc_logit_adjustment_moves_every_exit_towards_the_tail(monkeypatch):
     monkeypatch.setattr(trial, "train", lambda *_, **__: [EpochStats(1, 1.0, 0.5, [1.0])])
     adjusted = []
@@ -251,7 +265,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
         done.append(r)
         return a_record()
 
-    monkeypatch.setattr(run, "perform", pretend)
+    monkeypatch.setattr(trial, "perform", pretend)
     output = tmp_path / "results.jsonl"
     results.add(Run(50, "ce", "conv", "keep", 1), a_record(), output)
     filters = ["--only", "imbalance=50", "--only", "loss=ce", "--only", "head=conv"]
@@ -264,6 +278,35 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
     assert "0 runs are missing" in capsys.readouterr().out
     run.main([*filters, "--only", "seed=2", "--limit-minutes", "0", "--output", str(output)])
     assert len(done) == 5 and "3 runs are missing" in capsys.readouterr().out
+
+
+def test_cifar_runs_go_through_the_trainer(tmp_path, monkeypatch, capsys):
+    pixels = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8).numpy()
+    for part, count in (("train", 20), ("test", 2)):
+        for name in ("cat", "dog"):
+            folder = tmp_path / "images" / part / name
+            folder.mkdir(parents=True)
+            for k in range(count):
+                Image.fromarray(pixels).save(folder / f"{k}.png")
+    monkeypatch.setattr(cifar, "SETTINGS", [*cifar.SETTINGS, "--epochs", "1", "--no-amp"])
+    output = tmp_path / "results.jsonl"
+    command = ["--only", "imbalance=10", "--only", "loss=ce", "--only", "seed=1"]
+    command += ["--cifar10", str(tmp_path / "images"), "--work", str(tmp_path / "work")]
+    command += ["--output", str(output)]
+    run.main(command)
+    records = {r.variant: record for r, record in results.load(output).items()}
+    assert {name: list(r["test"]) for name, r in records.items()} == {
+        "plain": ["full"], "keep": ["safe"],
+    }  # fmt: skip
+    assert all(r["class_counts"] == [18, 1] for r in records.values())
+    assert all(r["settings"]["seed"] == 1 for r in records.values())
+    output.unlink()
+    shutil.rmtree(tmp_path / "images")
+    run.main(command)  # what has finished is read
+    assert len(results.load(output)) == 2
+    with pytest.raises(SystemExit):
+        run.main(["--work", str(tmp_path)])
+    assert "--cifar10, --work: expected both or neither" in capsys.readouterr().err
 
 
 def test_jobs_are_processes_and_give_the_same():
@@ -388,10 +431,19 @@ def test_the_page_says_what_the_results_say(tmp_path):
         **made_up((50, "ldam_drw", "pooled"), {"plain": 0, "keep": 3.5, "drop": 3.4}, flops=0.6),
         **made_up((10, "ce", "conv"), {"plain": 0, "keep": 1}, seeds=range(2)),
     }
+    on_cifar10 = made_up((100, "ce", "conv"), {"plain": 0, "keep": 2}, seeds=range(3))
+    for made in on_cifar10.values():
+        for figures in made["test"].values():
+            figures["few"] = None
     path, output = tmp_path / "results.jsonl", tmp_path / "accuracy.md"
+    cifar10 = tmp_path / "cifar10.jsonl"
     for r, made in records.items():
         results.add(r, made, path)
-    report.main(["--results", str(path), "--output", str(output)])
+    for r, made in on_cifar10.items():
+        results.add(r, made, cifar10)
+    report.main(
+        ["--results", str(path), "--cifar10-results", str(cifar10), "--output", str(output)]
+    )
     page = output.read_text(encoding="utf-8")
     assert "is reached for two losses: of 4 comparisons it holds in 3 (LDAM-DRW, cross" in page
     assert "It is less accurate than the network without exits, beyond chance, in 1 of 4" in page
@@ -412,11 +464,13 @@ def test_the_page_says_what_the_results_say(tmp_path):
     assert len(figures) == 7  # the setting of two seeds is left out
     assert figures[0][:6] == ["LDAM-DRW", "50", "pool", "10", "without exits", "69.0 ± 6.1"]
     assert "74 of the" in page
+    (row,) = rows(page, "## CIFAR-10-LT")
+    assert row[3:6] == ["3", "62.0%", "64.0%"] and row[-3:] == ["", "70%", "fails"]
 
 
 def test_one_loss_is_not_two(tmp_path):
     records = made_up((100, "ce", "conv"), {"plain": 0, "keep": 4})
-    assert "NOT reached for two losses: of 1 comparisons it holds in 1" in report.page(records)
+    assert "NOT reached for two losses: of 1 comparisons it holds in 1" in report.page(records, {})
 
 
 def test_a_page_of_nothing_is_refused(tmp_path, capsys):

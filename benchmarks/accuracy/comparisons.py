@@ -59,7 +59,8 @@ def compare(
     records: Records, ours: str, theirs: str, *, point: str, key: str = "overall"
 ) -> list[Comparison]:
     """One comparison for every setting in which at least LEAST_SEEDS seeds have both variants, the
-    worst for `ours` first. `key` is an accuracy: overall, many, medium or few."""
+    worst for `ours` first. `key` is an accuracy: overall, many, medium or few; settings that have
+    no such class are left out."""
     found = []
     for setting in settings(records):
         seeds = common_seeds(records, setting, ours, theirs)
@@ -67,6 +68,8 @@ def compare(
             continue
         a = tested(records, setting, ours, seeds, point)
         b = tested(records, setting, theirs, seeds, point)
+        if a[0][key] is None:
+            continue
         left, right = ([100 * test[key] for test in tests] for tests in (a, b))
         found.append(
             Comparison(

@@ -1,6 +1,6 @@
 """Fills page.md with the results and writes it as docs/accuracy.md.
 
-python -m benchmarks.accuracy.report [--results FILE] [--output FILE]
+python -m benchmarks.accuracy.report [--results FILE] [--cifar10-results FILE] [--output FILE]
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean, median, stdev
 
-from . import results
+from . import cifar, results
 from .comparisons import (
     CLAIMED_POINTS,
     HARMLESS_POINTS,
@@ -46,12 +46,13 @@ NAMES = {
     "keep-0.99": "kept, training threshold 0.99 (not 0.9)",
     "keep-light": "kept, exit weights 1/3, 2/3, 1 (not 1, 1, 1)",
     "drop-late": "dropped, in the second half of the epochs",
+    "drop-rest": "dropped, BatchNorm at rest under 32 samples",
 }
 _SETTING = ("loss", "imbalance", "head", "seeds")
 
 
-def page(records: Records) -> str:
-    """The page, in Markdown."""
+def page(records: Records, cifar10: Records) -> str:
+    """The page, in Markdown, from the runs on digits and on CIFAR-10."""
     against_plain = {
         point: sorted(
             (c for ours in ("keep", "drop") for c in compare(records, ours, "plain", point=point)),
@@ -68,6 +69,9 @@ def page(records: Records) -> str:
         dropping=_dropping(records),
         tried=_tried(records),
         figures=_figures(records),
+        cifar10=_cifar10(cifar10),
+        cifar10_epochs=cifar.EPOCHS,
+        cifar10_done=f"{len(cifar10)} of {len(cifar.table())}",
         origin=_origin(records),
     )
 
@@ -141,6 +145,29 @@ def _against_plain(rows: Iterable[Comparison]) -> str:
                 claim(c),
             ]
             for c in rows
+        ),
+    )
+
+
+def _cifar10(records: Records) -> str:
+    groups = ("many", "medium", "few")
+    of_group = [
+        {c.setting: c for c in compare(records, "keep", "plain", point="safe", key=key)}
+        for key in groups
+    ]
+    return _table(
+        [*_SETTING, "without exits", "ELF", "difference", *groups, "FLOPs", "claim"],
+        (
+            [
+                *_setting(c.setting, c.seeds),
+                f"{c.accuracy[1]:.1f}%",
+                f"{c.accuracy[0]:.1f}%",
+                _interval(c.difference),
+                *(_interval(g[c.setting].difference) if c.setting in g else "" for g in of_group),
+                f"{100 * c.flops_share:.0f}%",
+                claim(c),
+            ]
+            for c in compare(records, "keep", "plain", point="safe")
         ),
     )
 
@@ -258,15 +285,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
         prog="python -m benchmarks.accuracy.report", description=__doc__
     )
     parser.add_argument("--results", type=Path, default=results.PATH)
+    parser.add_argument("--cifar10-results", type=Path, default=cifar.PATH)
     parser.add_argument("--output", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     try:
         records = results.load(options.results)
+        cifar10 = results.load(options.cifar10_results)
     except ValueError as error:
         parser.error(str(error))
     if not records:
         parser.error(f"--results: expected finished runs, found none in {options.results}")
-    options.output.write_text(page(records), encoding="utf-8")
+    options.output.write_text(page(records, cifar10), encoding="utf-8")
     print(f"written: {options.output}")
 
 

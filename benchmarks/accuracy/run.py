@@ -1,8 +1,10 @@
 """Trains the runs of the table that the results file lacks.
 
     python -m benchmarks.accuracy.run [--only FIELD=VALUE,...] [--jobs N] [--limit-minutes M]
+    python -m benchmarks.accuracy.run --cifar10 FOLDER --work FOLDER [...]
 
-A run is one process with one thread. What is finished stays when the command is stopped.
+Trains on digits, or on CIFAR-10 as an image folder (train/<class>/ and test/<class>/). A run is one
+process with one thread. What is finished stays when the command is stopped.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from functools import partial
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -18,9 +21,8 @@ from typing import Any
 
 import torch
 
-from . import results
-from .runs import Run, select, table
-from .trial import perform
+from . import cifar, results, runs, trial
+from .runs import Run, select
 
 Finished = tuple[Run, dict[str, Any]]
 
@@ -56,22 +58,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--only", action="append", default=[], metavar="FIELD=VALUE,...")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit-minutes", type=float, default=float("inf"))
-    parser.add_argument("--output", type=Path, default=results.PATH)
+    parser.add_argument("--cifar10", type=Path, metavar="FOLDER", help="images to train on")
+    parser.add_argument("--work", type=Path, metavar="FOLDER", help="of the runs with --cifar10")
+    parser.add_argument("--output", type=Path, help="file of the results")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs: expected a positive integer, got {options.jobs}")
+    if (options.cifar10 is None) != (options.work is None):
+        parser.error("--cifar10, --work: expected both or neither")
+    table, path, perform = runs.table(), results.PATH, trial.perform
+    if options.cifar10 is not None:
+        table, path = cifar.table(), cifar.PATH
+        perform = partial(cifar.perform, images=options.cifar10, work=options.work)
+    path = options.output or path
     try:
-        todo = missing(select(table(), options.only), options.output)
+        todo = missing(select(table, options.only), path)
     except ValueError as error:
         parser.error(str(error))
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * options.limit_minutes
     done = 0
     for run, record in finished(todo, options.jobs, lambda: time.monotonic() < end, perform):
-        results.add(run, record, options.output)
+        results.add(run, record, path)
         done += 1
         accuracy = "/".join(f"{100 * t['overall']:.1f}" for t in record["test"].values())
-        print(f"{done}/{len(todo)} {run}: {accuracy}%, {record['seconds']:.0f} s", flush=True)
+        print(f"{done}/{len(todo)} {run}: {accuracy}%", flush=True)
     print(f"{len(todo) - done} runs are missing")
 
 

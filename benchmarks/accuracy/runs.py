@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 
@@ -21,6 +21,7 @@ class Exits:
     threshold: float = 0.9  # inf: no sample leaves in training
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     opened: float = 0.0  # share of the epochs before any sample may leave
+    rests_below: int = 0  # samples under which BatchNorm uses its running statistics as they are
 
 
 #: None: without exits.
@@ -32,9 +33,11 @@ VARIANTS: dict[str, Exits | None] = {
     "keep-0.99": Exits(drop_exited=False, threshold=0.99),
     "keep-light": Exits(drop_exited=False, weights=(1 / 3, 2 / 3, 1.0)),
     "drop-late": Exits(drop_exited=True, opened=0.5),
+    "drop-rest": Exits(drop_exited=True, rests_below=32),
 }
 TABLE = ("plain", "keep", "drop")
-TRIED = ("stay", "keep-0.99", "keep-light", "drop-late")  # at imbalance 100, convolutional heads
+#: At imbalance 100, with convolutional heads.
+TRIED = ("stay", "keep-0.99", "keep-light", "drop-late", "drop-rest")
 
 
 @dataclass(frozen=True, order=True)
@@ -68,7 +71,7 @@ def table() -> list[Run]:
     return runs
 
 
-def select(runs: Iterable[Run], only: Sequence[str]) -> list[Run]:
+def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
     """The runs that pass every filter "field=value" or "field=value,value".
 
     Raises:
@@ -80,7 +83,7 @@ def select(runs: Iterable[Run], only: Sequence[str]) -> list[Run]:
         name, _, values = text.partition("=")
         if name not in names:
             raise ValueError(f"--only: expected {'|'.join(names)}=value,..., got {text!r}")
-        known = {str(getattr(run, name)) for run in table()}
+        known = {str(getattr(run, name)) for run in runs}
         wanted = set(values.split(","))
         if not wanted <= known:
             raise ValueError(

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from elf_fast import ELF, losses
 from elf_fast.classifiers import adjust_logits_, use_cosine_
@@ -76,8 +77,26 @@ def build(run: Run, class_counts: Sequence[int], epochs: int) -> ELF:
     if run.loss == "ldam_drw":
         use_cosine_(elf)
     if exits is None:
-        return ELF([torch.nn.Sequential(*elf.stages)], [elf.heads[-1]], exit_loss=loss)
+        return ELF([nn.Sequential(*elf.stages)], [elf.heads[-1]], exit_loss=loss)
+    _rest(elf, exits.rests_below)
     return elf
+
+
+def _rest(model: nn.Module, below: int) -> None:
+    """Lets BatchNorm normalise batches of fewer than `below` samples by its running statistics,
+    which it then leaves as they are."""
+
+    def before(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        norm.asked = norm.training
+        norm.training = norm.training and len(inputs[0]) >= below
+
+    def after(norm: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        norm.training = norm.asked
+
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d) and below:
+            norm.register_forward_pre_hook(before)
+            norm.register_forward_hook(after)
 
 
 def _exit_loss(name: str, class_counts: Sequence[int], epochs: int) -> losses.LongTailLoss:
@@ -118,7 +137,7 @@ def perform(run: Run, schedule: Schedule = SCHEDULE) -> dict[str, Any]:
         adjust_logits_(model, data.class_counts)
     flops = count_flops(model, data.test.images[:1])
     points = _operating_points(model, data, flops)
-    return _plain(
+    return as_json(
         {
             "class_order": [int(name) for name in data.class_names],
             "class_counts": data.class_counts,
@@ -161,12 +180,12 @@ def _test(model: ELF, data: DigitSplits, flops: Flops, threshold: float) -> dict
     return {name: values[name] for name in KEPT}
 
 
-def _plain(value: Any) -> Any:
+def as_json(value: Any) -> Any:
     """`value` as JSON has it: infinity is None, and six decimals do."""
     if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
+        return {key: as_json(v) for key, v in value.items()}
     if isinstance(value, list):
-        return [_plain(v) for v in value]
+        return [as_json(v) for v in value]
     if isinstance(value, float):
         return round(value, 6) if math.isfinite(value) else None
     return value
