@@ -18,6 +18,10 @@ from .modes import mode
 
 __all__ = ["Batch", "SharedBatch", "batch_of", "norms_at_rest"]
 
+#: Gives the DistributedDataParallel whose forward pass is running in this process, or None. torch
+#: (2.11 and 2.14) keeps it for its own compiler, and has no public name for it.
+_running_ddp = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
+
 
 class Batch:
     """A batch of N samples that are all here."""
@@ -91,16 +95,35 @@ class SharedBatch(Batch):
 
 
 def batch_of(model: nn.Module, x: Tensor) -> Batch:
-    """The batch that x [N, ...] is, or is this rank's part of, in the forward pass of `model`."""
+    """The batch that x [N, ...] is, or is this rank's part of, in the forward pass of `model`.
+
+    Raises:
+        RuntimeError: in training, where there are several ranks and this torch does not say whether
+            they share the batch.
+    """
     # Whether a process group exists is no sign: one rank may train a network of its own. That a
-    # forward pass of DistributedDataParallel is running is one, and torch's own compiler reads it.
-    ddp = DistributedDataParallel._get_active_ddp_module() if model.training else None
+    # forward pass of DistributedDataParallel is running is one.
+    ddp = _ddp_in_forward() if model.training else None
     if ddp is None:
         return Batch(len(x))
     norms = (m for m in model.modules() if isinstance(m, nn.SyncBatchNorm) and m.training)
     norm = next(norms, None)
     norm_group = None if norm is None else norm.process_group or distributed.group.WORLD
     return SharedBatch(len(x), x.device, ddp.process_group, norm_group)
+
+
+def _ddp_in_forward() -> DistributedDataParallel | None:
+    if _running_ddp is not None:
+        return _running_ddp()
+    grouped = distributed.is_available() and distributed.is_initialized()
+    if grouped and distributed.get_world_size() > 1:
+        # To go on would be to hang, or to train on wrong gradients.
+        raise RuntimeError(
+            "torch: expected DistributedDataParallel._get_active_ddp_module (in 2.11 and 2.14), by "
+            "which an ELF in training knows whether ranks share its batch, got torch "
+            f"{torch.__version__} without it; train in one process, or with another torch"
+        )
+    return None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
+from unittest import mock
 
 import pytest
 import sync_batch_norm
@@ -416,7 +417,29 @@ def test_evaluation_and_training_outside_of_ddp_ask_nobody(together, norm):
     assert_equal(results, alone(case, joined(rows)))
 
 
-# Beside other features of torch
+# Beside other versions and features of torch
+
+
+def passes_without_the_name(group: Any) -> list[str]:
+    """What is said to training inside of DDP, training alone and evaluation."""
+    parallel, said = Case().shared(group), []
+    with mock.patch("elf_fast.ranks._running_ddp", None):
+        for model, training in ((parallel, True), (Case().model(), True), (parallel.module, False)):
+            try:
+                model.train(training)(*samples(list(range(8))))
+                said.append("")
+            except RuntimeError as error:
+                said.append(str(error))
+    return said
+
+
+def test_where_torch_lacks_the_name_ranks_refuse_to_train(together, monkeypatch):
+    for inside, alone, evaluation in together(passes_without_the_name, (), ()):
+        assert inside == alone and not evaluation
+        assert "expected DistributedDataParallel._get_active_ddp_module" in inside
+        assert f"got torch {torch.__version__} without it" in inside
+    monkeypatch.setattr("elf_fast.ranks._running_ddp", None)
+    assert Case().model()(*samples(list(range(8)))).loss.isfinite()
 
 
 def compiled_step(group: Any, case: Case, rows: list[int]) -> dict[str, Any]:
