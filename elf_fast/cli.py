@@ -158,6 +158,7 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _train(arguments: argparse.Namespace) -> int:
+    from .data import DataError
     from .training import distributed
     from .training.config import from_arguments, from_dict, load_yaml
     from .training.trainer import CONFIG, NonFiniteError, Trainer, resumed_config
@@ -183,7 +184,7 @@ def _train(arguments: argparse.Namespace) -> int:
             raise UserError(str(error)) from error
         try:
             results = trainer.run()
-        except NonFiniteError as error:
+        except (NonFiniteError, DataError) as error:
             raise UserError(str(error)) from error
         if ranks.is_first:
             for part in ("validation", "test"):
@@ -193,13 +194,14 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
+    from .data import DataError
     from .training.checkpoint import CheckpointError
     from .training.evaluate import evaluate_saved
 
     overrides = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
     try:
         metadata, metrics = evaluate_saved(arguments.checkpoint, **overrides)
-    except CheckpointError as error:
+    except (CheckpointError, DataError) as error:
         raise UserError(str(error)) from error
     if arguments.json:
         print(json.dumps(metrics, indent=1))

@@ -605,6 +605,11 @@ def test_an_unreadable_file_is_named_or_skipped_and_counted(folder, workers):
         batches = [images[:, 0, 3, 3].round().tolist() for images, _ in loader]
         assert batches == [[0, 2, 3], [8, 9]]  # the batch of 4 to 7 is left out
         assert loader.skipped == dict.fromkeys(bad, epoch)
+    loader = data.ImageLoader(
+        folder, 4, workers=workers, skip_errors=True, image_shape=folder[0][0].shape
+    )
+    shapes = [(images.shape, targets.shape) for images, targets in loader]
+    assert shapes == [((n, 3, *folder[0][0].shape[1:]), (n,)) for n in (3, 0, 2)]
 
 
 def test_data_sets_travel_to_spawned_workers(folder):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -32,8 +32,10 @@ class ImageLoader:
         seed: of the augmentation. In distributed training give every rank its own.
         channels_last: the memory format of the images.
         drop_last, pin_memory: as in torch's DataLoader.
-        skip_errors: leave out images that cannot be read, and count them in `skipped`; a batch of
-            nothing else is left out whole. Otherwise the first one raises `DecodeError`.
+        skip_errors: leave out images that cannot be read, and count them in `skipped`. Otherwise
+            the first one raises `DecodeError`.
+        image_shape: (3, H, W). A batch of which no image can be read is then passed on with n = 0,
+            so that ranks which wait for each other make equally many steps; None leaves it out.
 
     Attributes:
         position: batches of the epoch that were passed so far, those left out included: where
@@ -53,11 +55,13 @@ class ImageLoader:
         channels_last: bool = False,
         pin_memory: bool = False,
         skip_errors: bool = False,
+        image_shape: Sequence[int] | None = None,
     ) -> None:
         checks.at_least("seed", seed, 0)
         self.dataset = dataset
         self.sampler = SequentialSampler(dataset) if sampler is None else sampler
         self.skip_errors = skip_errors
+        self.image_shape = image_shape
         self.position = 0
         self.skipped: Counter[str] = Counter()
         self._keys = _BatchKeys(BatchSampler(self.sampler, batch_size, drop_last), seed)
@@ -95,6 +99,8 @@ class ImageLoader:
             self.skipped.update(path for _, path in batch.unreadable)
             if len(batch.targets):
                 yield batch.images, batch.targets
+            elif self.image_shape is not None:
+                yield torch.empty(0, *self.image_shape), batch.targets
 
 
 class _Key(NamedTuple):

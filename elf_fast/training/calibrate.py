@@ -51,10 +51,12 @@ class OperatingPoint(NamedTuple):
 
 @torch.inference_mode()
 def exit_table(model: ELF, batches: Iterable[tuple[Tensor, Tensor]]) -> ExitTable:
-    """Every exit's confidence and correctness for batches of images [n, ...] and targets [n]."""
+    """Every exit's confidence and correctness for batches of images [n, ...] and targets [n]; of
+    no batches, as a rank may have, a table of N = 0."""
     device = model.thresholds.device
     temperatures = [*model.temperatures, torch.tensor(1.0)]
-    confidence, correct = [], []
+    E = len(model.stages)
+    confidence, correct = [torch.empty(E, 0)], [torch.empty(E, 0, dtype=torch.bool)]
     with mode(model, training=False):
         for x, y in batches:
             x, y = x.to(device, non_blocking=True), y.to(device, non_blocking=True)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import ImageLoader, LabelledImages
+from ..data import DataError, ImageLoader, LabelledImages
 from ..flops import Flops, count_flops
 from ..losses import LongTailLoss
 from ..metrics import ELFMetrics
@@ -55,7 +55,11 @@ def sample(config: TrainConfig, device: torch.device) -> Tensor:
 def evaluate(
     config: TrainConfig, model: ELF, batches: ImageLoader, class_counts: list[int], flops: Flops
 ) -> dict[str, Any]:
-    """The metrics (`ELFMetrics`) of the model over all ranks."""
+    """The metrics (`ELFMetrics`) of the model over all ranks, and how many images were `skipped`.
+
+    Raises:
+        DataError: none of them can be read.
+    """
     device = model.thresholds.device
     assert isinstance(model.exit_loss, LongTailLoss)
     temperatures = [*model.temperatures.tolist(), 1 / model.exit_loss.scale]
@@ -64,7 +68,11 @@ def evaluate(
         for images, targets in batches:
             out = model(images.to(device, non_blocking=True))
             metrics.update(out, targets.to(device, non_blocking=True))
-    return metrics.compute()
+    found = metrics.compute()
+    N = len(batches.dataset)
+    if not found["samples"]:
+        raise DataError(f"expected an image that can be read, got none among {N} to evaluate on")
+    return {**found, "skipped": N - found["samples"]}
 
 
 def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -19,18 +19,21 @@ class Totals:
     exits: list[int]  # [E] samples
     loss: float = 0.0
     correct: int = 0
+    skipped: int = 0  # images that could not be read
 
     def add(self, out: ELFOutput, targets: Tensor, loss: float) -> None:
-        self.loss += loss * len(targets)
+        """Adds the samples of a batch, the sum of whose losses is `loss`."""
+        self.loss += loss
         self.correct += int((out.prediction == targets).sum())
         counts = torch.bincount(out.exit_index, minlength=len(self.exits)).tolist()
         self.exits = [a + b for a, b in zip(self.exits, counts, strict=True)]
 
     def over(self, ranks: Ranks) -> Totals:
         """The sums over all ranks."""
-        values = torch.tensor([self.loss, self.correct, *self.exits], dtype=torch.float64)
-        loss, correct, *exits = ranks.total(values).tolist()
-        return Totals([int(n) for n in exits], loss, int(correct))
+        values = [self.loss, self.correct, self.skipped, *self.exits]
+        loss, *counts = ranks.total(torch.tensor(values, dtype=torch.float64)).tolist()
+        correct, skipped, *exits = map(int, counts)
+        return Totals(exits, loss, correct, skipped)
 
     def means(self) -> dict[str, Any]:
         n = max(1, sum(self.exits))

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -50,6 +51,7 @@ def train(config: TrainConfig, *, resume: bool = False, console: Console | None 
         FileExistsError: config.output holds a run, and `resume` is False.
         NonFiniteError: the loss or a weight became NaN or infinite.
         ValueError: settings that do not fit each other, the data or the checkpoint.
+        DataError: no image to evaluate on can be read.
     """
     with distributed.ranks(config.device) as ranks:
         trainer = Trainer(config, ranks, console=console)
@@ -107,12 +109,14 @@ class Trainer:
             channels_last=config.channels_last,
             pin_memory=self.device.type == "cuda",
             skip_errors=config.skip_errors,
+            image_shape=sample(config, self.device).shape[1:],
         )
         self.global_batch = config.batch_size * ranks.world_size
         self.validation = self._evaluation_loader(self.splits.validation)
         self.steps_per_epoch = math.ceil(len(self.loader) / config.grad_accum_steps)
         self.position = Position(self._no_totals())
         self.resumed = False
+        self._named: set[str] = set()  # files that `_name_skipped` has shown
         torch.manual_seed(seed)
 
     def _evaluation_loader(self, part: LabelledImages | None) -> ImageLoader | None:
@@ -254,11 +258,12 @@ class Trainer:
         self.model.train()
         log.begin_epoch(p.epoch, loader.position)
         rate, images, start = 0.0, 0, time.perf_counter()
-        batches = iter(loader)
+        batches, skipped = iter(loader), loader.skipped.total()
         while group := list(islice(batches, config.grad_accum_steps)):
-            self._step(group)
+            images += self._step(group)
             p.samples = loader.position * self.global_batch
-            images += self.ranks.world_size * sum(len(targets) for _, targets in group)
+            p.totals.skipped += loader.skipped.total() - skipped
+            skipped = loader.skipped.total()
             rate = images / (time.perf_counter() - start)
             log.batch(loader.position, {**p.totals.means(), "images_per_second": rate})
             if config.checkpoint_steps and p.step % config.checkpoint_steps == 0:
@@ -270,6 +275,7 @@ class Trainer:
             "step": p.step,
             "lr": self.optimizer.param_groups[0]["lr"],
             **totals.means(),
+            "skipped": totals.skipped,
             "images_per_second": rate,
         }
         if self.validation is not None and p.epoch % config.val_interval == 0:
@@ -277,26 +283,35 @@ class Trainer:
             record["validation"] = {k: v for k, v in metrics.items() if k not in _BY_CLASS}
         p.history.append(record)
         log.epoch(record)
+        self._name_skipped(loader)
 
-    def _step(self, group: list[tuple[Tensor, Tensor]]) -> None:
-        """One step of the optimiser on the mean loss over all batches of a group."""
+    def _step(self, group: list[tuple[Tensor, Tensor]]) -> int:
+        """One step of the optimiser on the mean loss over a group of batches, whose samples on all
+        ranks it returns. Where nobody has one, the step is counted and not made."""
         config, p = self.config, self.position
+        # Ranks may have unequally many: those that lost images to `skip_errors` have fewer.
+        sizes = self.ranks.total(torch.tensor([len(targets) for _, targets in group])).tolist()
+        batches = [(*batch, n) for batch, n in zip(group, sizes, strict=True) if n]
+        N = sum(sizes)
+        if not batches:
+            p.step += 1
+            return 0
         lr = build.learning_rate(config, p.step, self.steps_per_epoch)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
-        N = sum(len(targets) for _, targets in group)
-        for number, (images, targets) in enumerate(group, start=1):
+        for number, (images, targets, n) in enumerate(batches, start=1):
             images = images.to(self.device, non_blocking=True)
             targets = targets.to(self.device, non_blocking=True)
-            with self._synchronised(number == len(group)):
+            with self._synchronised(number == len(batches)):
                 with autocast(config, self.device):
                     out = self.learner(images, targets)
                 loss = out.loss.item()
                 if not math.isfinite(loss):
                     p.step += 1
                     raise self._non_finite(f"the loss is {loss} in")
-                self.scaler.scale(out.loss * (len(targets) / N)).backward()
-            p.totals.add(out, targets, loss)
+                self.scaler.scale(out.loss * (n / N)).backward()
+            # The loss is R / n times the sum over the samples here: docs/distributed.md.
+            p.totals.add(out, targets, loss * n / self.ranks.world_size)
         if config.clip_grad is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_grad)
@@ -306,6 +321,7 @@ class Trainer:
         p.step += 1
         if self.average is not None:
             self.average.update(self.model)
+        return N
 
     def _synchronised(self, last: bool) -> contextlib.AbstractContextManager:
         """Gradients are averaged over the ranks in the last batch of a group only."""
@@ -331,7 +347,18 @@ class Trainer:
 
     def _evaluate(self, loader: ImageLoader) -> dict[str, Any]:
         self.ranks.share_buffers(self.result)
-        return evaluate(self.config, self.result, loader, self.class_counts, self.flops)
+        metrics = evaluate(self.config, self.result, loader, self.class_counts, self.flops)
+        self._name_skipped(loader)
+        return metrics
+
+    def _name_skipped(self, loader: ImageLoader) -> None:
+        """Shows the files that any rank could not read, each once."""
+        if self.config.skip_errors:
+            found = set().union(*self.ranks.gather(set(loader.skipped)))
+            for path in sorted(found - self._named):
+                line = Text(f"left out, cannot be read: {path}")
+                self.console.print(line, soft_wrap=True)
+            self._named |= found
 
     def _finish(self) -> dict[str, Any]:
         results: dict[str, Any] = {
