@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import multiprocessing
+import os
 import random
 import shutil
 import time
@@ -21,9 +22,10 @@ pytest.importorskip("torchmetrics")
 pytest.importorskip("torchvision")
 pytest.importorskip("yaml")
 
+import processes
 from rich.console import Console
 
-from elf_fast.training import checkpoint, snapshot, trainer
+from elf_fast.training import build, checkpoint, snapshot, trainer
 from elf_fast.training.config import TrainConfig
 from elf_fast.training.trainer import CHECKPOINTS, RESULTS, train
 
@@ -67,7 +69,7 @@ def outcome(folder: Path):
         **{f"final {k}": v for k, v in checkpoint.load(folder / "model.safetensors")[0].items()},
         **{f"model {k}": v for k, v in last.weights.items()},
         **{f"average {k}": v for k, v in (last.average or {}).items()},
-        "random": last.state["random"][0]["cpu"],
+        "random": torch.stack([state["cpu"] for state in last.state["random"]]),
     }
     for i, state in last.state["optimizer"]["state"].items():
         tensors |= {f"optimizer {i} {k}": v for k, v in state.items() if torch.is_tensor(v)}
@@ -85,31 +87,30 @@ def assert_same_outcome(ours: Path, theirs: Path):
 # Kills
 
 
-def test_killed_twenty_times_a_run_ends_with_the_same_bits(tmp_path, monkeypatch):
+def start(config: TrainConfig, ranks: int = 1):
+    """Processes that train, and go on with a run that is there."""
+    resume = (Path(config.output) / trainer.CONFIG).exists()
+    return processes.start(ranks, train_quietly, config, resume)
+
+
+def train_quietly(config: TrainConfig, resume: bool) -> None:
+    train(config, resume=resume, console=QUIET)
+
+
+def test_killed_twenty_times_a_run_ends_with_the_same_bits(tmp_path):
     """Each attempt is a process of its own that SIGKILL ends at a random moment: while it starts,
     trains, writes a checkpoint (one after every step) or evaluates."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    processes = multiprocessing.get_context("forkserver")  # which imports once, for all attempts
-    processes.set_forkserver_preload(
-        ["elf_fast.training.trainer", "timm.optim", "sklearn.datasets", "torchvision"]
-    )
 
-    def attempt(folder: Path, seconds: float | None = None) -> bool:
+    def attempt(folder: Path, seconds: float = 60.0) -> bool:
         """Whether the run came to its end within `seconds` and was not killed."""
-        config = replace(CONFIG, output=str(folder))
-        resume = (folder / trainer.CONFIG).exists()
-        process = processes.Process(target=train, args=(config,), kwargs={"resume": resume})
-        process.start()
-        process.join(seconds)
-        process.kill()
-        process.join()
-        assert process.exitcode in (0, -9)
-        return process.exitcode == 0
+        (code,) = processes.wait(start(replace(CONFIG, output=str(folder))), seconds)
+        assert code in (0, -9)
+        return code == 0
 
     assert attempt(tmp_path / "whole")
-    start = time.perf_counter()
+    began = time.perf_counter()
     assert attempt(tmp_path / "again")
-    duration = time.perf_counter() - start
+    duration = time.perf_counter() - began
     assert_same_outcome(tmp_path / "again", tmp_path / "whole")
     kills = finished = 0
     while kills < 20:
@@ -122,6 +123,80 @@ def test_killed_twenty_times_a_run_ends_with_the_same_bits(tmp_path, monkeypatch
     folder = tmp_path / f"killed {finished}"
     assert attempt(folder)
     assert_same_outcome(folder, tmp_path / "whole")
+
+
+# Two processes
+
+TWO = replace(
+    CONFIG,
+    model="timm/test_resnet",
+    model_kwargs={"drop_rate": 0.5},
+    batch_size=32,
+    grad_accum_steps=2,
+    epochs=4,
+)
+
+
+def newest_step(folder: Path) -> int:
+    found = (path.name.removeprefix("step-") for path in (folder / CHECKPOINTS).glob("step-*"))
+    return max((int(step) for step in found if step.isdigit()), default=0)
+
+
+def kill_after(step: int, config: TrainConfig) -> None:
+    """Trains by two processes, and ends both by SIGKILL when the checkpoint of a step is there."""
+    started = start(config, ranks=2)
+    deadline = time.monotonic() + 60
+    while newest_step(Path(config.output)) < step:
+        assert time.monotonic() < deadline and all(p.is_alive() for p in started)
+        time.sleep(0.002)
+    processes.kill(started)
+    assert all(p.exitcode for p in started)
+
+
+@pytest.fixture(scope="module")
+def whole_of_two(tmp_path_factory):
+    """A run of TWO by two processes that nothing interrupted: 3 steps an epoch."""
+    folder = tmp_path_factory.mktemp("whole of two")
+    assert processes.wait(start(replace(TWO, output=str(folder)), ranks=2)) == [0, 0]
+    return folder
+
+
+def test_two_processes_killed_in_mid_run_end_with_the_same_bits(whole_of_two, tmp_path):
+    config = replace(TWO, output=str(tmp_path))
+    for step in (1, 2, 5):
+        kill_after(step, config)
+        assert not (tmp_path / RESULTS).exists()
+    assert processes.wait(start(config, ranks=2)) == [0, 0]
+    assert_same_outcome(tmp_path, whole_of_two)
+
+
+def test_a_run_of_two_processes_goes_on_in_one_where_its_batches_divide_what_is_done(tmp_path):
+    config = replace(TWO, output=str(tmp_path))
+    kill_after(1, config)
+    at = snapshot.newest(tmp_path / CHECKPOINTS)[0].state["position"]
+    assert at["epoch"] == 0 and 0 < at["samples"] <= 5 * 64
+    with pytest.raises(checkpoint.CheckpointError, match=r"expected a .* = 96; resume with 64, or"):
+        train(replace(config, batch_size=96), resume=True, console=QUIET)
+    results = train(config, resume=True, console=QUIET)
+    batches = [-(-(results["split"]["train"] - done) // 32) for done in (at["samples"], 0, 0, 0)]
+    steps = itertools.accumulate((-(-n // 2) for n in batches), initial=at["step"])
+    assert [record["step"] for record in results["history"]] == list(steps)[1:]
+    per_epoch = -(-batches[-1] // 2)
+    last = build.learning_rate(config, 4 * per_epoch - 1, per_epoch)
+    assert results["history"][-1]["lr"] == last
+
+
+def resume_from_own_folder(config: TrainConfig) -> None:
+    """Each rank sees other checkpoints."""
+    folder = Path(config.output) / os.environ["RANK"]
+    with pytest.raises(checkpoint.CheckpointError, match="same checkpoint, got step-.*, none; the"):
+        train(replace(config, output=str(folder)), resume=True, console=QUIET)
+
+
+def test_processes_that_see_different_checkpoints_say_so(whole_of_two, tmp_path):
+    shutil.copytree(whole_of_two, tmp_path / "0")
+    config = replace(TWO, output=str(tmp_path))
+    assert processes.wait(processes.start(2, resume_from_own_folder, config)) == [0, 0]
 
 
 # Interruptions at a chosen step

@@ -45,10 +45,6 @@ class Ranks:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)
 
-    def wait(self) -> None:
-        if self.world_size > 1:
-            distributed.barrier()
-
 
 @contextlib.contextmanager
 def ranks(device: str | None = None) -> Iterator[Ranks]:

@@ -132,16 +132,23 @@ class Trainer:
         it has written none yet.
 
         Raises:
-            CheckpointError: all of them are damaged, or it does not fit the settings.
+            CheckpointError: all of them are damaged, it does not fit the settings, or ranks see
+                different ones.
         """
         self.resumed = True
         folder = self.output / CHECKPOINTS
         found, refused = snapshot.newest(folder)
+        # Until all have read: the first one then renames.
+        names = self.ranks.gather("none" if found is None else found.path.name)
+        if len(set(names)) > 1:
+            raise checkpoint.CheckpointError(
+                f"{folder}: expected all processes to read the same checkpoint, got "
+                f"{', '.join(names)}; the folder must be one that all of them see"
+            )
         if refused and found is None:
             raise checkpoint.CheckpointError(
                 f"{folder}: expected a good checkpoint, got none: {'; '.join(map(str, refused))}"
             )
-        self.ranks.wait()  # until all have read: the first one now renames
         if self.ranks.is_first:
             snapshot.set_aside(folder, found)
         for error in refused:
@@ -296,7 +303,10 @@ class Trainer:
         if not batches:
             p.step += 1
             return 0
-        lr = build.learning_rate(config, p.step, self.steps_per_epoch)
+        # By what is done of the epochs: p.step may count larger or smaller global batches, too.
+        done = p.samples // (self.global_batch * config.grad_accum_steps)
+        step = p.epoch * self.steps_per_epoch + done
+        lr = build.learning_rate(config, step, self.steps_per_epoch)
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         for number, (images, targets, n) in enumerate(batches, start=1):
