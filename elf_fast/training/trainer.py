@@ -138,7 +138,7 @@ class Trainer:
         self.resumed = True
         folder = self.output / CHECKPOINTS
         found, refused = snapshot.newest(folder)
-        # Until all have read: the first one then renames.
+        # A barrier, too: the first one renames when all have read.
         names = self.ranks.gather("none" if found is None else found.path.name)
         if len(set(names)) > 1:
             raise checkpoint.CheckpointError(
