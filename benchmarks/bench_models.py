@@ -28,7 +28,8 @@ def test_inference(benchmark, N, share, who):
     if who == "torch.compile" and (N, share) != (64, 0.5):
         pytest.skip("compiling takes a minute: one case shows it")
     benchmark.group = f"inference, {networks.SMALL}, N = {N}, s = {share}"
-    work = inference_work(*networks.build(networks.SMALL, N), share)
+    model, images = networks.build(networks.SMALL, N)
+    work = inference_work(networks.folded(model), images, share)
     candidates = dict(inference.candidates(work))
     candidates["sceptic"] = rivals.sceptic(work)
     rivals.check(candidates["sceptic"], work)

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import rivals
 import torch
 from figure_rows import Pair, Row, compare
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx.experimental.optimization import fuse
 
 from elf_fast import ELF, backbones, from_backbone
 from elf_fast.bench import inference, training
@@ -40,12 +41,21 @@ def build(network: Network, N: int) -> tuple[ELF, Tensor]:
     return from_backbone(backbone, exits, network.classes, example_input=x[:1]), x
 
 
+def folded(model: ELF) -> ELF:
+    """`model` as one would serve it: BatchNorm folded into the convolutions of the stages. All that
+    is timed at inference runs on these, the rivals as well."""
+    model.eval()
+    model.stages = nn.ModuleList(fuse(stage) for stage in model.stages)
+    return model
+
+
 def inference_rows(*, full: bool) -> Iterator[Row]:
     batches = {SMALL: (1, 16, 64, 256), MIDDLE: (16, 64, 256)} if full else {SMALL: (16, 64)}
     batches |= {network: (64,) for network in LARGE} if full else {MIDDLE: (64,)}
     for network, sizes in batches.items():
         for N in sizes:
             model, images = build(network, N)
+            model = folded(model)
             for share in (0.5, 0.8, 1.0) if N > 1 else (0.0, 1.0):
                 yield from _inference(network, model, images, share, full)
 

@@ -31,7 +31,8 @@ best plain PyTorch without kernels of one's own; `full` the network without exit
 stages alone on batches compacted beforehand, below which no early exit can go (*times* beside it
 is the exit efficiency); `padded` drops nothing; `earlyon` is the package from PyPI, whose batched
 mode lets a batch leave only as a whole. N is the batch, s the share of samples that goes on after
-each exit. Networks are untrained; temperatures and thresholds are set for s.
+each exit. Networks are untrained; temperatures and thresholds are set for s. At inference BatchNorm
+is folded into the convolutions, for all of them.
 """
 
 
