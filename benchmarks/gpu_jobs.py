@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
 import torch
 from gpu_cases import STAGES, Case, compaction, gate, head, loss
+from gpu_networks import NETWORKS, network
 from gpu_timing import Gpu
 
 F32, BF16 = "float32", "bfloat16"
@@ -61,6 +63,11 @@ def _loss(N: int, C: int, dtype: str, member: str = "cross-entropy", compiled: b
     return Job("exit_loss", loss, (N, C), dtype, {"loss": member}, compiled)
 
 
+def _network(name: str, N: int, share: float, dtype: str = BF16) -> Job:
+    shape = (N, 3, NETWORKS[name].size, NETWORKS[name].size)
+    return Job("network", network, shape, dtype, {"network": name, "share": share})
+
+
 def _asked() -> Iterator[Job]:
     """Where figures are asked for, the most telling first."""
     layer4 = "ResNet-50 layer4"
@@ -97,7 +104,13 @@ def _asked() -> Iterator[Job]:
 
 
 def _informing() -> Iterator[Job]:
-    """The whole grid."""
+    """Whole networks, then the whole grid."""
+    if find_spec("torchvision"):
+        for N, share in product((64, 256, 16), (0.5, 0.8, 1.0)):
+            yield _network("ResNet-50", N, share)
+        yield _network("ResNet-18", 256, 0.5)
+    for N, dtype in product((64, 256), (BF16, F32)):
+        yield _network("ResNet-32", N, 0.5, dtype)
     for N, C, dtype in product((1, 16, 64, 256, 1024), (10, 100, 1000, 8142), (F32, BF16)):
         yield _gate(N, C, dtype)
     for N in (64, 256):

@@ -70,6 +70,11 @@ def figures(row: Row, copy_bandwidth: float, launch: float) -> list[dict[str, An
     return found
 
 
+def _is_own(candidate: Any) -> bool:
+    """Whether it is the project's: a kernel, or a network on the default kernels."""
+    return candidate.backend is not None or candidate.name == "elf_fast"
+
+
 def rows_of(
     job: Any, case: Any, measured: dict[str, Any], errors: dict[str, str], copied: int
 ) -> list[Row]:
@@ -88,12 +93,12 @@ def rows_of(
         row.median_us, row.low, row.high = t.median, t.low, t.high
         row.copy_share = row.bytes / bandwidth / t.median
         row.launches = t.median / launch
-        if candidate.backend is not None:
+        if _is_own(candidate):
             row.times_as_fast_as = {
                 other.name: measured[other.key].timing.median / t.median
                 for other in case.candidates
-                if other.op == row.op and other.backend is None and other.key in measured
-                if measured[other.key].waits == row.waits
+                if other.op == row.op and not _is_own(other) and other.key in measured
+                if measured[other.key].waits == row.waits or row.op == "network"
             }
             row.figures = figures(row, bandwidth, launch)
     return rows

@@ -9,10 +9,11 @@ oracle. The criterion is "confidence" throughout.
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
 from torch import Tensor, nn
 
 from elf_fast.bench.workload import InferenceWork
@@ -22,6 +23,7 @@ Rival = Callable[[], tuple[Tensor, Tensor]]
 
 def _confident(logits: Tensor, threshold: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
     """(whether each row leaves, its prediction): max p >= t without a softmax."""
+    logits = logits.float()
     top, prediction = logits.max(1)
     log_p = top / temperature - torch.logsumexp(logits / temperature, 1)
     return log_p >= threshold.log(), prediction
@@ -30,7 +32,7 @@ def _confident(logits: Tensor, threshold: Tensor, temperature: Tensor) -> tuple[
 def _rows(x: Tensor, index: Tensor) -> Tensor:
     """index_select, which on channels-last features takes ten times as long as on their
     contiguous view [N, H, W, D]."""
-    if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+    if _layout(x) == torch.channels_last:
         return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return x.index_select(0, index)
 
@@ -72,6 +74,98 @@ def sceptic(work: InferenceWork) -> Rival:
     return run
 
 
+class _GraphedStage:
+    """A stage with its head and test, as one CUDA graph for each of eight batch sizes up to N. They
+    read `images`, whose first rows the caller fills; what the batch lacks of a size is stale rows.
+    Without a GPU the stage runs as it is."""
+
+    def __init__(self, work: InferenceWork, e: int, like: Tensor) -> None:
+        N = len(work.images)
+        self.last = e == len(work.model.stages) - 1
+        self.images = like.new_zeros(N, *like.shape[1:]).contiguous(memory_format=_layout(like))
+        self.sizes = sorted({-(-N * k // 8) for k in range(1, 9)})
+        self._runs = [self._captured(work, e, size) for size in self.sizes]
+
+    def _captured(self, work: InferenceWork, e: int, size: int) -> Callable[[], tuple]:
+        model, x = work.model, self.images[:size]
+
+        def run() -> tuple:
+            features = model.stages[e](x)
+            logits = model.heads[e](features)
+            if self.last:
+                return features, None, logits.argmax(1)
+            return features, *_confident(logits, model.thresholds[e], model.temperatures[e])
+
+        if not x.is_cuda:
+            return run
+        for _ in range(3):  # libraries choose their kernels
+            run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            results = run()
+
+        def replay() -> tuple:
+            graph.replay()
+            return results
+
+        return replay
+
+    def run(self, n: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Features, who leaves and predictions of the first n images."""
+        features, leaves, found = self._runs[bisect_left(self.sizes, n)]()
+        return features, None if leaves is None else leaves[:n], found[:n]
+
+
+def _layout(x: Tensor) -> torch.memory_format:
+    last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def sceptic_graphed(work: InferenceWork) -> Rival:
+    """The sceptic on a GPU: every stage with its head and test is a CUDA graph, by batch size in
+    eighths, and survivors are selected into its input. The host waits once an exit, for how many
+    there are."""
+    images = work.images
+    with torch.inference_mode():
+        stages, like = [], images
+        for e, stage in enumerate(work.model.stages):
+            stages.append(_GraphedStage(work, e, like))
+            like = stage(like[:1])
+
+    def run() -> tuple[Tensor, Tensor]:
+        prediction = torch.empty(len(images), dtype=torch.int64, device=images.device)
+        exit_index = torch.full_like(prediction, len(stages) - 1)
+        stages[0].images.copy_(images)
+        alive, n = None, len(images)
+        for e, stage in enumerate(stages):
+            x, leaves, found = stage.run(n)
+            if alive is None:
+                prediction.copy_(found)
+            else:
+                prediction.index_copy_(0, alive, found)
+            if leaves is None:
+                break
+            goes_on = (~leaves).nonzero().squeeze(1)
+            left = leaves.nonzero().squeeze(1)
+            exit_index.index_fill_(0, left if alive is None else alive[left], e)
+            n = len(goes_on)
+            if n == 0:
+                break
+            alive = goes_on if alive is None else alive[goes_on]
+            _select_into(stages[e + 1].images, x, goes_on)
+        return prediction, exit_index
+
+    return run
+
+
+def _select_into(out: Tensor, x: Tensor, index: Tensor) -> None:
+    """The rows of x into the first rows of out, by their memory where it is channels-last."""
+    if _layout(x) == torch.channels_last:
+        x, out = x.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
+    torch.index_select(x, 0, index, out=out[: len(index)])
+
+
 def padded(work: InferenceWork) -> Rival:
     """No sample is dropped and nothing waits for the device: every exit sees the whole batch, as a
     single CUDA graph could hold it."""
@@ -99,8 +193,10 @@ def padded(work: InferenceWork) -> Rival:
     return run
 
 
-def _wrapped(work: InferenceWork) -> EarlyExitWrapper:
+def _wrapped(work: InferenceWork) -> Any:
     """The same stages and heads under `earlyon`, copied because it puts hooks on them."""
+    from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
+
     model = copy.deepcopy(work.model)
     with torch.inference_mode():
         num_classes = model(work.images[:1]).logits.shape[1]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,9 @@ from elf_fast import ELF, ExitHead, cli
 from elf_fast.bench import command, inference, training
 from elf_fast.bench.timing import sample
 from elf_fast.bench.workload import inference_work, training_work
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import rivals
 
 
 def network(criterion="confidence", **options) -> ELF:
@@ -57,6 +62,21 @@ def test_candidates_do_what_they_say():
         assert seen == [40, 20, 10]
     for hook in hooks:
         hook.remove()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("rival", [rivals.sceptic, rivals.sceptic_graphed, rivals.padded])
+def test_rivals_leave_where_the_work_says(rival, layout, share):
+    work = inference_work(network(), IMAGES.to(memory_format=layout), share)
+    run = rival(work)
+    rivals.check(run, work)
+    rivals.check(run, work)  # and leave nothing behind
+    with torch.inference_mode():
+        prediction, exit_index = run()
+        prediction[0] += 1
+    with pytest.raises(RuntimeError, match="wrong exits or predictions"):
+        rivals.check(lambda: (prediction, exit_index), work)
 
 
 def test_wrong_results_are_not_timed(monkeypatch):

@@ -34,19 +34,13 @@ def check_agreement(fast: ELFOutput, reference: ELFOutput, thresholds: Tensor) -
         )
 
 
-def candidates(work: InferenceWork) -> dict[str, Callable[[], Any]]:
+def runs(work: InferenceWork) -> dict[str, Callable[[], Any]]:
     """`elf_fast` and `reference`, the model; `full`, the network without exits; `oracle`, its
     stages on batches compacted beforehand, without heads and tests: the time below which no early
-    exit can go. To be run under `torch.inference_mode()`.
-
-    Raises:
-        RuntimeError: elf_fast and the reference disagree (`check_agreement`).
-    """
+    exit can go. To be called under `torch.inference_mode()`."""
     model, images = work.model, work.images
     plain = unfuse(model)
     full = nn.Sequential(*model.stages, model.heads[-1])
-    with torch.inference_mode():
-        check_agreement(model(images), plain(images), model.thresholds)
 
     def oracle() -> None:
         for stage, x in zip(model.stages, work.stage_inputs, strict=False):
@@ -58,3 +52,15 @@ def candidates(work: InferenceWork) -> dict[str, Callable[[], Any]]:
         "full": lambda: full(images),
         "oracle": oracle,
     }
+
+
+def candidates(work: InferenceWork) -> dict[str, Callable[[], Any]]:
+    """`runs(work)`, once elf_fast and the reference agree.
+
+    Raises:
+        RuntimeError: they do not (`check_agreement`).
+    """
+    found = runs(work)
+    with torch.inference_mode():
+        check_agreement(found["elf_fast"](), found["reference"](), work.model.thresholds)
+    return found
