@@ -50,7 +50,7 @@ def table() -> list[Run]:
 def perform(run: Run, images: Path, work: Path) -> dict[str, Any]:
     """Trains and tests, in a folder of its own under `work`: what was interrupted goes on, what has
     finished is read. The record is as that of `trial.perform`, with the operating point "full" of
-    the network without exits or "safe" of the one with exits, and with the settings.
+    the network without exits or "chosen", by the trainer, of the one with exits, and the settings.
 
     Raises:
         subprocess.CalledProcessError: the training failed; it said why on stderr.
@@ -74,7 +74,7 @@ def perform(run: Run, images: Path, work: Path) -> dict[str, Any]:
             "class_counts": results["class_counts"],
             "settings": settings,
             "calibration": results.get("calibration"),
-            "test": {"full" if run.variant == "plain" else "safe": test},
+            "test": {"full" if run.variant == "plain" else "chosen": test},
             "environment": environment(),
         }
     )

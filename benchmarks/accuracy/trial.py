@@ -166,7 +166,10 @@ def _operating_points(model: ELF, data: DigitSplits, flops: Flops) -> dict[str, 
     affordable = [p for p in points if p.flops <= FLOPS_LIMIT * flops.without_exits]
     return {
         "full": points[-1],
-        "safe": calibrate.choose(points),
+        "safe": min(
+            (p for p in reversed(points) if p.accuracy >= points[-1].accuracy),
+            key=lambda p: (p.flops, -p.accuracy),
+        ),
         "best": max(affordable, key=lambda p: (p.accuracy, p.threshold)),
     }
 

@@ -104,8 +104,8 @@ class TrainConfig:
         "there with weight 0; keep if not given where these normalise by the batch, else drop",
     )  # fmt: skip
     calibrate: bool = _option(
-        True, "exits", "after training, choose the cheapest threshold that loses no accuracy on "
-        "validation",
+        True, "exits", "after training, choose the threshold that is most accurate on validation, "
+        "and cheapest among equals",
     )  # fmt: skip
 
     loss: Literal[

@@ -200,8 +200,8 @@ def _method(results: dict[str, Any]) -> list[str]:
         f"Both networks: {results['settings']['loss_name']}, the same schedule, batches and "
         f"seeds; last epoch; {size['train']} training, {size['validation']} validation and "
         f"{size['test']} test images. The split is one; seeds change weights and batches.",
-        f"Thresholds ({thresholds}) are the cheapest that lose no accuracy on validation; the "
-        "test images decided nothing.",
+        f"Thresholds ({thresholds}) are the most accurate on validation, of equals the cheapest; "
+        "the test images decided nothing.",
     ]
     if kept:
         lines.append(
