@@ -69,10 +69,14 @@ def evaluate(
             out = model(images.to(device, non_blocking=True))
             metrics.update(out, targets.to(device, non_blocking=True))
     found = metrics.compute()
-    N = len(batches.dataset)
     if not found["samples"]:
-        raise DataError(f"expected an image that can be read, got none among {N} to evaluate on")
-    return {**found, "skipped": N - found["samples"]}
+        raise nothing_readable(batches)
+    return {**found, "skipped": len(batches.dataset) - found["samples"]}
+
+
+def nothing_readable(batches: ImageLoader) -> DataError:
+    N = len(batches.dataset)
+    return DataError(f"expected an image that can be read, got none among {N} to evaluate on")
 
 
 def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -28,7 +28,14 @@ from . import build, calibrate, checkpoint, distributed, snapshot
 from .config import TrainConfig, from_dict, load_yaml, to_dict, to_yaml
 from .distributed import Ranks
 from .ema import Average
-from .evaluate import NETWORK, autocast, evaluate, evaluation_loader, sample
+from .evaluate import (
+    NETWORK,
+    autocast,
+    evaluate,
+    evaluation_loader,
+    nothing_readable,
+    sample,
+)
 from .log import Log
 from .position import Position, Totals
 
@@ -407,6 +414,8 @@ class Trainer:
             torch.cat([t.correct for t in tables], 1),
             own.criterion,
         )
+        if not table.confidence.shape[1]:
+            raise nothing_readable(validation)
         points = calibrate.sweep(table, self.flops)
         chosen = calibrate.choose(points)
         model.thresholds.fill_(chosen.threshold)
