@@ -84,6 +84,8 @@ class _GraphedStage:
         self.last = e == len(work.model.stages) - 1
         self.images = like.new_zeros(N, *like.shape[1:]).contiguous(memory_format=_layout(like))
         self.sizes = sorted({-(-N * k // 8) for k in range(1, 9)})
+        # One of the graphs runs at a time, and its results are read before the next one does.
+        self._pool = torch.cuda.graph_pool_handle() if like.is_cuda else None
         self._runs = [self._captured(work, e, size) for size in self.sizes]
 
     def _captured(self, work: InferenceWork, e: int, size: int) -> Callable[[], tuple]:
@@ -102,7 +104,7 @@ class _GraphedStage:
             run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+        with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
             results = run()
 
         def replay() -> tuple:
