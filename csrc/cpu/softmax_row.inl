@@ -181,20 +181,21 @@ inline OnePass<double> one_pass(const double* z, int64_t C, double a) {
 // The lowest class whose value is m (C when there is none, which only a NaN makes possible).
 template <class T>
 ELF_INLINE int64_t first_equal(const T* z, int64_t C, float m) {
+  const vf value = splat(m);
   int64_t c = 0;
   for (; c + 4 * kLanes <= C; c += 4 * kLanes) {
-    const vi hit = (vi)(load(z + c) == m) | (vi)(load(z + c + kLanes) == m) |
-                   (vi)(load(z + c + 2 * kLanes) == m) | (vi)(load(z + c + 3 * kLanes) == m);
-    if (any(hit)) break;
+    uint64_t hits = 0;
+    for (int u = 0; u < 4; ++u) hits |= equal_lanes(load(z + c + u * kLanes), value) << u * kLanes;
+    if (hits) return c + __builtin_ctzll(hits);
   }
   for (; c + kLanes <= C; c += kLanes) {
-    const vi hit = (vi)(load(z + c) == m);
-    if (any(hit)) return c + first_lane(hit);
+    const uint64_t hits = equal_lanes(load(z + c), value);
+    if (hits) return c + __builtin_ctzll(hits);
   }
   if (c < C) {
-    const Tail tail = load_tail(z, C);
-    const vi hit = (vi)(tail.x == m) & tail.keep;
-    if (any(hit)) return (C >= kLanes ? C - kLanes : 0) + first_lane(hit);
+    // No false hits: what the tail repeats had none, and zeros that pad it lie past the maximum.
+    const uint64_t hits = equal_lanes(load_tail(z, C).x, value);
+    if (hits) return (C >= kLanes ? C - kLanes : 0) + __builtin_ctzll(hits);
   }
   return C;
 }

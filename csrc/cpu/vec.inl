@@ -120,29 +120,17 @@ ELF_INLINE float horizontal_max(vf v) {
   return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// The lowest lane that is set (some lane is).
-ELF_INLINE int first_lane(vi mask) {
+// One bit a lane, the lowest for lane 0: where a and b are equal.
+ELF_INLINE uint64_t equal_lanes(vf a, vf b) {
 #if ELF_LANES == 16
-  return __builtin_ctz(_mm512_movepi32_mask((__m512i)mask));
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
 #elif ELF_LANES == 8
-  return __builtin_ctz(_mm256_movemask_ps((__m256)mask));
+  return static_cast<uint64_t>(_mm256_movemask_ps((__m256)(a == b)));
 #else
-  int i = 0;
-  while (!mask[i]) ++i;
-  return i;
-#endif
-}
-
-ELF_INLINE bool any(vi mask) {
-#if ELF_LANES == 16
-  return _mm512_movepi32_mask((__m512i)mask) != 0;
-#elif ELF_LANES == 8
-  return _mm256_movemask_ps((__m256)mask) != 0;
-#else
-  int64_t words[kLanes / 2], all = 0;
-  std::memcpy(words, &mask, sizeof mask);
-  for (int i = 0; i < kLanes / 2; ++i) all |= words[i];
-  return all != 0;
+  const vi equal = (vi)(a == b);
+  uint64_t bits = 0;
+  for (int i = 0; i < kLanes; ++i) bits |= static_cast<uint64_t>(equal[i] & 1) << i;
+  return bits;
 #endif
 }
 
