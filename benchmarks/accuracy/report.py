@@ -45,6 +45,7 @@ NAMES = {
     "stay": "kept, none leaves in training",
     "keep-0.99": "kept, training threshold 0.99 (not 0.9)",
     "keep-light": "kept, exit weights 1/3, 2/3, 1 (not 1, 1, 1)",
+    "keep-lighter": "kept, exit weights 0.1, 0.3, 1",
     "drop-late": "dropped, in the second half of the epochs",
     "drop-rest": "dropped, BatchNorm at rest under 32 samples",
 }

@@ -32,12 +32,20 @@ VARIANTS: dict[str, Exits | None] = {
     "stay": Exits(drop_exited=False, threshold=math.inf),
     "keep-0.99": Exits(drop_exited=False, threshold=0.99),
     "keep-light": Exits(drop_exited=False, weights=(1 / 3, 2 / 3, 1.0)),
+    "keep-lighter": Exits(drop_exited=False, weights=(0.1, 0.3, 1.0)),
     "drop-late": Exits(drop_exited=True, opened=0.5),
     "drop-rest": Exits(drop_exited=True, rests_below=32),
 }
 TABLE = ("plain", "keep", "drop")
-#: At imbalance 100, with convolutional heads.
-TRIED = ("stay", "keep-0.99", "keep-light", "drop-late", "drop-rest")
+#: At which imbalances, with convolutional heads.
+TRIED = {
+    "stay": (100,),
+    "keep-0.99": (100,),
+    "keep-light": (100, 50),
+    "keep-lighter": (100, 50),
+    "drop-late": (100,),
+    "drop-rest": (100,),
+}
 
 
 @dataclass(frozen=True, order=True)
@@ -64,9 +72,10 @@ def table() -> list[Run]:
         for seed, variant in product(SEEDS, TABLE)
     ]
     runs += [
-        Run(100, loss, "conv", variant, seed)
+        Run(imbalance, loss, "conv", variant, seed)
         for loss in ("ce", "balanced_softmax")
         for seed, variant in product(SEEDS, TRIED)
+        for imbalance in TRIED[variant]
     ]
     return runs
 
