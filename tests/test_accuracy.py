@@ -269,6 +269,7 @@ def test_what_is_there_is_not_run_again(tmp_path, monkeypatch, capsys):
     output = tmp_path / "results.jsonl"
     results.add(Run(50, "ce", "conv", "keep", 1), a_record(), output)
     filters = ["--only", "imbalance=50", "--only", "loss=ce", "--only", "head=conv"]
+    filters += ["--only", "variant=plain,keep,drop"]
     run.main([*filters, "--only", "seed=0,1", "--output", str(output)])
     assert [(r.seed, r.variant) for r in done] == [
         (0, "plain"), (0, "keep"), (0, "drop"), (1, "plain"), (1, "drop"),
