@@ -2,7 +2,8 @@
 
 What never waits for the host runs as one CUDA graph, as everything in `gpu.py` does: the network
 without exits, the oracle and the padded one. What waits (elf_fast, the reference, the sceptic) is
-called in a loop, and its time is that of the host as well; here the two are compared."""
+called in a loop, and its time is that of the host as well; here the two are compared. The same code
+is checked for its results on the CPU; here, whether as many leave at every exit."""
 
 from __future__ import annotations
 
@@ -24,9 +25,10 @@ NETWORKS = {
     "ResNet-18": networks.Network("torchvision/resnet18", 112, 1000),
     "ResNet-32": networks.SMALL,
 }
-#: Share of the samples that may leave elsewhere or be predicted otherwise than by the reference:
-#: libraries sum in another order for another batch size, and rounding decides near a threshold.
-DIFFERENT = 0.03
+#: Share of the samples by which the numbers that leave at an exit may differ from the reference's.
+#: Untrained networks are about equally sure of all samples, so that the order in which a library
+#: sums, other for another batch size or memory format, decides who leaves: but not how many.
+DIFFERENT = 0.1
 
 
 def network(
@@ -37,32 +39,35 @@ def network(
     images = torch.randn(shape, device=bench.device, dtype=dtype)
     work = inference_work(model, images.to(memory_format=torch.channels_last), share)
     calls: dict[str, Any] = inference.runs(work)
-    calls |= {"sceptic": rivals.sceptic_graphed(work), "padded": rivals.padded(work)}
+    calls |= {"sceptic, graphs": rivals.sceptic_graphed(work), "padded": rivals.padded(work)}
     if find_spec("earlyon"):
         calls["earlyon, batched"] = rivals.earlyon_batched(work)
-    with torch.inference_mode():
-        truth = calls["reference"]()
-    leaves_elsewhere = ("full", "oracle", "earlyon, batched")
+    alike = ("full", "oracle", "earlyon, batched")  # nobody leaves, or all at once
 
     def checked(name: str) -> Candidate:
         f = torch.inference_mode()(calls[name])
 
         def check(call: Call) -> None:
-            if name not in leaves_elsewhere:
-                _check(call(0), truth.exit_index, truth.prediction)
+            out = call(0)
+            if name not in alike:
+                _check(work, out.exit_index if hasattr(out, "exit_index") else out[1])
 
         return Candidate("network", name, lambda i: f(), check, 0)
 
-    return Case([checked(name) for name in calls], 1, int(BYTES), _shares(work))
+    return Case(
+        [checked(name) for name in calls],
+        1,
+        int(BYTES),
+        {"left at the exits": _left(work.exit_index, work)},
+    )
 
 
-def _check(out: Any, exit_index: Tensor, prediction: Tensor) -> None:
-    found = (out.prediction, out.exit_index) if hasattr(out, "exit_index") else out
-    other = (found[1] != exit_index) | (found[0] != prediction)
-    limit = max(1.0, DIFFERENT * len(other))
-    assert int(other.sum()) <= limit, f"{int(other.sum())} of {len(other)} samples differ"
+def _left(exit_index: Tensor, work: InferenceWork) -> list[int]:
+    return torch.bincount(exit_index, minlength=len(work.model.stages)).tolist()
 
 
-def _shares(work: InferenceWork) -> dict[str, Any]:
-    counts = torch.bincount(work.exit_index, minlength=len(work.model.stages))
-    return {"left at the exits": counts.tolist()}
+def _check(work: InferenceWork, exit_index: Tensor) -> None:
+    found, wanted = _left(exit_index, work), _left(work.exit_index, work)
+    limit = max(1.0, DIFFERENT * len(exit_index))
+    apart = max(abs(a - b) for a, b in zip(found, wanted, strict=True))
+    assert apart <= limit, f"{found} samples leave at the exits, not {wanted}"

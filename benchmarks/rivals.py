@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,75 +37,86 @@ def _rows(x: Tensor, index: Tensor) -> Tensor:
     return x.index_select(0, index)
 
 
-def sceptic(work: InferenceWork) -> Rival:
-    """The best that plain PyTorch gives without kernels of one's own: no softmax, two small
-    index lists and one index_select an exit."""
-    model, images = work.model, work.images
-    last = len(model.stages) - 1
+#: Runs a stage, its head and its test on what `Select` or the caller gave: features, who leaves
+#: (None at the last exit) and predictions.
+Step = Callable[[Any], tuple[Tensor, Tensor | None, Tensor]]
+#: The input of stage e from the features of the stage before and the rows that go on.
+Select = Callable[[int, Tensor, Tensor], Any]
+
+
+def _leaving(images: Tensor, first: Any, steps: Sequence[Step], select: Select) -> Rival:
+    """Early exit in plain PyTorch: two writes by index, one list of indices and one selection an
+    exit. The host waits for the device once an exit, for how many go on."""
 
     def run() -> tuple[Tensor, Tensor]:
         prediction = torch.empty(len(images), dtype=torch.int64, device=images.device)
-        exit_index = torch.full_like(prediction, last)
-        x, alive = images, None
-        for e, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
-            x = stage(x)
-            logits = head(x)
-            if e == last:
-                found = logits.argmax(1)
-            else:
-                leaves, found = _confident(logits, model.thresholds[e], model.temperatures[e])
-            # A later exit overwrites the predictions of those that go on.
+        exit_index = torch.empty_like(prediction)
+        x, alive = first, None
+        for e, step in enumerate(steps):
+            features, leaves, found = step(x)
+            # A later exit overwrites what those that go on have here.
             if alive is None:
                 prediction.copy_(found)
+                exit_index.fill_(e)
             else:
                 prediction.index_copy_(0, alive, found)
-            if e == last:
+                exit_index.index_fill_(0, alive, e)
+            if leaves is None:
                 break
             goes_on = (~leaves).nonzero().squeeze(1)
-            left = leaves.nonzero().squeeze(1)
-            exit_index.index_fill_(0, left if alive is None else alive[left], e)
             if len(goes_on) == 0:
                 break
             if len(goes_on) < len(leaves):
                 alive = goes_on if alive is None else alive[goes_on]
-                x = _rows(x, goes_on)
+            x = select(e + 1, features, goes_on)
         return prediction, exit_index
 
     return run
 
 
+def _step(work: InferenceWork, e: int) -> Step:
+    model = work.model
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        features = model.stages[e](x)
+        logits = model.heads[e](features)
+        if e == len(model.stages) - 1:
+            return features, None, logits.argmax(1)
+        return features, *_confident(logits, model.thresholds[e], model.temperatures[e])
+
+    return step
+
+
+def sceptic(work: InferenceWork) -> Rival:
+    """The best that plain PyTorch gives without kernels of one's own, and without CUDA graphs."""
+
+    def select(e: int, features: Tensor, rows: Tensor) -> Tensor:
+        return features if len(rows) == len(features) else _rows(features, rows)
+
+    steps = [_step(work, e) for e in range(len(work.model.stages))]
+    return _leaving(work.images, work.images, steps, select)
+
+
 class _GraphedStage:
-    """A stage with its head and test, as one CUDA graph for each of eight batch sizes up to N. They
-    read `images`, whose first rows the caller fills; what the batch lacks of a size is stale rows.
-    Without a GPU the stage runs as it is."""
+    """A step as one CUDA graph for each of `sizes`, rising batch sizes. They read `images`, whose
+    first rows the caller fills; what a batch lacks of a size is stale rows. Without a GPU the step
+    runs as it is."""
 
-    def __init__(self, work: InferenceWork, e: int, like: Tensor) -> None:
-        N = len(work.images)
-        self.last = e == len(work.model.stages) - 1
-        self.images = like.new_zeros(N, *like.shape[1:]).contiguous(memory_format=_layout(like))
-        self.sizes = sorted({-(-N * k // 8) for k in range(1, 9)})
+    def __init__(self, step: Step, images: Tensor, sizes: Sequence[int]) -> None:
+        self.images, self.sizes = images, sizes
         # One of the graphs runs at a time, and its results are read before the next one does.
-        self._pool = torch.cuda.graph_pool_handle() if like.is_cuda else None
-        self._runs = [self._captured(work, e, size) for size in self.sizes]
+        self._pool = torch.cuda.graph_pool_handle() if images.is_cuda else None
+        self._runs = [self._captured(step, images[:size]) for size in sizes]
 
-    def _captured(self, work: InferenceWork, e: int, size: int) -> Callable[[], tuple]:
-        model, x = work.model, self.images[:size]
-
-        def run() -> tuple:
-            features = model.stages[e](x)
-            logits = model.heads[e](features)
-            if self.last:
-                return features, None, logits.argmax(1)
-            return features, *_confident(logits, model.thresholds[e], model.temperatures[e])
-
+    def _captured(self, step: Step, x: Tensor) -> Callable[[], tuple]:
         if not x.is_cuda:
-            return run
+            return lambda: step(x)
         for _ in range(3):  # libraries choose their kernels
-            run()
+            step(x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=torch.cuda.current_stream()):
-            results = run()
+            results = step(x)
 
         def replay() -> tuple:
             graph.replay()
@@ -113,52 +124,35 @@ class _GraphedStage:
 
         return replay
 
-    def run(self, n: int) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Features, who leaves and predictions of the first n images."""
+    def __call__(self, n: int) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The step on the first n images."""
         features, leaves, found = self._runs[bisect_left(self.sizes, n)]()
         return features, None if leaves is None else leaves[:n], found[:n]
+
+
+def sceptic_graphed(work: InferenceWork) -> Rival:
+    """The sceptic on a GPU: every stage with its head and test is a CUDA graph, by batch size in
+    eighths, and survivors are selected into its input."""
+    N = len(work.images)
+    eighths = sorted({-(-N * k // 8) for k in range(1, 9)})
+    with torch.inference_mode():
+        stages, sizes, inputs = [], [N], work.images
+        for e, stage in enumerate(work.model.stages):
+            stages.append(_GraphedStage(_step(work, e), inputs, sizes))
+            like = stage(inputs[:1])
+            inputs = like.new_zeros(N, *like.shape[1:]).contiguous(memory_format=_layout(like))
+            sizes = eighths
+
+    def select(e: int, features: Tensor, rows: Tensor) -> int:
+        _select_into(stages[e].images, features, rows)
+        return len(rows)
+
+    return _leaving(work.images, N, stages, select)
 
 
 def _layout(x: Tensor) -> torch.memory_format:
     last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
     return torch.channels_last if last else torch.contiguous_format
-
-
-def sceptic_graphed(work: InferenceWork) -> Rival:
-    """The sceptic on a GPU: every stage with its head and test is a CUDA graph, by batch size in
-    eighths, and survivors are selected into its input. The host waits once an exit, for how many
-    there are."""
-    images = work.images
-    with torch.inference_mode():
-        stages, like = [], images
-        for e, stage in enumerate(work.model.stages):
-            stages.append(_GraphedStage(work, e, like))
-            like = stage(like[:1])
-
-    def run() -> tuple[Tensor, Tensor]:
-        prediction = torch.empty(len(images), dtype=torch.int64, device=images.device)
-        exit_index = torch.full_like(prediction, len(stages) - 1)
-        stages[0].images.copy_(images)
-        alive, n = None, len(images)
-        for e, stage in enumerate(stages):
-            x, leaves, found = stage.run(n)
-            if alive is None:
-                prediction.copy_(found)
-            else:
-                prediction.index_copy_(0, alive, found)
-            if leaves is None:
-                break
-            goes_on = (~leaves).nonzero().squeeze(1)
-            left = leaves.nonzero().squeeze(1)
-            exit_index.index_fill_(0, left if alive is None else alive[left], e)
-            n = len(goes_on)
-            if n == 0:
-                break
-            alive = goes_on if alive is None else alive[goes_on]
-            _select_into(stages[e + 1].images, x, goes_on)
-        return prediction, exit_index
-
-    return run
 
 
 def _select_into(out: Tensor, x: Tensor, index: Tensor) -> None:

@@ -178,7 +178,7 @@ def _train(arguments: argparse.Namespace) -> int:
     with distributed.ranks(config.device) as ranks:
         try:
             trainer = Trainer(config, ranks)
-            if resume:
+            if folder is not None:  # on every rank, whatever it sees of the folder
                 trainer.resume()
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error

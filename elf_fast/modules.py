@@ -30,8 +30,8 @@ class ELF(reference.ELF):
     `reference.ELF` (see there), faster.
 
     At every exit one kernel does softmax, test and survivor indices (with `ExitHead`, pool and
-    classifier as well; in training, the loss of the long-tail family), and survivors move into a
-    dense batch, so that the later stages compute on them alone.
+    classifier as well; in training, the loss of the long-tail family). Where samples are dropped,
+    survivors move into a dense batch, so that the later stages compute on them alone.
 
     Example:
         >>> model = ELF([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)],

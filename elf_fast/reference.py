@@ -281,9 +281,10 @@ class ELF(nn.Module):
         exit_weights: a scalar or E values w_k >= 0.
         drop_exited: whether training drops samples that left from the later stages, as evaluation
             always does, or keeps them in the forward pass with weight 0. Without batch statistics
-            the two give the same gradients and dropping is cheaper; with BatchNorm, keeping trained
-            the more accurate networks (docs/accuracy.md). None: drop unless a later stage or head
-            normalises by the batch.
+            the two give the same gradients, but for random draws, and dropping is cheaper; with
+            BatchNorm, keeping trained the more accurate networks (docs/accuracy.md). None: drop
+            unless a later stage or head has a BatchNorm of torch's (or derived from it) that
+            normalises by the batch. Other layers with batch statistics ask for False.
 
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
     never rounded to another dtype.
@@ -296,9 +297,9 @@ class ELF(nn.Module):
     and the loss is R times this rank's part of it, for R ranks: its mean over the ranks is the loss
     of the global batch and, where all hold equally many samples, it is the mean over this rank's
     own. Every rank enters every stage. One without survivors goes on with an empty batch, which the
-    stages must accept: SyncBatchNorm then has the statistics of all ranks' survivors, which padding
-    would change, and BatchNorm, whose statistics are those of its own rank, leaves them alone. See
-    docs/distributed.md.
+    stages must accept. Where samples are dropped, SyncBatchNorm then has the statistics of all
+    ranks' survivors, which padding would change, and BatchNorm, whose statistics are those of its
+    own rank, leaves them alone. See docs/distributed.md.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.

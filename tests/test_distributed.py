@@ -142,7 +142,7 @@ LOSSES = {
 @dataclasses.dataclass(frozen=True)
 class Case:
     cls: type[reference.ELF] = ELF
-    drop_exited: bool = True
+    drop_exited: bool | None = True
     loss: str = "cross-entropy"
     norm: str = ""  # "batch", or "sync" where there are ranks
     dtype: torch.dtype = torch.float64
@@ -231,7 +231,7 @@ def assert_equal(results: list[dict], expected: dict) -> None:
 
 
 BOTH = pytest.mark.parametrize("cls", [reference.ELF, ELF], ids=["reference", "elf_fast"])
-DROP = pytest.mark.parametrize("drop_exited", [True, False], ids=["drop", "keep"])
+DROP = pytest.mark.parametrize("drop_exited", [True, False, None], ids=["drop", "keep", "auto"])
 NORM = pytest.mark.parametrize("norm", ["", "sync"], ids=["no norm", "SyncBatchNorm"])
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
 import random
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -25,6 +27,7 @@ pytest.importorskip("yaml")
 import processes
 from rich.console import Console
 
+from elf_fast import cli
 from elf_fast.training import build, checkpoint, snapshot, trainer
 from elf_fast.training.config import TrainConfig
 from elf_fast.training.trainer import CHECKPOINTS, RESULTS, train
@@ -186,17 +189,21 @@ def test_a_run_of_two_processes_goes_on_in_one_where_its_batches_divide_what_is_
     assert results["history"][-1]["lr"] == last
 
 
-def resume_from_own_folder(config: TrainConfig) -> None:
-    """Each rank sees other checkpoints."""
-    folder = Path(config.output) / os.environ["RANK"]
-    with pytest.raises(checkpoint.CheckpointError, match="same checkpoint, got step-.*, none; the"):
-        train(replace(config, output=str(folder)), resume=True, console=QUIET)
+def resume_from_own_folder(folder: Path, flags: list[str]) -> None:
+    """Each rank sees other checkpoints, and rank 1 not even a run."""
+    rank = os.environ["RANK"]
+    with open(folder / f"said by {rank}", "w") as said, contextlib.redirect_stderr(said):
+        assert cli.main(["train", "--resume", str(folder / rank), *flags]) == 2
 
 
 def test_processes_that_see_different_checkpoints_say_so(whole_of_two, tmp_path):
     shutil.copytree(whole_of_two, tmp_path / "0")
-    config = replace(TWO, output=str(tmp_path))
-    assert processes.wait(processes.start(2, resume_from_own_folder, config)) == [0, 0]
+    flags = ["--config", str(whole_of_two / "config.yaml")]
+    started = processes.start(2, resume_from_own_folder, tmp_path, flags)
+    assert processes.wait(started) == [0, 0]
+    for rank in range(2):
+        said = (tmp_path / f"said by {rank}").read_text()
+        assert re.search("expected all .* same checkpoint, got step-.*, none; the folder", said)
 
 
 # Interruptions at a chosen step

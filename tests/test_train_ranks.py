@@ -161,10 +161,11 @@ def test_ranks_stay_in_step_where_one_cannot_read_a_batch(exits, folder, tmp_pat
 def test_where_nothing_can_be_read_there_is_nothing_to_evaluate_on(
     interval, folder, tmp_path, capsys
 ):
-    spoil(data.image_folder(folder).validation.paths)
+    bad = spoil(data.image_folder(folder).validation.paths)
     flags = "--model cifar_resnet8 --transforms small --img-size 16 --epochs 1 --workers 0 "
     flags += f"--no-log-tensorboard --skip-errors --data-dir {folder} --output {tmp_path / 'run'}"
     flags += f" --val-interval {interval}"
     assert cli.main(["train", *flags.split()]) == 2
-    said = capsys.readouterr().err
+    shown, said = capsys.readouterr()
+    assert all(f"left out, cannot be read: {path}" in shown for path in bad)
     assert said == "elf-fast: expected an image that can be read, got none among 8 to evaluate on\n"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import __version__
-from ..data import ImageLoader, LabelledImages
+from ..data import DataError, ImageLoader, LabelledImages
 from ..flops import count_flops
 from ..losses import DeferredReweighting
 from ..modules import ELF
@@ -116,7 +116,7 @@ class Trainer:
             channels_last=config.channels_last,
             pin_memory=self.device.type == "cuda",
             skip_errors=config.skip_errors,
-            image_shape=sample(config, self.device).shape[1:],
+            image_shape=(3, build.image_size(config), build.image_size(config)),
         )
         self.global_batch = config.batch_size * ranks.world_size
         self.validation = self._evaluation_loader(self.splits.validation)
@@ -364,7 +364,11 @@ class Trainer:
 
     def _evaluate(self, loader: ImageLoader) -> dict[str, Any]:
         self.ranks.share_buffers(self.result)
-        metrics = evaluate(self.config, self.result, loader, self.class_counts, self.flops)
+        try:
+            metrics = evaluate(self.config, self.result, loader, self.class_counts, self.flops)
+        except DataError:  # which all ranks raise
+            self._name_skipped(loader)
+            raise
         self._name_skipped(loader)
         return metrics
 
@@ -391,13 +395,14 @@ class Trainer:
             if self.config.calibrate and len(self.model.stages) > 1:
                 results["calibration"] = self._calibrate(self.validation)
             results["validation"] = self._evaluate(self.validation)
+        if self.ranks.is_first:
+            weights = self.result.state_dict()
+            checkpoint.save(self.output / snapshot.WEIGHTS, weights, self._metadata())
         test = self._evaluation_loader(self.splits.test)
         if test is not None:
             results["test"] = self._evaluate(test)
         results["history"] = self.position.history
         if self.ranks.is_first:
-            weights = self.result.state_dict()
-            checkpoint.save(self.output / snapshot.WEIGHTS, weights, self._metadata())
             described = json.dumps(results, indent=1, allow_nan=False) + "\n"
             checkpoint.write(self.output / RESULTS, described.encode())
         return results
@@ -415,6 +420,7 @@ class Trainer:
             own.criterion,
         )
         if not table.confidence.shape[1]:
+            self._name_skipped(validation)
             raise nothing_readable(validation)
         points = calibrate.sweep(table, self.flops)
         chosen = calibrate.choose(points)
