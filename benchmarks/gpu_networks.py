@@ -44,18 +44,18 @@ def network(
         calls["earlyon, batched"] = rivals.earlyon_batched(work)
     alike = ("full", "oracle", "earlyon, batched")  # nobody leaves, or all at once
 
-    def checked(name: str) -> Candidate:
-        f = torch.inference_mode()(calls[name])
+    def checked(who: str) -> Candidate:
+        f = torch.inference_mode()(calls[who])
 
         def check(call: Call) -> None:
             out = call(0)
-            if name not in alike:
+            if who not in alike:
                 _check(work, out.exit_index if hasattr(out, "exit_index") else out[1])
 
-        return Candidate("network", name, lambda i: f(), check, 0)
+        return Candidate("network", who, lambda i: f(), check, 0)
 
     return Case(
-        [checked(name) for name in calls],
+        [checked(who) for who in calls],
         1,
         int(BYTES),
         {"left at the exits": _left(work.exit_index, work)},
