@@ -384,6 +384,20 @@ def test_a_finished_run_resumes_to_the_same_results(run, capsys):
     assert json.loads((run / "metrics.json").read_text()) == before
 
 
+def test_a_finished_run_is_calibrated_anew_for_fewer_flops(folder, tmp_path, capsys):
+    def calibrated(*arguments: object) -> dict:
+        printed(capsys, "train", *arguments)
+        return json.loads((tmp_path / "run" / "metrics.json").read_text())
+
+    data = ["--data-dir", folder, "--output", tmp_path / "run"]
+    free = calibrated(*data, *FLAGS, "--exit-weights", 0, 0, 1, "--train-threshold", "inf")
+    assert free["validation"]["flops_share"] > 0.9  # only the last exit has learnt
+    limited = calibrated("--resume", tmp_path / "run", "--max-flops", 0.6)
+    assert limited["validation"]["flops_share"] <= 0.6
+    assert limited["validation"]["overall"] < free["validation"]["overall"]
+    assert limited["history"] == free["history"]
+
+
 def test_resuming_a_run_that_is_not_there_yet_starts_it(tmp_path, capsys):
     flags = "--dataset digits --epochs 1 --model cifar_resnet8 --workers 0 --no-log-tensorboard"
     command = ["train", "--resume", tmp_path / "new", *flags.split()]

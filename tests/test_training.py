@@ -90,6 +90,14 @@ def test_equally_cheap_points_are_settled_by_accuracy_and_then_caution():
     assert calibrate.choose(points).threshold == 0.7
 
 
+def test_within_a_limit_of_flops_the_most_accurate_and_beyond_it_the_cheapest():
+    point = calibrate.OperatingPoint
+    points = [point(0.5, 0.7, 10.0), point(0.7, 0.8, 12.0), point(math.inf, 0.9, 20.0)]
+    assert [calibrate.choose(points, limit).threshold for limit in (20.0, 19.9, 11.0, 9.0)] == [
+        math.inf, 0.7, 0.5, 0.5
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy"])
 def test_the_sweep_agrees_with_the_model_it_stands_for(digits, criterion):
     torch.manual_seed(0)

@@ -1,9 +1,9 @@
 """Choosing the threshold of the exits on validation data.
 
 One threshold is swept over all exits. The rule: the one that is most accurate on validation, of
-equally accurate ones the cheapest. The cheapest that is as accurate as never leaving early sounds
-as good, but chosen among eighty by a few validation images it was a point less accurate on test
-(docs/accuracy.md). Test data plays no part.
+equally accurate ones the cheapest; where FLOPs are limited, among those within the limit. The
+cheapest that is as accurate as never leaving early sounds as good, but chosen among eighty by a few
+validation images it was a point less accurate on test (docs/accuracy.md). Test data plays no part.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from ..flops import Flops
 from ..modes import mode
 from ..reference import ELF, statistic
 
-#: Confidences, or margins, that are tried, from the boldest on; inf switches the exits off.
-THRESHOLDS = (*(round(0.20 + 0.01 * k, 2) for k in range(80)), 0.995, 0.999, math.inf)
+#: Confidences, or margins, that are tried: from 0, where all leave at once, to never leaving early.
+THRESHOLDS = (*(k / 100 for k in range(100)), 0.995, 0.999, math.inf)
 
 
 def candidates(criterion: str) -> tuple[float, ...]:
@@ -87,7 +87,10 @@ def sweep(
     return points
 
 
-def choose(points: Sequence[OperatingPoint]) -> OperatingPoint:
-    """The most accurate point; of equally accurate ones the one with the fewest FLOPs, then the
-    last: `sweep` goes from bold to cautious."""
-    return max(reversed(points), key=lambda p: (p.accuracy, -p.flops))
+def choose(points: Sequence[OperatingPoint], max_flops: float = math.inf) -> OperatingPoint:
+    """The most accurate point of at most `max_flops` per sample; of equally accurate ones the one
+    with the fewest FLOPs, then the last: `sweep` goes from bold to cautious. A limit below the
+    first exit's FLOPs is taken as these."""
+    limit = max(max_flops, min(p.flops for p in points))
+    affordable = (p for p in reversed(points) if p.flops <= limit)
+    return max(affordable, key=lambda p: (p.accuracy, -p.flops))

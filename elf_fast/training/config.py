@@ -107,6 +107,10 @@ class TrainConfig:
         True, "exits", "after training, choose the threshold that is most accurate on validation, "
         "and cheapest among equals",
     )  # fmt: skip
+    max_flops: float | None = _option(
+        None, "exits", "share of the FLOPs of the network without exits that a threshold so chosen "
+        "may cost", limits=(0.0,),
+    )  # fmt: skip
 
     loss: Literal[
         "cross_entropy", "focal", "class_balanced", "ldam", "balanced_softmax", "logit_adjusted"

@@ -423,7 +423,8 @@ class Trainer:
             self._name_skipped(validation)
             raise nothing_readable(validation)
         points = calibrate.sweep(table, self.flops)
-        chosen = calibrate.choose(points)
+        share = math.inf if self.config.max_flops is None else self.config.max_flops
+        chosen = calibrate.choose(points, share * self.flops.without_exits)
         model.thresholds.fill_(chosen.threshold)
         never = points[-1]
         return {
