@@ -37,14 +37,15 @@ VARIANTS: dict[str, Exits | None] = {
     "drop-rest": Exits(drop_exited=True, rests_below=32),
 }
 TABLE = ("plain", "keep", "drop")
-#: At which imbalances, with convolutional heads.
+_WITHOUT_WEIGHTS = ("ce", "balanced_softmax")
+#: At which imbalances and with which losses, with convolutional heads.
 TRIED = {
-    "stay": (100,),
-    "keep-0.99": (100,),
-    "keep-light": (100, 50),
-    "keep-lighter": (100, 50),
-    "drop-late": (100,),
-    "drop-rest": (100,),
+    "stay": {100: (*_WITHOUT_WEIGHTS, "ldam_drw")},
+    "keep-0.99": {100: (*_WITHOUT_WEIGHTS, "ldam_drw")},
+    "keep-light": {100: (*_WITHOUT_WEIGHTS, "ldam_drw"), 50: _WITHOUT_WEIGHTS},
+    "keep-lighter": {100: _WITHOUT_WEIGHTS, 50: _WITHOUT_WEIGHTS},
+    "drop-late": {100: _WITHOUT_WEIGHTS},
+    "drop-rest": {100: _WITHOUT_WEIGHTS},
 }
 
 
@@ -73,9 +74,9 @@ def table() -> list[Run]:
     ]
     runs += [
         Run(imbalance, loss, "conv", variant, seed)
-        for loss in ("ce", "balanced_softmax")
         for seed, variant in product(SEEDS, TRIED)
-        for imbalance in TRIED[variant]
+        for imbalance, tried in TRIED[variant].items()
+        for loss in tried
     ]
     return runs
 
