@@ -23,6 +23,7 @@ class _Exit(NamedTuple):
     survivors: Tensor  # [n] of which the first `survivor_count` are meant
     survivor_count: Tensor  # []
     losses: Tensor | None = None  # [n] or None without a target
+    may_be_held: bool = True  # the logits, by a head of the user's
 
 
 class ELF(reference.ELF):
@@ -69,17 +70,21 @@ class ELF(reference.ELF):
                 temperatures[e] if e < last else torch.scalar_tensor(1.0),
                 is_last=e == last,
             )
-            out = self._record(out, alive, result, e)
+            if e == 0:
+                dtype = result.logits.dtype
+            n = 0 if e == last else int(result.survivor_count)
+            if n < 0:
+                checks.target_range(y, result.logits.shape[1])
+            if n < rows:  # else a later exit overwrites every row
+                out = self._record(out, alive, result, e, dtype)
             if result.losses is not None:
                 loss = reference._add(loss, self.exit_weights[e] * result.losses.sum())
             if e == last:
                 break
-            n = int(result.survivor_count)
-            if n < 0:
-                checks.target_range(y, result.logits.shape[1])
             observed = batch.observed(n)
             if n == 0:
                 if batch.shared:
+                    assert out is not None
                     _, zero = self._without_survivors(x, batch, e + 1, observed)
                     out, loss = reference._add_zero(out, loss, zero)
                 break
@@ -128,7 +133,7 @@ class ELF(reference.ELF):
                 (features, weight, bias, t, T, code, None, early_stop, True),
             )
             self._check_logits(z, e, rows)
-            return _Exit(z, *gate)
+            return _Exit(z, *gate)._replace(may_be_held=False)
         z = head(x)
         if present is not None:
             z = z[present]
@@ -161,17 +166,22 @@ class ELF(reference.ELF):
             return super()._losses(z, y)
         return functional.exit_loss(z, y, **family).loss
 
-    def _record(self, out: ELFOutput | None, alive: Tensor | None, r: _Exit, e: int) -> ELFOutput:
+    def _record(
+        self, out: ELFOutput | None, alive: Tensor | None, r: _Exit, e: int, dtype: torch.dtype
+    ) -> ELFOutput:
         """As reference._write, but in place where no gradient forbids it."""
-        confidence = r.confidence.detach()
+        confidence = r.confidence
+        if torch.is_grad_enabled():
+            confidence = confidence.detach()
         if confidence.dtype != torch.float32:
             confidence = confidence.float()
         if out is None or alive is None:
-            # A head of the user's may hand out a tensor it keeps: later exits write into a copy.
-            logits = r.logits if torch.is_grad_enabled() else r.logits.clone()
+            # Later exits write into the logits.
+            copy = r.may_be_held and not torch.is_grad_enabled()
+            logits = r.logits.to(dtype, copy=copy)
             exit_index = torch.full_like(r.prediction, e)
             return ELFOutput(logits, r.prediction, confidence, exit_index, None)
-        z = r.logits.to(out.logits.dtype)
+        z = r.logits.to(dtype)
         return ELFOutput(
             out.logits.index_copy(0, alive, z)
             if torch.is_grad_enabled()

@@ -146,6 +146,7 @@ def exit_head(
     if weight.shape[1] != D:
         raise ValueError(f"weight: expected [C, {D}], got {list(weight.shape)}")
     if bias is not None:
+        bias = bias.contiguous()
         gate.check_vector(C, weight.dtype, bias=bias)
     rows = max(16, min(64, triton.next_power_of_2(N)))
     classes = 64 if C > 32 else 32

@@ -99,6 +99,17 @@ def test_criteria(cls, criterion, t):
 
 
 @BOTH
+@pytest.mark.parametrize("threshold", [0.9, math.inf])
+def test_the_first_head_gives_the_dtype_whoever_leaves_there(cls, threshold):
+    model = lookup(cls, [[SURE, UNSURE, UNSURE], [SURE] * 3], thresholds=threshold).eval()
+    model.heads[0].to(torch.bfloat16)
+    with torch.no_grad():
+        out = model(SAMPLES)
+    assert out.logits.dtype == torch.bfloat16
+    assert out.exit_index.tolist() == ([0, 1, 1, 0] if threshold < 1 else [1] * 4)
+
+
+@BOTH
 def test_nan_goes_on_to_the_end(cls):
     nan = [math.nan, 9.0, 0.0]
     out = lookup(cls, [[nan, SURE, SURE]] * 2, thresholds=0.0).eval()(SAMPLES)

@@ -204,6 +204,34 @@ def test_exit_head(shape, channels_last, dtype, device):
         assert args[0].grad.stride() == x.stride()
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "N, D, C", [(1, 1, 1), (5, 37, 9), (7, 16, 5), (2, 130, 3), (70, 300, 110)]
+)
+def test_exit_head_of_vectors_is_a_product(N, D, C, dtype, device):
+    """The last product is large enough for a library; strided arguments always go there."""
+    generator = torch.Generator().manual_seed(N)
+    x, weight, bias = (
+        torch.randn(*size, generator=generator).to(dtype).to(device)
+        for size in ((N, D), (C, D), (C,))
+    )
+    strided = weight.repeat_interleave(2, 1)[:, ::2], bias.repeat_interleave(2)[::2]
+    turned = x.T.contiguous().T
+    for features_, w, b in ((x, weight, bias), (x, *strided), (turned, weight, None)):
+        plain = torch.nn.functional.linear(x, weight, b if b is None else bias)
+        exact = torch.nn.functional.linear(*(t if t is None else t.double() for t in (x, w, b)))
+        out = functional.exit_head(features_, w, b, 0.5)
+        assert_as_accurate(out.logits, plain, exact, max(torch.finfo(dtype).eps, 1e-6) * 2)
+
+
+def test_exit_head_adds_an_infinite_weight_once(device):
+    x, weight = torch.ones(3, 37, device=device), torch.zeros(2, 37, device=device)
+    x[0, 30] = 0
+    weight[1, 30] = inf
+    logits = functional.exit_head(x, weight, None, 0.5).logits
+    assert logits[0, 1].isnan() and logits[1:, 1].isposinf().all() and (logits[:, 0] == 0).all()
+
+
 SURVIVORS = {
     "none": lambda N: [],
     "all": lambda N: list(range(N)),

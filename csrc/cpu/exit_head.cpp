@@ -3,15 +3,15 @@
 //   pooled = mean of features over positions;  logits = pooled W^T + b;  then exit_gate(logits)
 //
 // features: [N, D, H, W] in either memory format, tokens [N, T, D], or [N, D]. The pool reads the
-// features once; the product is PyTorch's own (a matrix library beats ours); the gate then finds
-// the logits in cache. The product runs in the classifier's dtype.
+// features once; large products are PyTorch's own (a matrix library beats ours there); the gate
+// then finds the logits in cache. The product runs in the classifier's dtype.
 #include "exit_gate.h"
 
 #include <array>
 
 namespace elf_fast {
 namespace {
-#define ELF_ROW_KERNELS "pool_rows.inl"
+#define ELF_ROW_KERNELS "exit_head_rows.inl"
 #include "for_each_isa.inl"
 
 bool is_channels_last(const Tensor& t) {
@@ -47,7 +47,41 @@ Tensor pool(const Tensor& features) {
   return pooled;
 }
 
+// Multiplications. A matrix library takes longer to get going than so many take here
+// (docs/cpu-kernels.md).
+constexpr int64_t kSmallProduct = int64_t{1} << 21;
+
+bool is_small(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const ScalarType dtype = weight.scalar_type();
+  return dtype != ScalarType::Double && x.is_contiguous() && weight.is_contiguous() &&
+         x.numel() * weight.size(0) <= kSmallProduct &&
+         (!bias.has_value() || (bias->scalar_type() == dtype && bias->is_contiguous()));
+}
+
+Tensor small_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  const int64_t N = x.size(0), D = x.size(1), C = weight.size(0);
+  const int64_t sizes[2] = {N, C}, strides[2] = {C, 1};
+  const Tensor logits = empty_strided(sizes, strides, 2, weight.scalar_type(), x);
+  for_floating(weight.scalar_type(), "exit_head", [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    if constexpr (!std::is_same_v<T, double>) {
+      const T *in = data<const T>(x), *w = data<const T>(weight);
+      const T* b = bias.has_value() ? data<const T>(*bias) : nullptr;
+      T* out = data<T>(logits);
+      over_rows(N, C * D, [&](int64_t begin, int64_t end) {
+        ELF_ON_ISA(linear_rows(in, begin, end, D, w, b, C, out));
+      });
+    }
+  });
+  return logits;
+}
+
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == x.size(1),
+                  "weight: expected [C, D] with D = ", x.size(1));
+  STD_TORCH_CHECK(!bias.has_value() || (bias->dim() == 1 && bias->size(0) == weight.size(0)),
+                  "bias: expected [C] with C = ", weight.size(0));
+  if (is_small(x, weight, bias)) return small_linear(x, weight, bias);
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x),
                                     torch::stable::detail::from(weight),
                                     torch::stable::detail::from(bias)};
@@ -63,8 +97,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_head(
   Tensor pooled = pool(features);
   if (pooled.scalar_type() != weight.scalar_type())
     pooled = torch::stable::to(pooled, weight.scalar_type());
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.size(1) == pooled.size(1),
-                  "weight: expected [C, D] with D = ", pooled.size(1));
   const Tensor logits = linear(pooled, weight, bias);
   GateOutputs out = run_gate(logits, threshold, temperature, criterion, target, early_stop);
   const int64_t none[2] = {0, weight.size(0)}, strides[2] = {weight.size(0), 1};

@@ -1,4 +1,4 @@
-// Means over positions, samples [begin, end) of a batch.
+// Samples [begin, end) of exit_head: means over positions, and small matrix products.
 
 // Sum of P neighbouring values, P small enough for a vector to be mostly padding.
 template <class T, class A>
@@ -60,4 +60,52 @@ inline void pool_channels_last(const double* x, int64_t begin, int64_t end, int6
       for (int64_t p = 0; p < P; ++p) s += x[(n * P + p) * D + d];
       pooled[n * D + d] = s / static_cast<double>(P);
     }
+}
+
+// out[r, k] = x[r] . w[k] + b[k] for kRows samples, x [kRows, D], and kClasses classes,
+// w [kClasses, D]; rows of `out` lie C apart. Sums are float32.
+template <int kRows, int kClasses, class T>
+ELF_INLINE void product_tile(const T* x, const T* w, const T* b, int64_t D, int64_t C, T* out) {
+  vf s[kRows][kClasses] = {};
+  int64_t d = 0;
+  for (; d + kLanes <= D; d += kLanes) {
+    vf values[kRows];
+    for (int r = 0; r < kRows; ++r) values[r] = load(x + r * D + d);
+    for (int k = 0; k < kClasses; ++k) {
+      const vf weights = load(w + k * D + d);
+      for (int r = 0; r < kRows; ++r) s[r][k] += values[r] * weights;
+    }
+  }
+  if (d < D) {
+    // Both are masked: an infinite weight in a lane that is read twice would give NaN.
+    const auto last = [&](const T* row) ELF_LAMBDA {
+      const Tail tail = load_tail(row, D);
+      return select(tail.keep, tail.x, vf{});
+    };
+    for (int k = 0; k < kClasses; ++k)
+      for (int r = 0; r < kRows; ++r) s[r][k] += last(x + r * D) * last(w + k * D);
+  }
+  for (int k = 0; k < kClasses; ++k)
+    for (int r = 0; r < kRows; ++r)
+      out[r * C + k] =
+          static_cast<T>(horizontal_sum(s[r][k]) + (b ? static_cast<float>(b[k]) : 0.0f));
+}
+
+// The classes of kRows samples.
+template <int kRows, class T>
+ELF_INLINE void product_rows(const T* x, const T* w, const T* b, int64_t D, int64_t C, T* out) {
+  constexpr int kClasses = kLanes == 16 ? 4 : 2;  // as many sums as the registers hold
+  int64_t c = 0;
+  for (; c + kClasses <= C; c += kClasses)
+    product_tile<kRows, kClasses>(x, w + c * D, b ? b + c : b, D, C, out + c);
+  for (; c < C; ++c) product_tile<kRows, 1>(x, w + c * D, b ? b + c : b, D, C, out + c);
+}
+
+// logits [N, C] = x [N, D] w [C, D]^T + b [C] (or none).
+template <class T>
+void linear_rows(const T* x, int64_t begin, int64_t end, int64_t D, const T* w, const T* b,
+                 int64_t C, T* logits) {
+  int64_t n = begin;
+  for (; n + 4 <= end; n += 4) product_rows<4>(x + n * D, w, b, D, C, logits + n * C);
+  for (; n < end; ++n) product_rows<1>(x + n * D, w, b, D, C, logits + n * C);
 }
