@@ -30,6 +30,7 @@ from rich.console import Console
 from elf_fast import cli
 from elf_fast.training import build, checkpoint, snapshot, trainer
 from elf_fast.training.config import TrainConfig
+from elf_fast.training.distributed import Ranks
 from elf_fast.training.trainer import CHECKPOINTS, RESULTS, train
 
 CONFIG = TrainConfig(
@@ -281,9 +282,50 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):
     for change, message in (
         ({"model": "cifar_resnet14"}, "does not fit the network and optimiser"),
         ({"model_ema": False}, "expected model_ema True as in the checkpoint, got False"),
+        ({"opt": "adamw"}, "expected opt sgd as in the checkpoint, got adamw"),
     ):
         with pytest.raises(checkpoint.CheckpointError, match=message):
             train(replace(config, **change), resume=True, console=QUIET)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"thresholds": (0.3,), "train_threshold": (0.7,), "weight_decay": 0.01, "momentum": 0.5},
+        {"loss": "logit_adjusted", "tau": 3.0, "criterion": "entropy"},
+        {"loss": "balanced_softmax", "imbalance": 10.0, "drw_epoch": None},
+    ],
+    ids=["exits and optimiser", "loss", "data"],
+)
+def test_settings_given_to_resume_replace_those_of_the_checkpoint(changes, tmp_path, monkeypatch):
+    config = replace(CONFIG, loss="cross_entropy", output=str(tmp_path))
+    interrupt(monkeypatch, config, 1)
+    fresh, resumed = (
+        trainer.Trainer(replace(config, **changes), Ranks(torch.device("cpu")), console=QUIET)
+        for _ in range(2)
+    )
+    resumed.resume()
+    for ours, theirs in ((fresh.model, resumed.model), (fresh.result, resumed.result)):
+        expected, found = ours.state_dict(), theirs.state_dict()
+        assert found.keys() == expected.keys()
+        settled = [k for k in expected if not k.startswith(("stages.", "heads."))]
+        assert "thresholds" in settled
+        assert [k for k in settled if not torch.equal(found[k], expected[k])] == []
+        assert not torch.equal(
+            found["heads.0.classifier.weight"], expected["heads.0.classifier.weight"]
+        )
+    for group, saved in zip(
+        fresh.optimizer.param_groups, resumed.optimizer.param_groups, strict=True
+    ):
+        assert saved["momentum"] == group["momentum"]
+        assert saved["weight_decay"] == group["weight_decay"]
+    assert len(resumed.optimizer.state) == len(list(resumed.model.parameters()))
+
+
+def test_epochs_that_are_done_are_not_undone(whole):
+    fewer = replace(CONFIG, output=str(whole), epochs=1)
+    with pytest.raises(checkpoint.CheckpointError, match="epochs of at least 2, .* done, got 1"):
+        train(fewer, resume=True, console=QUIET)
 
 
 def test_a_run_is_not_overwritten(whole):

@@ -174,16 +174,24 @@ class Trainer:
                 f"multiple of batch_size x processes = {self.global_batch}; resume with "
                 f"{state['global_batch']}, or another divisor"
             )
-        if (saved.average is None) != (self.average is None):
+        if state["position"]["epoch"] > self.config.epochs:
             raise checkpoint.CheckpointError(
-                f"{saved.path}: expected model_ema {saved.average is not None} as in the "
-                f"checkpoint, got {self.config.model_ema}"
+                f"{saved.path}: expected epochs of at least {state['position']['epoch']}, which "
+                f"are done, got {self.config.epochs}"
             )
+        for name, was, now in (
+            ("model_ema", saved.average is not None, self.config.model_ema),
+            ("opt", saved.metadata["config"]["opt"], self.config.opt),
+        ):
+            if was != now:
+                raise checkpoint.CheckpointError(
+                    f"{saved.path}: expected {name} {was} as in the checkpoint, got {now}"
+                )
         try:
-            self.model.load_state_dict(saved.weights)
+            _load_learnt(self.model, saved.weights)
             if self.average is not None and saved.average is not None:
-                self.average.model.load_state_dict(saved.average)
-            self.optimizer.load_state_dict(state["optimizer"])
+                _load_learnt(self.average.model, saved.average)
+            _load_progress(self.optimizer, state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
@@ -193,7 +201,8 @@ class Trainer:
         # The sums are those of all ranks: the first one takes them over.
         sums = Totals(**state["position"]["totals"])
         totals = sums if self.ranks.is_first else self._no_totals()
-        self.position = Position(**{**state["position"], "totals": totals})
+        self.position = p = Position(**{**state["position"], "totals": totals})
+        self._reweight_loss(p.epoch if p.samples else p.epoch - 1)
         if len(state["random"]) == self.ranks.world_size:
             _set_random_state(state["random"][self.ranks.rank], self.device)
 
@@ -266,8 +275,7 @@ class Trainer:
 
     def _epoch(self, log: Log) -> None:
         config, p, loader = self.config, self.position, self.loader
-        if isinstance(self.model.exit_loss, DeferredReweighting):
-            self.model.exit_loss.set_epoch(p.epoch)
+        self._reweight_loss(p.epoch)
         loader.set_epoch(p.epoch, start=p.samples // self.global_batch)
         self.model.train()
         log.begin_epoch(p.epoch, loader.position)
@@ -298,6 +306,12 @@ class Trainer:
         p.history.append(record)
         log.epoch(record)
         self._name_skipped(loader)
+
+    def _reweight_loss(self, epoch: int) -> None:
+        """Gives a loss with deferred weights those of an epoch, in the average's copy, too."""
+        for model in (self.model, self.result):
+            if isinstance(model.exit_loss, DeferredReweighting):
+                model.exit_loss.set_epoch(epoch)
 
     def _step(self, group: list[tuple[Tensor, Tensor]]) -> int:
         """One step of the optimiser on the mean loss over a group of batches, whose samples on all
@@ -433,6 +447,29 @@ class Trainer:
             "accuracy_exits_off": never.accuracy,
             "flops_share": chosen.flops / self.flops.without_exits,
         }
+
+
+def _load_learnt(model: ELF, saved: dict[str, Tensor]) -> None:
+    """Loads stages and heads. Thresholds, temperatures and the loss follow from the settings, which
+    may have changed since."""
+
+    def learnt(name: str) -> bool:
+        return name.startswith(("stages.", "heads."))
+
+    settled = {name: value for name, value in model.state_dict().items() if not learnt(name)}
+    model.load_state_dict({**settled, **{k: v for k, v in saved.items() if learnt(k)}})
+
+
+def _load_progress(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads what the optimiser has gathered; momentum and weight decay stay as the settings say,
+    and the learning rate follows its schedule."""
+    settled: list[dict[str, Any]] = [
+        {key: group[key] for key in ("momentum", "weight_decay") if key in group}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, settled, strict=True):
+        group.update(values)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
