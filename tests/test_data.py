@@ -290,6 +290,15 @@ def test_a_folder_in_parts_keeps_the_labels_of_training(tmp_path, plain):
         data.image_folder(tmp_path)
 
 
+def test_parts_without_images_are_refused(tmp_path, plain):
+    write_folder(tmp_path / "train", a=1, b=1)
+    with pytest.raises(ValueError, match="validation_fraction: expected 0 where no class has two"):
+        data.image_folder(tmp_path, validation_fraction=0.5)
+    (tmp_path / "test" / "a").mkdir(parents=True)
+    with pytest.raises(data.DataError, match="test: expected images in its class folders, got no"):
+        data.image_folder(tmp_path)
+
+
 def test_a_folder_made_long_tailed_after_validation_is_held_out(tmp_path, plain):
     write_folder(tmp_path, a=10, b=10, c=10)
     splits = data.image_folder(
@@ -381,6 +390,11 @@ def test_missing_lists_empty_classes_and_unknown_names(listed):
         data.DataError, match="every class, got none of 1,000,000,000,000,000: 0, 1"
     ):
         data.from_lists(listed, listed / "far.txt")
+    (listed / "empty.txt").write_text("\n")
+    with pytest.raises(data.DataError, match="^.*empty.txt: expected images, got none$"):
+        data.from_lists(listed, listed / "empty.txt")
+    with pytest.raises(data.DataError, match="^.*empty.txt: expected images, got none$"):
+        data.from_lists(listed, listed / "Places_LT_train.txt", listed / "empty.txt")
     with pytest.raises(ValueError, match="name: expected one of ImageNet-LT, .* got 'ImageNet'"):
         data.published("ImageNet", listed)
 
@@ -418,6 +432,13 @@ def test_evaluation_normalises_and_does_nothing_at_random(transforms, size, crop
     expected = (pixels[crop, crop].astype(np.float64) / 255 - mean) / std
     assert type(one) is torch.Tensor and one.dtype == torch.float32
     np.testing.assert_allclose(one.permute(1, 2, 0).numpy(), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("part", ["train", "evaluate"])
+def test_small_images_have_their_size_already(part):
+    transform = getattr(data.small_image_transforms(16), part)
+    with pytest.raises(ValueError, match="expected an image of 16x16 pixels, got 17x16"):
+        transform(Image.new("RGB", (17, 16)))
 
 
 def test_small_images_are_shifted_and_mirrored():

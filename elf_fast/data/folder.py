@@ -34,7 +34,7 @@ def image_folder(
         transforms: `image_transforms()` if None.
 
     Raises:
-        DataError: no such folder, or a part has classes that training lacks.
+        DataError: no such folder, or a part has no images or classes that training lacks.
         FileNotFoundError: no class folders, or one without images.
     """
     from torchvision.datasets import ImageFolder
@@ -100,5 +100,7 @@ def _part(folder: Path | None, class_names: list[str], transforms: Transforms) -
         extensions=IMG_EXTENSIONS,
         allow_empty=True,
     )
+    if not samples:
+        raise DataError(f"{folder}: expected images in its class folders, got none")
     targets = torch.tensor([target for _, target in samples], dtype=torch.int64)
     return ImageFiles([path for path, _ in samples], targets, transforms.evaluate)

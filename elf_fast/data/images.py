@@ -39,7 +39,8 @@ def read_image(path: str) -> Image.Image:
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Image files, read when they are asked for."""
+    """Image files, read when they are asked for. One that the transform cannot take, by a
+    ValueError, raises `DecodeError` as one that cannot be read does."""
 
     def __init__(self, paths: Sequence[str], targets: Tensor, transform: Transform) -> None:
         self.paths = paths  # [N]
@@ -50,7 +51,12 @@ class ImageFiles(Dataset[tuple[Tensor, int]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        return self.transform(read_image(self.paths[index])), int(self.targets[index])
+        path = self.paths[index]
+        image = read_image(path)
+        try:
+            return self.transform(image), int(self.targets[index])
+        except ValueError as error:
+            raise DecodeError(f"{path}: {error}", path) from error
 
 
 class ImageArray(Dataset[tuple[Tensor, int]]):

@@ -109,8 +109,8 @@ def from_lists(
         transforms: `image_transforms()` if None.
 
     Raises:
-        DataError: lists that are missing, lines that are malformed, labels out of range, classes
-            without a training image, images that are not there: all of them, in one message.
+        DataError: lists that are missing or empty, lines that are malformed, labels out of range,
+            classes without a training image, images that are not there: all in one message.
     """
     given = {"train": train, "validation": validation, "test": test}
     files = {part: Path(file) for part, file in given.items() if file is not None}
@@ -191,9 +191,11 @@ def _findings(part: str, listed: _List, classes: int, facts: Facts | None) -> It
             f"expected labels from 0 to {classes - 1}, got {len(outside):,} others: "
             f"{_first(outside)}"
         )
-    if facts and facts.lists[part][1] != N:
+    if not N and not listed.malformed:
+        yield "expected images, got none"
+    elif facts and facts.lists[part][1] != N:
         yield f"expected {facts.lists[part][1]:,} images, got {N:,}"
-    if part == "train" and not outside:
+    if part == "train" and N and not outside:
         counts = Counter(listed.labels)
         without = classes - len(counts)
         if without:

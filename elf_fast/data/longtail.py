@@ -31,8 +31,8 @@ def long_tailed_counts(
     checks.at_least("imbalance", imbalance, 1.0)
     if imbalance > n_max:
         raise ValueError(
-            f"imbalance: expected at most {n_max}, the samples of the largest class, so that the "
-            f"smallest has one, got {imbalance}"
+            f"imbalance: expected at most {n_max}, the samples that the largest class is given, so "
+            f"that the smallest has one, got {imbalance}"
         )
     if profile == "exponential":
         shares = [imbalance ** (-i / (classes - 1)) for i in range(classes)]
@@ -108,6 +108,11 @@ def choose(
     kept, held_out = torch.arange(len(targets)), None
     if validation_fraction:
         kept, held_out = hold_out(targets, validation_fraction, seed=seed)
+        if not len(held_out):
+            raise ValueError(
+                "validation_fraction: expected 0 where no class has two samples, got "
+                f"{validation_fraction}"
+            )
     if imbalance is not None:
         kept = kept[long_tailed_subset(targets[kept], imbalance, profile=profile, seed=seed)]
     return kept, held_out

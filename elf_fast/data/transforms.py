@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+from PIL import Image
 
 from .images import Transform
 
@@ -27,11 +28,27 @@ def small_image_transforms(
     size: int = 32, *, mean: Sequence[float] = CIFAR_MEAN, std: Sequence[float] = CIFAR_STD
 ) -> Transforms:
     """For images that have size x size pixels: in training shifted by up to size / 8 pixels (zeros
-    come in) and mirrored at random (He et al., arXiv 1512.03385, section 4.2)."""
+    come in) and mirrored at random (He et al., arXiv 1512.03385, section 4.2). Images of another
+    size raise a ValueError."""
     from torchvision.transforms import v2
 
     augment = [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
-    return _pair(augment, [], mean, std)
+    return _pair([_Exactly(size), *augment], [_Exactly(size)], mean, std)
+
+
+class _Exactly:
+    """Passes on images of size x size pixels."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        if image.size != (self.size, self.size):
+            raise ValueError(
+                f"expected an image of {self.size}x{self.size} pixels, got "
+                "{}x{}; transforms for large images scale".format(*image.size)
+            )
+        return image
 
 
 def image_transforms(
