@@ -179,6 +179,24 @@ def at_least(name: str, value: Any, low: float, high: float = math.inf) -> None:
         raise ValueError(f"{name}: expected {bound}, got {v}")
 
 
+def device(name: str | None) -> torch.device:
+    """The device of that name, which torch must know and have; for None a GPU if there is one."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"device: expected cpu, cuda or another of torch's, got {name!r}"
+        ) from None
+    gpus = torch.cuda.device_count()
+    if found.type == "cuda" and (found.index or 0) >= gpus:
+        raise ValueError(
+            f"device: expected cpu, or one of the {gpus} GPUs that torch can use, got {name!r}"
+        )
+    return found
+
+
 def per_class(name: str, value: Any, classes: int, device: torch.device) -> None:
     """`value` must be None or floating [C] on `device`."""
     if value is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -32,9 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(str(error))
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name not in _EXTRA:
+        if name not in _EXTRA | {"wandb"}:
             raise
-        return _fail(f'{name} is not installed: pip install "elf_fast[train]"')
+        cure = '"elf_fast[train]"' if name in _EXTRA else name
+        return _fail(f"{name} is not installed: pip install {cure}")
     except BrokenPipeError:
         # Whoever read stdout (`| head`) is gone; Python's flush at exit must not complain.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -106,7 +108,8 @@ def _parser() -> argparse.ArgumentParser:
         "numbers that the run wrote into metrics.json, or the demo into results.json.",
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="RUN",
-                          help="a run's folder, one of its checkpoints, or weights")  # fmt: skip
+                          help="folder of a run or of the demo, a run's checkpoint, or "
+                          "weights")  # fmt: skip
     evaluate.add_argument("--data-dir", metavar="FOLDER", help="where the images are now")
     evaluate.add_argument("--json", action="store_true", help="print all metrics as JSON")
     evaluate.set_defaults(command=_eval)
@@ -166,7 +169,13 @@ def _train(arguments: argparse.Namespace) -> int:
     folder = arguments.resume
     try:
         given = load_yaml(arguments.config) if arguments.config else {}
-        given.update(from_arguments(arguments))
+        flags = from_arguments(arguments)
+        if folder is not None and Path(flags.get("output", folder)) != folder:
+            raise UserError(
+                f"--output: expected {folder} or none beside --resume {folder}, "
+                f"got {flags['output']}"
+            )
+        given.update(flags)
         resume = folder is not None and (folder / CONFIG).exists()
         if folder is not None and not resume:
             if not given:
@@ -175,8 +184,9 @@ def _train(arguments: argparse.Namespace) -> int:
         config = resumed_config(folder, **given) if resume else from_dict(given)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    with distributed.ranks(config.device) as ranks:
+    with contextlib.ExitStack() as stack:
         try:
+            ranks = stack.enter_context(distributed.ranks(config.device))
             trainer = Trainer(config, ranks)
             if folder is not None:  # on every rank, whatever it sees of the folder
                 trainer.resume()
@@ -194,14 +204,12 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _eval(arguments: argparse.Namespace) -> int:
-    from .data import DataError
-    from .training.checkpoint import CheckpointError
     from .training.evaluate import evaluate_saved
 
     overrides = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
     try:
         metadata, metrics = evaluate_saved(arguments.checkpoint, **overrides)
-    except (CheckpointError, DataError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     if arguments.json:
         print(json.dumps(metrics, indent=1))

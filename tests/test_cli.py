@@ -59,7 +59,7 @@ def test_eval_repeats_the_demos_numbers(demo, capsys):
     results = json.loads((folder / "results.json").read_text())
     assert json.loads(capsys.readouterr().out) == results["runs"][0]["test"]["elf"]
     assert torch.get_num_threads() == threads
-    assert cli.main(["eval", str(folder / "model.safetensors")]) == 0
+    assert cli.main(["eval", str(folder)]) == 0
     overall = 100 * results["runs"][0]["test"]["elf"]["overall"]
     assert f"accuracy overall, %       {overall:.1f}" in capsys.readouterr().out
 

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -132,7 +133,10 @@ def test_yaml_takes_numbers_as_people_write_them(tmp_path):
         ({"model_kwargs": ["a"]}, ValueError, "model_kwargs: expected KEY=VALUE, got 'a'"),
         ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
         ({"momentum": 2}, ValueError, r"momentum: expected a number in \[0.0, 1.0\], got 2.0"),
-        ({"dataset": "folder"}, ValueError, "data_dir: expected the folder of folder, got none"),
+        ({"model_kwargs": None}, ValueError, "model_kwargs: expected KEY=VALUE, got None"),
+        ({"model_kwargs": ["a=[1"]}, ValueError, r"KEY=VALUE with a YAML value, got 'a=\[1'"),
+        ({"dataset": "folder"}, ValueError, "data_dir: expected a folder of images .*, got none"),
+        ({"max_flops": 0.5, "calibrate": False}, ValueError, "max_flops: expected none without"),
         ({"dataset": "Places-LT", "data_dir": "x", "imbalance": 9}, ValueError,
          "imbalance: expected none for Places-LT"),
     ],
@@ -414,6 +418,10 @@ def test_resuming_a_run_that_is_not_there_yet_starts_it(tmp_path, capsys):
         (["--dataset", "digits", "--img-size", "8"], "img_size: expected None for digits, got 8"),
         (["--epochs", "x", "--dataset", "digits"], "epochs: expected an integer, got 'x'"),
         (["-c", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (["--dataset", "digits", "--device", "gpu"], "device: expected cpu, cuda or another"),
+        (["--dataset", "digits", "--device", "cuda:99"], "GPUs that torch can use, got 'cuda:99'"),
+        (["--dataset", "digits", "--torchcompile", "c"], "torchcompile: expected a backend of"),
+        (["--resume", "a", "--output", "b"], "--output: expected a or none beside --resume a"),
     ],
 )
 def test_what_the_user_can_put_right_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):
@@ -422,6 +430,65 @@ def test_what_the_user_can_put_right_is_one_line(arguments, message, tmp_path, m
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"data_dir: \xff\n")
+    with pytest.raises(ValueError, match="a.yaml: expected YAML: unacceptable character"):
+        config.load_yaml(tmp_path / "a.yaml")
+
+
+def test_wandb_that_is_missing_stops_a_run_before_it_starts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.chdir(tmp_path)
+    flags = "--dataset digits --model cifar_resnet8 --log-wandb".split()
+    assert cli.main(["train", *flags]) == 2
+    assert capsys.readouterr().err == "elf-fast: wandb is not installed: pip install wandb\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_limit_of_flops_needs_a_threshold_to_choose(folder, tmp_path, capsys):
+    shutil.copytree(folder / "train", tmp_path / "data")
+    flags = ["train", "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
+    assert cli.main([*flags, *FLAGS, "--max-flops", "0.5"]) == 2
+    assert "max_flops: expected a validation part" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_last_batch_of_one_image_is_refused_where_it_cannot_be_normalised():
+    N = sum(trainer().class_counts)
+    with pytest.raises(
+        ValueError, match=f"batch_size: .* more than one of {N} images .* got {N - 1}$"
+    ):
+        trainer(model="torchvision/resnet18", batch_size=N - 1)
+    with pytest.raises(ValueError, match="batch_size: .* got 1$"):
+        trainer(model="torchvision/resnet18", batch_size=1)
+    trainer(model="torchvision/resnet18", batch_size=N - 2)
+    trainer(model="cifar_resnet8", batch_size=N - 1, torchcompile="eager")
+
+
+def test_eval_names_what_no_longer_fits(run, tmp_path, capsys):
+    weights, metadata = checkpoint.load(run / "model.safetensors")
+    for setting, message in (
+        ({"device": "cuda:99"}, "device: expected cpu, or one of the"),
+        ({"imbalance": 1e6}, "imbalance: expected at most 10"),
+        ({"gone": 1}, "gone: expected a setting"),
+    ):
+        changed = {**metadata, "config": {**metadata["config"], **setting}}
+        checkpoint.save(tmp_path / "a.safetensors", weights, changed)
+        assert cli.main(["eval", str(tmp_path / "a.safetensors")]) == 2
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
+
+
+def test_small_transforms_name_images_of_another_size(folder, tmp_path, capsys):
+    flags = ["--data-dir", str(folder), "--output", str(tmp_path / "run"), *FLAGS]
+    assert cli.main(["train", *flags, "--img-size", "8"]) == 2
+    said = capsys.readouterr().err
+    assert re.search(r"elf-fast: .*\.png: expected an image of 8x8 pixels, got 16x16", said)
+    cifar = TrainConfig(dataset="cifar10", data_dir="nowhere", img_size=64)
+    with pytest.raises(ValueError, match="img_size: expected 32 for cifar10 .* got 64"):
+        build.load_splits(cifar)
 
 
 def test_without_validation_thresholds_stay_and_without_test_validation_is_the_result(tmp_path):

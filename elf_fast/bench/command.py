@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .. import checks
 from ..backbones import create, default_exits
 from ..models import from_backbone
 from . import inference, training
@@ -21,7 +22,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     candidate's, [median, lower, upper quartile].
 
     Raises:
-        ValueError: an argument that names no network, no module, or no batch.
+        ValueError: an argument that names no network, no module, no device, or no batch.
     """
     if options.batch < 1 or options.size < 1 or options.classes < 2:
         raise ValueError(
@@ -31,7 +32,7 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     if not all(0 <= share <= 1 for share in options.share):
         raise ValueError(f"--share: expected numbers in [0, 1], got {options.share}")
     torch.manual_seed(0)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = checks.device(options.device)
     layout = torch.channels_last
     backbone = create(options.model, options.classes).to(device).to(memory_format=layout)
     images = torch.randn(options.batch, 3, options.size, options.size)

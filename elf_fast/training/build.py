@@ -77,7 +77,13 @@ def image_size(config: TrainConfig) -> int:
 
 
 def _transforms(config: TrainConfig) -> data.Transforms:
-    kind = config.transforms or ("small" if config.dataset.startswith("cifar") else "large")
+    cifar = config.dataset.startswith("cifar")
+    kind = config.transforms or ("small" if cifar else "large")
+    if cifar and kind == "small" and image_size(config) != 32:
+        raise ValueError(
+            f"img_size: expected 32 for {config.dataset} unless by transforms large, which scale, "
+            f"got {config.img_size}"
+        )
     make = data.small_image_transforms if kind == "small" else data.image_transforms
     return make(image_size(config))
 

@@ -194,11 +194,18 @@ class TrainConfig:
                 check: Any = checks.integer if isinstance(limits[0], int) else checks.at_least
                 check(option.name, value, *limits)
         if self.dataset != "digits" and self.data_dir is None:
-            raise ValueError(f"data_dir: expected the folder of {self.dataset}, got none")
+            raise ValueError(
+                f"data_dir: expected a folder of images (dataset {self.dataset}), got none"
+            )
         if self.imbalance is not None and self.dataset not in _SUBSETTABLE:
             raise ValueError(
                 f"imbalance: expected none for {self.dataset}, whose lists say what is in it, "
                 f"got {self.imbalance}"
+            )
+        if self.max_flops is not None and not self.calibrate:
+            raise ValueError(
+                "max_flops: expected none without calibration, which chooses the threshold, got "
+                f"{self.max_flops}"
             )
 
     @property
@@ -237,7 +244,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_bytes())
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: expected YAML: {error}") from error
     if values is None:
@@ -344,7 +351,8 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         items = value if isinstance(value, (list, tuple)) else [value]
         return tuple(_convert(name, item, arguments[0]) for item in items)
     if origin is dict:
-        return value if isinstance(value, dict) else dict(_key_value(name, item) for item in value)
+        items = value if isinstance(value, (list, tuple)) else [value]
+        return value if isinstance(value, dict) else dict(_key_value(name, i) for i in items)
     is_bool = isinstance(value, bool)
     if isinstance(value, inner) and is_bool == (inner is bool):
         return value
@@ -363,4 +371,7 @@ def _key_value(name: str, item: Any) -> tuple[str, Any]:
     key, equals, value = str(item).partition("=")
     if not equals:
         raise ValueError(f"{name}: expected KEY=VALUE, got {item!r}")
-    return key, yaml.safe_load(value)
+    try:
+        return key, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: expected KEY=VALUE with a YAML value, got {item!r}") from error

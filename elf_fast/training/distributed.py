@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
+from .. import checks
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -49,14 +51,17 @@ class Ranks:
 @contextlib.contextmanager
 def ranks(device: str | None = None) -> Iterator[Ranks]:
     """The process group that torchrun's environment asks for (WORLD_SIZE), if any; NCCL on GPUs,
-    one per process, and Gloo on CPUs. device: None takes a GPU if there is one."""
-    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    one per process, and Gloo on CPUs. device: None takes a GPU if there is one.
+
+    Raises:
+        ValueError: torch lacks the device, or the environment tells only part of what it should.
+    """
+    own = checks.device(device)
     if "WORLD_SIZE" not in os.environ:
-        yield Ranks(torch.device(kind))
+        yield Ranks(own)
         return
-    own = torch.device(kind)
     if own.type == "cuda":
-        own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        own = checks.device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(own)
     distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
     yield Ranks(own, distributed.get_rank(), distributed.get_world_size())

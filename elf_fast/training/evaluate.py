@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..data import DataError, ImageLoader, LabelledImages
 from ..flops import Flops, count_flops
 from ..losses import LongTailLoss
@@ -84,15 +85,16 @@ def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[s
     the test part, or on validation where a data set has no test part.
 
     Args:
-        path: a run's folder, one of its checkpoints, or a file of weights.
+        path: a run's or the demo's folder, a checkpoint of a run, or a file of weights.
         overrides: settings that differ from the run's, such as data_dir.
 
     Raises:
         CheckpointError: it cannot be read, or does not fit.
+        ValueError, TypeError: its settings fit the data, this version or this machine no longer.
     """
     state, metadata = _read(path)
     if metadata.get("network") != NETWORK:
-        return demo.evaluate_checkpoint(path)
+        return demo.evaluate_checkpoint(path / snapshot.WEIGHTS if path.is_dir() else path)
     config = replace(from_dict(metadata["config"]), **overrides)
     splits = build.load_splits(config)
     if splits.class_counts != metadata["class_counts"]:
@@ -100,7 +102,7 @@ def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[s
             f"{path}: expected the training data that it was made with, class_counts "
             f"{metadata['class_counts']}, got {splits.class_counts}"
         )
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = checks.device(config.device)
     model = build.network(config, splits.class_counts)
     try:
         model.load_state_dict(state)

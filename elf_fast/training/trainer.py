@@ -4,7 +4,9 @@ or on those that torchrun started, which goes on after an interruption as if the
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
+import importlib
 import json
 import math
 import time
@@ -87,6 +89,13 @@ class Trainer:
         self.splits = build.load_splits(config)
         self.class_counts = self.splits.class_counts
         self.device = ranks.device
+        if config.max_flops is not None and config.has_exits and self.splits.validation is None:
+            raise ValueError(
+                "max_flops: expected a validation part to choose the threshold on, as "
+                f"--validation-fraction holds it out, got none and {config.max_flops}"
+            )
+        if config.log_wandb:
+            importlib.import_module("wandb")  # before anything is written
         model = build.network(config, self.class_counts)
         if config.sync_bn and ranks.world_size > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -98,6 +107,11 @@ class Trainer:
         scaled = config.amp and config.amp_dtype == "float16" and self.device.type == "cuda"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         if config.torchcompile is not None:
+            if config.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
+                raise ValueError(
+                    "torchcompile: expected a backend of torch.compile, such as "
+                    f"{', '.join(torch.compiler.list_backends())}, got {config.torchcompile!r}"
+                )
             for stage in self.model.stages:
                 stage.compile(backend=config.torchcompile)
         self.learner: nn.Module = self.model
@@ -107,10 +121,12 @@ class Trainer:
             )
         # A seed of its own for every rank: for augmentation, and for dropout and its like.
         seed = config.seed * ranks.world_size + ranks.rank
+        sampler = build.epoch_sampler(config, self.splits.train.targets)
+        self._check_last_batch(len(sampler))
         self.loader = ImageLoader(
             self.splits.train,
             config.batch_size,
-            sampler=build.epoch_sampler(config, self.splits.train.targets),
+            sampler=sampler,
             workers=config.workers,
             seed=seed,
             channels_last=config.channels_last,
@@ -125,6 +141,24 @@ class Trainer:
         self.resumed = False
         self._named: set[str] = set()  # files that `_name_skipped` has shown
         torch.manual_seed(seed)
+
+    def _check_last_batch(self, N: int) -> None:
+        """Of N images per epoch and rank the last batch may have one, which a network cannot take
+        that normalises single values over the batch: better heard of now than after an epoch."""
+        if N % self.config.batch_size != 1 and self.config.batch_size > 1:
+            return
+        x, model = sample(self.config, self.device), copy.deepcopy(self.model).train()
+        try:
+            with torch.no_grad():
+                for stage, head in zip(model.stages, model.heads, strict=True):
+                    x = stage(x)
+                    head(x)
+        except ValueError as error:
+            raise ValueError(
+                f"batch_size: expected one that leaves more than one of {N} images for the last "
+                f"batch, since {self.config.model} cannot normalise one over the batch, got "
+                f"{self.config.batch_size}"
+            ) from error
 
     def _evaluation_loader(self, part: LabelledImages | None) -> ImageLoader | None:
         return None if part is None else evaluation_loader(self.config, part, self.device)
