@@ -283,6 +283,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):
         ({"model": "cifar_resnet14"}, "does not fit the network and optimiser"),
         ({"model_ema": False}, "expected model_ema True as in the checkpoint, got False"),
         ({"opt": "adamw"}, "expected opt sgd as in the checkpoint, got adamw"),
+        ({"exits": ()}, r"does not fit .{,250} \.\.\.\)$"),
     ):
         with pytest.raises(checkpoint.CheckpointError, match=message):
             train(replace(config, **change), resume=True, console=QUIET)

@@ -421,6 +421,11 @@ def test_resuming_a_run_that_is_not_there_yet_starts_it(tmp_path, capsys):
         (["--dataset", "digits", "--device", "gpu"], "device: expected cpu, cuda or another"),
         (["--dataset", "digits", "--device", "cuda:99"], "GPUs that torch can use, got 'cuda:99'"),
         (["--dataset", "digits", "--torchcompile", "c"], "torchcompile: expected a backend of"),
+        (["--dataset", "digits", "--opt", "sgdd"], "opt: expected an optimiser that timm can make"),
+        (
+            ["--dataset", "digits", "--model", "cifar_resnet8", "--model-kwargs", "a=1"],
+            "model_kwargs: expected options of cifar_resnet8, got {'a': 1}",
+        ),
         (["--resume", "a", "--output", "b"], "--output: expected a or none beside --resume a"),
     ],
 )
@@ -438,12 +443,20 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
         config.load_yaml(tmp_path / "a.yaml")
 
 
-def test_wandb_that_is_missing_stops_a_run_before_it_starts(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "wandb", None)
+@pytest.mark.parametrize(
+    "name, flag, cure",
+    [
+        ("wandb", ["--log-wandb", "--no-log-tensorboard"], "wandb"),
+        ("tensorboard", [], '"elf_fast[train]"'),
+    ],
+)
+def test_a_log_that_is_missing_stops_a_run_before_it_starts(
+    name, flag, cure, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.chdir(tmp_path)
-    flags = "--dataset digits --model cifar_resnet8 --log-wandb".split()
-    assert cli.main(["train", *flags]) == 2
-    assert capsys.readouterr().err == "elf-fast: wandb is not installed: pip install wandb\n"
+    assert cli.main(["train", "--dataset", "digits", "--model", "cifar_resnet8", *flag]) == 2
+    assert capsys.readouterr().err == f"elf-fast: {name} is not installed: pip install {cure}\n"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -465,6 +478,12 @@ def test_a_last_batch_of_one_image_is_refused_where_it_cannot_be_normalised():
         trainer(model="torchvision/resnet18", batch_size=1)
     trainer(model="torchvision/resnet18", batch_size=N - 2)
     trainer(model="cifar_resnet8", batch_size=N - 1, torchcompile="eager")
+
+
+def test_synchronised_norms_are_refused_without_gpus():
+    config = replace(DIGITS, sync_bn=True)
+    with pytest.raises(ValueError, match="sync_bn: expected GPUs, as torch does, got cpu"):
+        Trainer(config, Ranks(torch.device("cpu"), rank=0, world_size=2), console=QUIET)
 
 
 def test_eval_names_what_no_longer_fits(run, tmp_path, capsys):

@@ -208,8 +208,9 @@ def test_a_failed_save_leaves_the_checkpoint_alone(saved, monkeypatch):
     path, _ = saved
     before = path.read_bytes()
     monkeypatch.setattr(checkpoint.os, "fsync", _no_space)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match="No space") as error:
         checkpoint.save(path, {"a": torch.zeros(1)}, {})
+    assert error.value.filename == str(path)
     assert path.read_bytes() == before
     assert not list(path.parent.glob("*.partial"))
 

@@ -149,7 +149,12 @@ def network(config: TrainConfig, class_counts: list[int]) -> ELF:
     """
     torch.manual_seed(config.seed)
     C = len(class_counts)
-    backbone = create(config.model, C, **config.model_kwargs)
+    try:
+        backbone = create(config.model, C, **config.model_kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"model_kwargs: expected options of {config.model}, got {config.model_kwargs} ({error})"
+        ) from error
     loss = exit_loss(config, class_counts)
     if config.loss == "ldam":
         use_cosine_(backbone)
@@ -196,17 +201,22 @@ def optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimiser of that name, without weight decay on vectors and scalars.
 
     Raises:
-        ValueError: timm knows no such optimiser.
+        ValueError: timm knows no such optimiser, or it refuses its settings.
     """
     from timm.optim import create_optimizer_v2
 
-    return create_optimizer_v2(
-        model,
-        opt=config.opt,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+    try:
+        return create_optimizer_v2(
+            model,
+            opt=config.opt,
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"opt: expected an optimiser that timm can make, got {config.opt!r} ({error})"
+        ) from error
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,9 @@ def write(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+    except OSError as error:
+        error.filename = str(path)  # a write to a full disk names none
+        raise
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
@@ -91,6 +95,11 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{path}: its contents were changed after it was written (checksum differs)"
         )
     return state, json.loads(described)
+
+
+def misfit(error: Exception) -> str:
+    """What `load_state_dict` says, without the hundreds of names that it may list."""
+    return textwrap.shorten(str(error).splitlines()[-1], 200, placeholder=" ...")
 
 
 def previous(path: Path) -> Path:

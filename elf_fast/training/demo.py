@@ -209,7 +209,7 @@ def evaluate_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     except RuntimeError as error:
         raise checkpoint.CheckpointError(
             f"{path}: its weights do not fit the network of this version "
-            f"({str(error).splitlines()[-1].strip()})"
+            f"({checkpoint.misfit(error)})"
         ) from error
     return metadata, evaluate(model, data, count_flops(model, data.test.images[:1]))
 

@@ -109,7 +109,7 @@ def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[s
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: its weights do not fit the network of this version "
-            f"({str(error).splitlines()[-1].strip()})"
+            f"({checkpoint.misfit(error)})"
         ) from error
     model.to(device)
     part = splits.validation if splits.test is None else splits.test

@@ -94,10 +94,10 @@ class Trainer:
                 "max_flops: expected a validation part to choose the threshold on, as "
                 f"--validation-fraction holds it out, got none and {config.max_flops}"
             )
-        if config.log_wandb:
-            importlib.import_module("wandb")  # before anything is written
         model = build.network(config, self.class_counts)
         if config.sync_bn and ranks.world_size > 1:
+            if self.device.type != "cuda":
+                raise ValueError(f"sync_bn: expected GPUs, as torch does, got {self.device}")
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         memory_format = torch.channels_last if config.channels_last else torch.preserve_format
         self.model: ELF = model.to(self.device).to(memory_format=memory_format)
@@ -140,6 +140,9 @@ class Trainer:
         self.position = Position(self._no_totals())
         self.resumed = False
         self._named: set[str] = set()  # files that `_name_skipped` has shown
+        for name, wanted in (("tensorboard", config.log_tensorboard), ("wandb", config.log_wandb)):
+            if wanted:
+                importlib.import_module(name)  # one that is missing is missed before a run starts
         torch.manual_seed(seed)
 
     def _check_last_batch(self, N: int) -> None:
@@ -230,7 +233,7 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{saved.path}: does not fit the network and optimiser of these settings "
-                f"({str(error).splitlines()[-1].strip()})"
+                f"({checkpoint.misfit(error)})"
             ) from error
         # The sums are those of all ranks: the first one takes them over.
         sums = Totals(**state["position"]["totals"])
