@@ -103,9 +103,10 @@ def _parser() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser(
         "eval",
-        help="evaluate a run or a checkpoint on its test set",
-        description="Prints accuracy, exit shares and the share of FLOPs on the test part: the "
-        "numbers that the run wrote into metrics.json, or the demo into results.json.",
+        help="evaluate a run, the demo or a checkpoint on its test set",
+        description="Prints accuracy, exit shares and the share of FLOPs on the test part, or on "
+        "validation where there is none: the numbers that the run wrote into metrics.json, or the "
+        "demo into results.json.",
     )
     evaluate.add_argument("checkpoint", type=Path, metavar="RUN",
                           help="folder of a run or of the demo, a run's checkpoint, or "
@@ -214,7 +215,7 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(metrics, indent=1))
     else:
-        _show(f"{arguments.checkpoint}: seed {metadata['seed']}, test set", metrics)
+        _show(f"{arguments.checkpoint}: seed {metadata['seed']}, {metadata['part']} set", metrics)
     return 0
 
 

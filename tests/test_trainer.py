@@ -379,7 +379,14 @@ def test_eval_repeats_the_numbers_of_a_run(run, folder, tmp_path, capsys):
         moved.rename(folder)
     last = sorted((run / "checkpoints").iterdir())[-1]
     assert json.loads(printed(capsys, "eval", last, "--json"))["samples"] == 24
-    assert "accuracy overall, %" in printed(capsys, "eval", run)
+    said = printed(capsys, "eval", run)
+    assert "seed 3, test set" in said and "accuracy overall, %" in said
+    test = folder / "test"
+    test.rename(tmp_path / "test")
+    try:
+        assert "seed 3, validation set" in printed(capsys, "eval", run)
+    finally:
+        (tmp_path / "test").rename(test)
 
 
 def test_a_finished_run_resumes_to_the_same_results(run, capsys):

@@ -88,7 +88,10 @@ class TrainConfig:
     )  # fmt: skip
     conv_heads: bool = _option(False, "exits", "a convolution in every head but the last")
     criterion: Literal["confidence", "margin", "entropy"] = _option(
-        "confidence", "exits", "what the exit test reads"
+        "confidence",
+        "exits",
+        "what the exit test reads; an entropy, in [0, 1], must be small to leave, so give it "
+        "--thresholds of its own, such as 0.3",
     )
     thresholds: tuple[float, ...] = _option(
         (0.9,), "exits", "of the exit test, one or one per exit; of inference until calibrated"

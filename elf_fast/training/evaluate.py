@@ -82,7 +82,7 @@ def nothing_readable(batches: ImageLoader) -> DataError:
 
 def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """(metadata, metrics) of a run, of one of its checkpoints, or of a checkpoint of the demo, on
-    the test part, or on validation where a data set has no test part.
+    the test part, or on validation where a data set has no test part: metadata["part"] says which.
 
     Args:
         path: a run's or the demo's folder, a checkpoint of a run, or a file of weights.
@@ -94,7 +94,10 @@ def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[s
     """
     state, metadata = _read(path)
     if metadata.get("network") != NETWORK:
-        return demo.evaluate_checkpoint(path / snapshot.WEIGHTS if path.is_dir() else path)
+        metadata, metrics = demo.evaluate_checkpoint(
+            path / snapshot.WEIGHTS if path.is_dir() else path
+        )
+        return {**metadata, "part": "test"}, metrics
     config = replace(from_dict(metadata["config"]), **overrides)
     splits = build.load_splits(config)
     if splits.class_counts != metadata["class_counts"]:
@@ -112,12 +115,14 @@ def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[s
             f"({checkpoint.misfit(error)})"
         ) from error
     model.to(device)
-    part = splits.validation if splits.test is None else splits.test
+    name = "validation" if splits.test is None else "test"
+    part = getattr(splits, name)
     if part is None:
         raise CheckpointError(f"{path}: expected a test or validation part in its data, got none")
     flops = count_flops(model, sample(config, device))
     loader = evaluation_loader(config, part, device)
-    return metadata, evaluate(config, model, loader, splits.class_counts, flops)
+    metrics = evaluate(config, model, loader, splits.class_counts, flops)
+    return {**metadata, "part": name}, metrics
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
