@@ -50,7 +50,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(message: str) -> int:
-    print(f"elf-fast: {' '.join(message.split())}", file=sys.stderr)
+    lines = (" ".join(line.split()) for line in message.splitlines())
+    print(f"elf-fast: {'; '.join(filter(None, lines))}", file=sys.stderr)
     return 2
 
 

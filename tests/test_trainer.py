@@ -425,6 +425,10 @@ def test_resuming_a_run_that_is_not_there_yet_starts_it(tmp_path, capsys):
         (["--dataset", "digits", "--img-size", "8"], "img_size: expected None for digits, got 8"),
         (["--epochs", "x", "--dataset", "digits"], "epochs: expected an integer, got 'x'"),
         (["-c", "nowhere.yaml"], "nowhere.yaml: No such file"),
+        (
+            ["--dataset", "iNaturalist-2018", "--data-dir", "x"],
+            "x/iNaturalist18_train.txt: expected a list of images, got no file; x/iNat",
+        ),
         (["--dataset", "digits", "--device", "gpu"], "device: expected cpu, cuda or another"),
         (["--dataset", "digits", "--device", "cuda:99"], "GPUs that torch can use, got 'cuda:99'"),
         (["--dataset", "digits", "--torchcompile", "c"], "torchcompile: expected a backend of"),

@@ -81,6 +81,6 @@ def _read(cifar: Any, root: str, train: bool, download: bool) -> Any:
         ]
         raise DataError(
             f"root: expected the folder {cifar.base_folder} of {cifar.url} in {root}, but missing "
-            f"or damaged: {', '.join(bad) or error}. Unpack the archive there, or pass "
-            "download=True."
+            f"or damaged: {', '.join(bad) or error}. Unpack the archive there, or call "
+            "cifar_lt with download=True."
         ) from error
