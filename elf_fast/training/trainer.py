@@ -26,7 +26,7 @@ from ..data import DataError, ImageLoader, LabelledImages
 from ..flops import count_flops
 from ..losses import DeferredReweighting
 from ..modules import ELF
-from . import build, calibrate, checkpoint, distributed, snapshot
+from . import build, calibrate, checkpoint, distributed, restore, snapshot
 from .config import TrainConfig, from_dict, load_yaml, to_dict, to_yaml
 from .distributed import Ranks
 from .ema import Average
@@ -205,30 +205,12 @@ class Trainer:
 
     def _restore(self, saved: snapshot.Snapshot) -> None:
         state = saved.state
-        if state["position"]["samples"] % self.global_batch:
-            raise checkpoint.CheckpointError(
-                f"{saved.path}: {state['position']['samples']} samples into an epoch, expected a "
-                f"multiple of batch_size x processes = {self.global_batch}; resume with "
-                f"{state['global_batch']}, or another divisor"
-            )
-        if state["position"]["epoch"] > self.config.epochs:
-            raise checkpoint.CheckpointError(
-                f"{saved.path}: expected epochs of at least {state['position']['epoch']}, which "
-                f"are done, got {self.config.epochs}"
-            )
-        for name, was, now in (
-            ("model_ema", saved.average is not None, self.config.model_ema),
-            ("opt", saved.metadata["config"]["opt"], self.config.opt),
-        ):
-            if was != now:
-                raise checkpoint.CheckpointError(
-                    f"{saved.path}: expected {name} {was} as in the checkpoint, got {now}"
-                )
+        restore.check_settings(saved, self.config, self.global_batch)
         try:
-            _load_learnt(self.model, saved.weights)
+            restore.load_learnt(self.model, saved.weights)
             if self.average is not None and saved.average is not None:
-                _load_learnt(self.average.model, saved.average)
-            _load_progress(self.optimizer, state["optimizer"])
+                restore.load_learnt(self.average.model, saved.average)
+            restore.load_progress(self.optimizer, state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
@@ -241,7 +223,7 @@ class Trainer:
         self.position = p = Position(**{**state["position"], "totals": totals})
         self._reweight_loss(p.epoch if p.samples else p.epoch - 1)
         if len(state["random"]) == self.ranks.world_size:
-            _set_random_state(state["random"][self.ranks.rank], self.device)
+            restore.set_random_state(state["random"][self.ranks.rank], self.device)
 
     def save(self) -> None:
         """Writes a checkpoint of the run as it is.
@@ -252,7 +234,7 @@ class Trainer:
         if not all(bool(w.isfinite().all()) for w in self.model.parameters()):
             raise self._non_finite("a weight is NaN or infinite after")
         totals = self.position.totals.over(self.ranks)
-        random = self.ranks.gather(_random_state(self.device))
+        random = self.ranks.gather(restore.random_state(self.device))
         if not self.ranks.is_first:
             return
         state = {
@@ -484,39 +466,3 @@ class Trainer:
             "accuracy_exits_off": never.accuracy,
             "flops_share": chosen.flops / self.flops.without_exits,
         }
-
-
-def _load_learnt(model: ELF, saved: dict[str, Tensor]) -> None:
-    """Loads stages and heads. Thresholds, temperatures and the loss follow from the settings, which
-    may have changed since."""
-
-    def learnt(name: str) -> bool:
-        return name.startswith(("stages.", "heads."))
-
-    settled = {name: value for name, value in model.state_dict().items() if not learnt(name)}
-    model.load_state_dict({**settled, **{k: v for k, v in saved.items() if learnt(k)}})
-
-
-def _load_progress(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads what the optimiser has gathered; momentum and weight decay stay as the settings say,
-    and the learning rate follows its schedule."""
-    settled: list[dict[str, Any]] = [
-        {key: group[key] for key in ("momentum", "weight_decay") if key in group}
-        for group in optimizer.param_groups
-    ]
-    optimizer.load_state_dict(saved)
-    for group, values in zip(optimizer.param_groups, settled, strict=True):
-        group.update(values)
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def _set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
-    torch.set_rng_state(state["cpu"])
-    if device.type == "cuda" and "cuda" in state:
-        torch.cuda.set_rng_state(state["cuda"], device)
