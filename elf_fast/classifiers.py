@@ -16,11 +16,11 @@ Shapes: N samples, C classes, D features, E exits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from . import checks
@@ -82,8 +82,8 @@ def classifiers(model: nn.Module) -> dict[str, nn.Linear | CosineClassifier]:
     found: dict[str, nn.Linear | CosineClassifier] = {}
     for name, part in _parts_with_classifier(model).items():
         own = [
-            (".".join(filter(None, (name, inner))), module)
-            for inner, module in part.named_modules()
+            (inner, module)
+            for inner, module in _in_order(part, name)
             if isinstance(module, (nn.Linear, CosineClassifier))
         ]
         if not own:
@@ -104,6 +104,17 @@ def _parts_with_classifier(model: nn.Module) -> dict[str, nn.Module]:
             ]
             return {f"{name}.{p}".lstrip("."): elf.get_submodule(p) for p in parts}
     return {"": model}
+
+
+def _in_order(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    """`module.named_modules(prefix=name)`, but in a stage of `from_backbone` in the order of its
+    calls: an fx.GraphModule registers what lies deep ("blocks.11") after what does not ("head")."""
+    yield name, module
+    children: Iterable[str] = dict(module.named_children())
+    if isinstance(module, fx.GraphModule):
+        children = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+    for child in children:
+        yield from _in_order(module.get_submodule(child), f"{name}.{child}".lstrip("."))
 
 
 def _linear(model: nn.Module, method: str) -> dict[str, nn.Linear]:

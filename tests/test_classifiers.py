@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -80,6 +81,25 @@ def test_the_networks_own_classifier_is_found_in_the_last_stage():
     assert list(classifiers(nn.Linear(2, 2))) == [""]
     deep = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     assert list(classifiers(deep)) == ["2"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_networks_own_classifier_is_the_one_that_runs_last(compiled):
+    """Not a linear layer of the blocks before it, which lie deeper in the network's names."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        OrderedDict(
+            blocks=nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3))),
+            norm=nn.LayerNorm(8),
+            head=nn.Linear(8, 4),
+        )
+    )
+    model = from_backbone(net, ["blocks.0"], 4, example_input=X[:2, 0, 0, :4].repeat(1, 2))
+    name = "stages.1.head"
+    if compiled:
+        model.stages[1], name = torch.compile(model.stages[1]), "stages.1._orig_mod.head"
+    assert list(classifiers(model)) == ["heads.0.classifier", name]
+    assert classifiers(model)[name] is net.head
 
 
 # cRT
