@@ -63,7 +63,7 @@ def _setting(name: str, value: float | Tensor, logits_dtype: torch.dtype, classe
             value = checks.number(name, value)
         # A scalar stays on the CPU for any device, as PyTorch's own scalars do; float32 first,
         # as the thresholds of ELF are, so that both say the same for float64 logits.
-        scalar = torch.scalar_tensor(value)
+        scalar = torch.scalar_tensor(value, dtype=torch.float32)
         return scalar if dtype == torch.float32 else scalar.double()
     if value.dim() > 1 or (value.dim() == 1 and (value.shape[0] != classes or name != "threshold")):
         shape = f"[] or [{classes}]" if name == "threshold" else "[]"

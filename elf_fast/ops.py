@@ -7,9 +7,10 @@ checks its arguments; the operators check only what memory safety needs.
 Conventions: `threshold` is [] or [C] and `temperature` [], in the arithmetic dtype of the logits
 (float32, float64 for float64); `criterion` counts along `CRITERIA`; survivors come as [N] of which
 the first `count` [] are meant and the rest hold N, so that every shape is known without waiting.
-With `early_stop` the confidence of a sample that goes on may be NaN: it was not needed. Where the
-device finds a target out of range it says so by a count of -1: nothing has to wait to hear of it,
-and whoever reads the count hears. A survivor out of range stops a device as it does in PyTorch.
+With `early_stop` the confidence of a sample that goes on may be NaN: it was not needed, and it has
+no gradient. Where the device finds a target out of range it says so by a count of -1: nothing has
+to wait to hear of it, and whoever reads the count hears. A survivor out of range stops a device as
+it does in PyTorch.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ _GATE = "Tensor threshold, Tensor temperature, int criterion"
 _FAMILY = (
     "Tensor? weight, Tensor? margins, Tensor? bias, float gamma, float scale, float label_smoothing"
 )
+_FAMILY_NAMES = ("weight", "margins", "bias", "gamma", "scale", "label_smoothing")
 SCHEMAS = {
     # -> confidence [N], prediction [N], survivors [N], count []
     "exit_gate": f"(Tensor logits, {_GATE}, Tensor? target, bool early_stop)"
@@ -297,14 +299,12 @@ class _GateGrad(torch.autograd.Function):
     def forward(ctx, kernel, logits, threshold, temperature, criterion, target, early_stop):
         out = kernel(logits, threshold, temperature, criterion, target, early_stop)
         ctx.save_for_backward(logits, temperature)
-        ctx.criterion, ctx.early_stop = criterion, early_stop
-        ctx.mark_non_differentiable(*out[1:])
+        ctx.criterion = criterion
+        ctx.mark_non_differentiable(*out[0 if early_stop else 1 :])
         return out
 
     @staticmethod
     def backward(ctx, grad_confidence, *_):
-        if ctx.early_stop:
-            raise RuntimeError("exit_gate: the confidence has no gradient with early_stop=True")
         logits, temperature = ctx.saved_tensors
         grad = reference.statistic_grad(
             grad_confidence, logits, temperature, CRITERIA[ctx.criterion]
@@ -355,6 +355,18 @@ class _CompactGrad(torch.autograd.Function):
         return None, compact_backward(grad, survivors, ctx.rows), None
 
 
+class _CompactBackwardGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernel, grad, survivors, rows):
+        ctx.save_for_backward(survivors)
+        return kernel(grad, survivors, rows)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (survivors,) = ctx.saved_tensors
+        return None, compact(grad, survivors), None, None
+
+
 class _LossGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, logits, target, weight, margins, bias, *rest):
@@ -367,7 +379,12 @@ class _LossGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         logits, target, log_sum, *vectors = ctx.saved_tensors
-        grad = exit_loss_backward(grad_loss, logits, target, log_sum, *vectors, *ctx.scalars)
+        if torch.is_grad_enabled():  # create_graph=True: the kernel has no gradient of its own
+            settings = zip(_FAMILY_NAMES, (*vectors, *ctx.scalars), strict=True)
+            loss = reference.exit_loss(logits, target, **dict(settings)).loss
+            (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
+        else:
+            grad = exit_loss_backward(grad_loss, logits, target, log_sum, *vectors, *ctx.scalars)
         return None, grad, *_no_gradients(10)
 
 
@@ -393,6 +410,7 @@ for _name, _function in (
     ("exit_gate", _GateGrad),
     ("exit_head", _HeadGrad),
     ("compact", _CompactGrad),
+    ("compact_backward", _CompactBackwardGrad),
     ("exit_loss", _LossGrad),
 ):
     _register_autograd(_name, _function)

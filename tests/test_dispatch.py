@@ -27,7 +27,7 @@ CALLS = {
     "exit_gate": lambda: (ops.exit_gate, (_logits(), HALF, ONE, 0, None, False)),
     "exit_gate margin": lambda: (ops.exit_gate, (_logits(), PER_CLASS, ONE, 1, TARGET, False)),
     "exit_gate entropy": lambda: (ops.exit_gate, (_logits(), HALF, ONE, 2, None, False)),
-    "exit_gate early": lambda: (ops.exit_gate, (_logits().detach(), HALF, ONE, 0, None, False)),
+    "exit_gate early": lambda: (ops.exit_gate, (_logits(), 0 * HALF, ONE, 0, None, True)),
     "exit_head": lambda: (
         ops.exit_head,
         (IMAGES.clone().requires_grad_(), torch.randn(5, 6).requires_grad_(),
@@ -154,6 +154,17 @@ def test_gradcheck_exit_loss(gamma, smoothing, plain, device):
     assert torch.autograd.gradcheck(loss, (place(_logits(torch.float64), device),))
 
 
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
+def test_gradient_of_the_gradient_of_exit_loss(gamma):
+    def loss(z):
+        vectors = dict.fromkeys(("weight", "margins", "bias"), PER_CLASS)
+        return functional.exit_loss(
+            z, TARGET, gamma=gamma, scale=2.0, label_smoothing=0.1, **vectors
+        ).loss
+
+    assert torch.autograd.gradgradcheck(loss, (_logits(torch.float64),))
+
+
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 6, 2, 3)], ids=str)
 def test_gradcheck_exit_head(shape, device):
     x, w, b = (
@@ -167,6 +178,23 @@ def test_gradcheck_compact(device):
     x = torch.randn(7, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
     survivors = SURVIVORS.to(device)
     assert torch.autograd.gradcheck(lambda x: functional.compact(x, survivors), (x,))
+    # Of a square, since compaction alone is linear.
+    assert torch.autograd.gradgradcheck(lambda x: functional.compact(x, survivors) ** 2, (x,))
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_numbers_mean_the_same_under_any_default_dtype(default):
+    calls = [
+        lambda: functional.exit_gate(_logits(), 0.3, temperature=1.3),
+        lambda: functional.exit_loss(_logits(), TARGET, threshold=0.3),
+    ]
+    expected = [call() for call in calls]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        torch.testing.assert_close([call() for call in calls], expected, rtol=0, atol=0)
+    finally:
+        torch.set_default_dtype(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
