@@ -16,7 +16,7 @@ Shapes: N samples, C classes, D features, E exits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -125,6 +125,23 @@ def _linear(model: nn.Module, method: str) -> dict[str, nn.Linear]:
     return found  # type: ignore[return-value]
 
 
+def _check_own_weights(found: Mapping[str, nn.Linear | CosineClassifier], method: str) -> None:
+    """What is written into weights that are computed from others would be lost."""
+    for name, classifier in found.items():
+        if not isinstance(classifier.weight, nn.Parameter):
+            raise TypeError(
+                f"{name}: expected weights of its own for {method}, got ones that are computed "
+                f"(by learn_scales_, weight normalisation, pruning): {classifier}"
+            )
+
+
+def _scale(classifier: nn.Module) -> _Scale | None:
+    if not parametrize.is_parametrized(classifier, "weight"):
+        return None
+    first = classifier.parametrizations.weight[0]  # type: ignore[union-attr,index]
+    return first if isinstance(first, _Scale) else None
+
+
 def use_cosine_(model: nn.Module) -> None:
     """Puts a fresh `CosineClassifier` in place of every `nn.Linear` one."""
     for name, linear in _linear(model, "use_cosine_").items():
@@ -133,8 +150,14 @@ def use_cosine_(model: nn.Module) -> None:
 
 
 def reset_classifiers_(model: nn.Module) -> None:
-    """Random weights for every classifier, by its own `reset_parameters`."""
-    for classifier in classifiers(model).values():
+    """Random weights for every classifier, by its own `reset_parameters`.
+
+    Raises:
+        TypeError: a classifier's weights are computed from others.
+    """
+    found = classifiers(model)
+    _check_own_weights(found, "reset_classifiers_")
+    for classifier in found.values():
         classifier.reset_parameters()
 
 
@@ -148,10 +171,7 @@ def train_classifiers(model: nn.Module) -> None:
         module.training = isinstance(module, ELF)
     for classifier in classifiers(model).values():
         classifier.train()
-        learning: nn.Module = classifier
-        if parametrize.is_parametrized(classifier, "weight"):
-            learning = classifier.parametrizations.weight[0]  # type: ignore[union-attr,index,assignment]
-        learning.requires_grad_(True)
+        (_scale(classifier) or classifier).requires_grad_(True)
 
 
 def tau_normalised(weight: Tensor, tau: float) -> Tensor:
@@ -165,8 +185,14 @@ def tau_normalised(weight: Tensor, tau: float) -> Tensor:
 @torch.no_grad()
 def tau_normalise_(model: nn.Module, tau: float) -> None:
     """`tau_normalised` weights for every classifier, without biases, which the paper drops. Start
-    from the trained weights for every tau that is tried: the step does not undo itself."""
-    for linear in _linear(model, "tau-normalisation").values():
+    from the trained weights for every tau that is tried: the step does not undo itself.
+
+    Raises:
+        TypeError: a classifier is no `nn.Linear`, or its weights are computed from others.
+    """
+    found = _linear(model, "tau-normalisation")
+    _check_own_weights(found, "tau-normalisation")
+    for linear in found.values():
         linear.weight.copy_(tau_normalised(linear.weight, tau))
         if linear.bias is not None:
             linear.bias.zero_()
@@ -185,8 +211,14 @@ class _Scale(nn.Module):
 
 def learn_scales_(model: nn.Module) -> None:
     """Gives every classifier a learnable scale per class, f_c w_c, from 1 on (LWS: Kang et al.,
-    arXiv 1910.09217, section 4). Until `fold_scales_` the state dict has the scales, too."""
-    for linear in _linear(model, "LWS").values():
+    arXiv 1910.09217, section 4). Until `fold_scales_` the state dict has the scales, too.
+
+    Raises:
+        TypeError: a classifier is no `nn.Linear`, or its weights are computed from others.
+    """
+    found = _linear(model, "LWS")
+    _check_own_weights(found, "LWS")
+    for linear in found.values():
         parametrize.register_parametrization(linear, "weight", _Scale(linear.weight))
 
 
@@ -197,7 +229,7 @@ def fold_scales_(model: nn.Module) -> None:
         ValueError: a classifier has no learnable scale.
     """
     for name, linear in _linear(model, "LWS").items():
-        if not parametrize.is_parametrized(linear, "weight"):
+        if _scale(linear) is None:
             raise ValueError(f"{name}: expected scales by learn_scales_, got {linear}")
         parametrize.remove_parametrizations(linear, "weight")
 

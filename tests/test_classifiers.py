@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import OrderedDict
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from elf_fast import ELF, ExitHead, from_backbone, losses, reference
 from elf_fast.classifiers import (
@@ -262,6 +264,32 @@ def test_a_cut_network_takes_cosines_in_its_last_stage():
     assert isinstance(model.get_submodule("stages.1.4"), CosineClassifier)
     assert bool((logits_at_every_exit(model).abs() <= 1 + 1e-6).all())
     assert isinstance(model.heads[0].classifier, CosineClassifier)
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [nn.utils.parametrizations.weight_norm, lambda m: prune.random_unstructured(m, "weight", 0.5)],
+)
+def test_weights_that_are_computed_train_and_are_not_written_over(compute):
+    model = elf()
+    linear = model.heads[1].classifier
+    compute(linear)
+    for method in (reset_classifiers_, learn_scales_, lambda m: tau_normalise_(m, 1.0)):
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(TypeError, match="^heads.1.classifier: expected weights of its own"):
+            method(model)
+        torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="expected scales by learn_scales_"):
+        fold_scales_(linear)
+    train_classifiers(model)
+    assert all(p.requires_grad for p in linear.parameters())
+
+
+def test_scales_are_not_put_on_scales():
+    model = elf()
+    learn_scales_(model)
+    with pytest.raises(TypeError, match=r"^heads.0.classifier: .* for LWS, got .* learn_scales_"):
+        learn_scales_(model)
 
 
 def cosine():
