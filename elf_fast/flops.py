@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from . import checks
 from .modes import mode
 from .reference import ELF
 
@@ -38,7 +39,14 @@ class Flops(NamedTuple):
 
 @torch.inference_mode()
 def count_flops(model: ELF, sample: Tensor) -> Flops:
-    """FLOPs of every stage and head, by torch.utils.flop_counter on one sample [1, ...]."""
+    """FLOPs of every stage and head, by torch.utils.flop_counter on one sample [1, ...].
+
+    Raises:
+        ValueError: `sample` holds another number of samples. TypeError: it is no tensor.
+    """
+    checks.tensor("sample", sample)
+    if sample.dim() < 1 or len(sample) != 1:
+        raise ValueError(f"sample: expected one sample [1, ...], got {checks.describe(sample)}")
 
     def measure(module: nn.Module, x: Tensor) -> tuple[int, Tensor]:
         with FlopCounterMode(display=False) as counter:

@@ -221,6 +221,9 @@ def test_flops_of_a_network_small_enough_to_count():
     assert flops.heads == (2 * 2 * 5, 2 * 4 * 5)
     assert [module.training for module in model.modules()] == modes
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for several in (torch.ones(2, 1, 4, 4), torch.ones(0, 1, 4, 4), torch.tensor(1.0)):
+        with pytest.raises(ValueError, match=r"^sample: expected one sample \[1, ...\], got a"):
+            count_flops(model, several)
 
 
 def test_import_of_the_package_leaves_torchmetrics_alone():
