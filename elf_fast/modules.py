@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional, ops, ranks, reference
-from .losses import LongTailLoss
 from .reference import ELFOutput, ExitHead
 
 __all__ = ["ELF", "ELFOutput", "ExitHead", "fuse", "unfuse"]
@@ -53,7 +52,7 @@ class ELF(reference.ELF):
         last = len(self.stages) - 1
         alive: Tensor | None = None  # [n] samples that reach the current stage; None: all
         present: Tensor | None = None  # [n] their rows in x, where x holds others, too
-        y = target
+        y = None if target is None else target.contiguous()  # as the operators take it
         out: ELFOutput | None = None
         loss: Tensor | None = None
         for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
@@ -152,14 +151,6 @@ class ELF(reference.ELF):
         )
         return _Exit(z, *gate)._replace(losses=None if y is None else self._losses(z, y))
 
-    def _family(self) -> dict[str, Any] | None:
-        """Arguments of the long-tail family if the exit loss is one of it, else None."""
-        if self.exit_loss is None:
-            return {}
-        if isinstance(self.exit_loss, LongTailLoss) and not self.exit_loss._forward_hooks:
-            return self.exit_loss.arguments()
-        return None
-
     def _losses(self, z: Tensor, y: Tensor) -> Tensor:
         family = self._family()
         if family is None:
@@ -198,13 +189,24 @@ def _is_fusable(head: nn.Module) -> bool:
     return (
         type(head) is ExitHead
         and type(head.classifier) is nn.Linear
-        and not (head._forward_hooks or head._forward_pre_hooks)
-        and not (head.classifier._forward_hooks or head.classifier._forward_pre_hooks)
+        and not _has_hooks(head)
+        and not _has_hooks(head.classifier)
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )
 
 
 def _in_arithmetic_of(x: Tensor, *settings: Tensor) -> tuple[Tensor, ...]:
-    return tuple(s.double() for s in settings) if x.dtype == torch.float64 else settings
+    """Settings as the kernels take them; who assigns to a buffer of ELF may choose any dtype."""
+    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
+    return tuple(s if s.dtype == acc else s.to(acc) for s in settings)
 
 
 def _family_loss(z: Tensor, y: Tensor, family: dict[str, Any], t: Tensor, T: Tensor, code: int):
@@ -213,7 +215,7 @@ def _family_loss(z: Tensor, y: Tensor, family: dict[str, Any], t: Tensor, T: Ten
     return functional._call(
         ops.exit_loss,
         (z,),
-        (z, y.contiguous(), *vectors, family.get("gamma", 0.0), family.get("scale", 1.0),
+        (z, y, *vectors, family.get("gamma", 0.0), family.get("scale", 1.0),
          family.get("label_smoothing", 0.0), t, T, code),
         lambda: checks.target_range(y, z.shape[1]),
     )  # fmt: skip

@@ -277,7 +277,8 @@ class ELF(nn.Module):
         temperatures: a scalar or E-1 values > 0; the tests read softmax(logits / temperature).
         criterion: "confidence", "margin" or "entropy"; see `statistic`.
         exit_loss: callable (logits [n, C], target [n]) -> losses [n], n >= 0, or a loss of
-            `elf_fast.losses`; None: cross-entropy.
+            `elf_fast.losses`, of which the arguments are read, whatever its reduction; None:
+            cross-entropy.
         exit_weights: a scalar or E values w_k >= 0.
         drop_exited: whether training drops samples that left from the later stages, as evaluation
             always does, or keeps them in the forward pass with weight 0. Without batch statistics
@@ -438,12 +439,19 @@ class ELF(nn.Module):
             return self.train_thresholds
         return self.thresholds
 
+    def _family(self) -> dict[str, Any] | None:
+        """The arguments of `exit_loss` that stand for the loss; None: it is called."""
+        if self.exit_loss is None:
+            return {}
+        as_family = getattr(self.exit_loss, "as_family", None)  # of elf_fast.losses
+        return None if as_family is None else as_family()
+
     def _losses(self, z: Tensor, y: Tensor) -> Tensor:
         """Per-sample losses [n] in float32 at least."""
-        if self.exit_loss is None:
-            return exit_loss(z, y).loss
-        if hasattr(self.exit_loss, "arguments"):  # a member of the family: elf_fast.losses
-            return exit_loss(z, y, **self.exit_loss.arguments()).loss
+        family = self._family()
+        if family is not None:
+            return exit_loss(z, y, **family).loss
+        assert self.exit_loss is not None
         losses = self.exit_loss(z, y)
         if not isinstance(losses, Tensor) or losses.shape != y.shape:
             raise ValueError(
@@ -550,9 +558,9 @@ def _write(out: ELFOutput | None, rows: Tensor, z: Tensor, gate: Any, e: int) ->
     )
 
 
-def _values(name: str, value: Any, shape: str) -> Tensor:
+def _values(name: str, value: Any, shape: str, dtype: torch.dtype = torch.float32) -> Tensor:
     try:
-        t = torch.as_tensor(value, dtype=torch.float32).detach().clone()
+        t = torch.as_tensor(value, dtype=dtype).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected {shape}, got {checks.describe(value)}") from error
     return t
@@ -581,9 +589,12 @@ def _temperatures(value: Any, exits: int) -> Tensor:
 
 
 def _exit_weights(value: Any, exits: int) -> tuple[float, ...]:
-    values = [value] * exits if isinstance(value, (int, float)) else list(value)
-    if len(values) != exits:
-        raise ValueError(f"exit_weights: expected a scalar or {exits} values, got {len(values)}")
-    for v in values:
+    shape = f"a scalar or {exits} values"
+    t = _values("exit_weights", value, shape, torch.float64)
+    if t.dim() == 0:
+        t = t.expand(exits)
+    if t.dim() != 1 or t.shape[0] != exits:
+        raise ValueError(f"exit_weights: expected {shape}, got shape {list(t.shape)}")
+    for v in t.tolist():
         checks.at_least("exit_weights", v, 0.0)
-    return tuple(float(v) for v in values)
+    return tuple(t.tolist())

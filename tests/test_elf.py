@@ -419,6 +419,87 @@ def test_hooks_and_replaced_classifiers_still_run():
     torch.testing.assert_close(out.logits, expected.logits)
 
 
+def test_backward_hooks_of_a_head_run():
+    model = cnn(ELF, thresholds=0.9).eval()
+    seen = []
+    model.heads[0].register_full_backward_hook(lambda *_: seen.append("head"))
+    model.heads[1].classifier.register_full_backward_pre_hook(lambda *_: seen.append("classifier"))
+    out = model(torch.randn(20, 3, 6, 6))
+    assert set(out.exit_index.tolist()) >= {0, 2}
+    out.logits.sum().backward()
+    assert sorted(seen) == ["classifier", "head"]
+
+
+@BOTH
+def test_a_loss_with_a_forward_of_its_own_is_called(cls):
+    class Doubled(losses.FocalLoss):
+        def forward(self, logits, target):
+            return 2 * super().forward(logits, target)
+
+    class Stranger(nn.CrossEntropyLoss):
+        arguments = None  # an attribute as elf_fast.losses has one
+
+    x, y = torch.randn(20, 3, 6, 6), torch.randint(0, 5, (20,))
+
+    def loss(exit_loss):
+        return cnn(cls, thresholds=0.6, exit_loss=exit_loss).train()(x, y).loss
+
+    torch.testing.assert_close(
+        loss(Doubled(reduction="none")), 2 * loss(losses.FocalLoss(reduction="mean"))
+    )
+    torch.testing.assert_close(loss(Stranger(reduction="none")), loss(None))
+
+
+@BOTH
+@pytest.mark.parametrize("exit_loss", EXIT_LOSSES)
+@pytest.mark.parametrize("training", [True, False])
+def test_targets_may_lie_apart_in_memory(cls, exit_loss, training):
+    model = cnn(cls, thresholds=0.6, exit_loss=EXIT_LOSSES[exit_loss](5)).train(training)
+    x, y = torch.randn(20, 3, 6, 6), torch.randint(0, 5, (20, 2))
+    model(x, y[:, 0].contiguous())  # moves the running statistics, which training does not read
+    for apart in (y[:, 0], y[:1, 1].expand(20)):
+        expected = model(x, apart.contiguous())
+        torch.testing.assert_close(model(x, apart), expected, equal_nan=True)
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_thresholds_of_any_dtype_may_be_put_in_place(cls, dtype):
+    model = cnn(cls, thresholds=0.625, temperatures=2.0).eval()
+    x = torch.randn(20, 3, 6, 6)
+    expected = model(x)
+    assert len(expected.exit_index.unique()) > 1
+    model.thresholds = torch.tensor([0.625, 0.625], dtype=dtype)
+    model.temperatures = torch.tensor([2.0, 2.0], dtype=dtype)
+    assert torch.equal(model(x).exit_index, expected.exit_index)
+    half = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    model.load_state_dict(half, assign=True)
+    model(x.to(dtype))
+
+
+@BOTH
+@pytest.mark.parametrize("weights", [torch.tensor([0.1, 0.2, 0.3]).double(), 0.3, torch.tensor(2)])
+def test_exit_weights_may_be_tensors(cls, weights):
+    exact = tuple(torch.as_tensor(weights, dtype=torch.float64).expand(3).tolist())
+    assert cnn(cls, exit_weights=weights).exit_weights == exact
+
+
+def test_the_whole_network_compiles():
+    """In evaluation with a graph for the gradient, too, where nobody asked for one."""
+    torch.compiler.reset()
+    model = cnn(ELF, exits=2, norm=False, head=generic_head, thresholds=0.9).eval()
+    x = torch.randn(20, 3, 6, 6)
+    expected, out = model(x), torch.compile(model, backend="aot_eager")(x)
+    assert len(expected.exit_index.unique()) == 2
+    torch.testing.assert_close(out, expected)
+    grads = []
+    for value in (expected, out):
+        model.zero_grad()
+        value.logits.square().mean().backward()
+        grads.append([p.grad for p in model.parameters()])
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("keeper", [0, 1])
 def test_a_tensor_that_a_head_keeps_is_not_written_into(keeper):
     """Whether its exit is the first or the first that anybody leaves at."""
