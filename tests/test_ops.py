@@ -286,6 +286,13 @@ def test_compact_in_place_moves_only_what_must(shape, channels_last, kept, devic
     assert moved == int((survivors >= n).sum())
 
 
+def test_compact_of_samples_without_elements(device):
+    """There is nothing to move, and still an order to tell."""
+    x, survivors = torch.empty(4, 0, 3, device=device), torch.tensor([1, 3], device=device)
+    assert functional.compact(x, survivors).shape == (2, 0, 3)
+    assert sorted(functional.compact_(x, survivors).tolist()) == [1, 3]
+
+
 @pytest.mark.parametrize("n", [0, 1, 5, 8])
 @pytest.mark.parametrize("shape, channels_last", FEATURES, ids=str)
 def test_count_on_the_device(shape, channels_last, n, device):

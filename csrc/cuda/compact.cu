@@ -10,7 +10,9 @@
 // either memory format. A warp moves 2 KB of one row at a time, 16 bytes a lane and four loads in
 // flight (128 KB a multiprocessor), and a grid that fills the device walks over all of them. Where
 // a row's place among the survivors is asked for, the warp bisects with 32 probes at a time: 2
-// rounds for 1024 survivors, 3 for 32768, instead of a map that would have to be made first.
+// rounds for 1024 survivors, 3 for 32768, instead of a map that would have to be made first. In
+// place most rows may stay, and the search is all the work there is: a warp then searches once for
+// up to 16 KB of a row.
 //
 // Deterministic: every byte is written by one lane. In place, sources lie at or past row `count`
 // and destinations before it. A survivor outside [0, N) stops the kernel with an assertion.
@@ -23,17 +25,23 @@ namespace elf_fast {
 namespace {
 
 constexpr int kBlock = 256;
-constexpr int kLoads = 4;  // words of a lane in flight
+constexpr int kLoads = 4;            // words of a lane in flight
+constexpr int kPiece = 32 * kLoads;  // words that a warp moves at a time
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 enum class Kind { gather, fill_holes, scatter };
+
+// Blocks that a multiprocessor has the registers for.
+template <Kind kKind>
+constexpr int kResident = kKind == Kind::fill_holes ? 6 : 8;
 
 struct Move {
   const char* from;
   char* to;
   int64_t from_pitch, to_pitch;  // bytes from one sample to the next
   int64_t words;                 // in a sample
-  unsigned pieces;               // of a row
+  int64_t stretch;               // of them that a warp moves in one visit: whole pieces
+  unsigned stretches;            // of a row
   const int64_t* survivors;      // [n], ascending
   int64_t n;
   const int64_t* count;  // how many of them are meant, or null: all
@@ -42,14 +50,14 @@ struct Move {
 };
 
 // How many of survivors [n] are below `row`; the whole warp asks for the same.
-__device__ int64_t rank(const int64_t* survivors, int64_t n, int64_t row) {
+__device__ int rank(const int64_t* survivors, int n, int64_t row) {
   const int lane = threadIdx.x % 32;
-  int64_t low = 0;  // the answer lies in [low, low + n]
+  int low = 0;  // the answer lies in [low, low + n]
   while (n > 0) {
-    const int64_t step = (n + 31) / 32;
-    const int64_t last = (lane + 1) * step < n ? (lane + 1) * step : n;  // of this lane's share
-    const bool below = lane * step < n && survivors[low + last - 1] < row;
-    const int64_t shares = __popc(__ballot_sync(kWholeWarp, below));
+    const int step = (n + 31) / 32;
+    const int begin = lane * step, end = begin + step < n ? begin + step : n;  // this lane's share
+    const bool below = begin < n && survivors[low + end - 1] < row;
+    const int shares = __popc(__ballot_sync(kWholeWarp, below));
     if (shares * step >= n) return low + n;
     low += shares * step;
     n = (step < n - shares * step ? step : n - shares * step) - 1;
@@ -59,18 +67,18 @@ __device__ int64_t rank(const int64_t* survivors, int64_t n, int64_t row) {
 
 // The row that row k of the result comes from; -1: nothing is to be moved.
 template <Kind kKind>
-__device__ int64_t source_of(const Move& m, int64_t number, int64_t k, bool first_piece) {
+__device__ int64_t source_of(const Move& m, int number, int64_t k, bool first) {
   if constexpr (kKind == Kind::gather) {
     const int64_t row = m.survivors[k];
     CUDA_KERNEL_ASSERT_MSG(row >= 0 && row < m.N, "survivors: expected indices in [0, N)");
     return row;
   } else if constexpr (kKind == Kind::scatter) {
-    const int64_t at = rank(m.survivors, number, k);
+    const int at = rank(m.survivors, number, k);
     return at < number && m.survivors[at] == k ? at : -1;
   } else {
     int64_t row = m.N;
     if (k < number) {
-      const int64_t below = rank(m.survivors, number, k);
+      const int below = rank(m.survivors, number, k);
       row = k;
       if (m.survivors[below] != k) {
         // The (k - below)-th hole takes the survivor of that rank past the dense part.
@@ -80,7 +88,7 @@ __device__ int64_t source_of(const Move& m, int64_t number, int64_t k, bool firs
                                "survivors: expected ascending indices in [0, N)");
       }
     }
-    if (first_piece && threadIdx.x % 32 == 0) m.order[k] = row;
+    if (first && threadIdx.x % 32 == 0) m.order[k] = row;
     return k < number && row != k ? row : -1;
   }
 }
@@ -91,35 +99,44 @@ __global__ void __launch_bounds__(kBlock) move_rows(Move m) {
   int64_t number = m.n;
   if (m.count != nullptr && *m.count < number) number = *m.count > 0 ? *m.count : 0;
   const int64_t rows = kKind == Kind::gather ? number : kKind == Kind::scatter ? m.N : m.n;
-  const unsigned units = static_cast<unsigned>(rows) * m.pieces;
+  const unsigned visits = static_cast<unsigned>(rows) * m.stretches;
   const unsigned warps = gridDim.x * (kBlock / 32);
-  for (unsigned unit = blockIdx.x * (kBlock / 32) + threadIdx.x / 32; unit < units; unit += warps) {
-    const unsigned k = unit / m.pieces, piece = unit - k * m.pieces;
-    const int64_t row = source_of<kKind>(m, number, k, piece == 0);
+  for (unsigned visit = blockIdx.x * (kBlock / 32) + threadIdx.x / 32; visit < visits;
+       visit += warps) {
+    const unsigned k = visit / m.stretches, which = visit - k * m.stretches;
+    const int64_t row = source_of<kKind>(m, static_cast<int>(number), k, which == 0);
     if (kKind == Kind::fill_holes && row < 0) continue;
     const W* from = reinterpret_cast<const W*>(m.from + row * m.from_pitch);
     W* to = reinterpret_cast<W*>(m.to + int64_t{k} * m.to_pitch);
-    const int64_t start = int64_t{piece} * (32 * kLoads) + lane;
-    W held[kLoads] = {};
+    int64_t at = int64_t{which} * m.stretch + lane;
+    const int64_t end = at - lane + m.stretch < m.words ? at - lane + m.stretch : m.words;
+    do {
+      W held[kLoads] = {};
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if (row >= 0 && start + 32 * i < m.words) held[i] = from[start + 32 * i];
+      for (int i = 0; i < kLoads; ++i)
+        if (row >= 0 && at + 32 * i < end) held[i] = from[at + 32 * i];
 #pragma unroll
-    for (int i = 0; i < kLoads; ++i)
-      if (start + 32 * i < m.words) to[start + 32 * i] = held[i];
+      for (int i = 0; i < kLoads; ++i)
+        if (at + 32 * i < end) to[at + 32 * i] = held[i];
+      at += kPiece;
+    } while (kKind == Kind::fill_holes && at < end);
   }
 }
 
 template <Kind kKind, class W>
 void launch_words(const OnDeviceOf& device, Move m, int64_t bytes, int64_t rows) {
   m.words = bytes / static_cast<int64_t>(sizeof(W));
-  const int64_t pieces = (m.words + 32 * kLoads - 1) / (32 * kLoads);
-  const int64_t units = rows * pieces;
-  STD_TORCH_CHECK(units < (int64_t{1} << 31), "features: expected fewer than 2^31 pieces of ",
-                  32 * kLoads * sizeof(W), " bytes, got ", units);
-  m.pieces = static_cast<unsigned>(pieces);
-  const int64_t needed = (units + kBlock / 32 - 1) / (kBlock / 32);
-  const int64_t fill = int64_t{8} * device.multiprocessors();
+  // A row without bytes is visited for its place in the order.
+  const int64_t pieces = m.words > 0 ? (m.words + kPiece - 1) / kPiece : 1;
+  STD_TORCH_CHECK(rows * pieces < (int64_t{1} << 31), "features: expected fewer than 2^31 pieces ",
+                  "of ", kPiece * sizeof(W), " bytes, got ", rows * pieces);
+  const int64_t fill = int64_t{kResident<kKind>} * device.multiprocessors();
+  int64_t each = 1;  // pieces in a visit: as many as leave no warp without one
+  if (kKind == Kind::fill_holes)
+    each = std::clamp<int64_t>(rows * pieces / (fill * (kBlock / 32)), 1, 8);
+  m.stretch = each * kPiece;
+  m.stretches = static_cast<unsigned>((pieces + each - 1) / each);
+  const int64_t needed = (rows * m.stretches + kBlock / 32 - 1) / (kBlock / 32);
   device.launch(dim3(static_cast<unsigned>(needed < fill ? needed : fill)), kBlock,
                 move_rows<kKind, W>, m);
 }
