@@ -15,8 +15,8 @@ import pytest
 MUTATIONS = {
     "a barrier is missing between writing the counts of the warps and adding them up": (
         "survivors.cuh",
-        "    if (lane == 31) of_warp[warp] = before;\n    __syncthreads();\n",
-        "    if (lane == 31) of_warp[warp] = before;\n",
+        "    if (lane == 0) of_warp[warp] = n;\n    __syncthreads();\n",
+        "    if (lane == 0) of_warp[warp] = n;\n",
         "test_exit_gate",
     ),
     "a row's place among the survivors is off by one": (

@@ -2,10 +2,12 @@
 //
 //   p = softmax(z / T);  statistic = max p | top-1 minus top-2 | entropy / log C
 //
-// One launch. A row is read once by 4 lanes, a warp or a block, by its length; few long rows are
-// cut into pieces, one per block. The last block to arrive merges pieces and scans one flag a row
-// into survivors. Early stop is not used: a row's maximum, which it needs, is known only when all
-// bytes are read, and bytes are what this kernel waits for.
+// One launch. A row is read once by 4 lanes, a warp or, where rows are long and too few to give
+// every warp one, a block; the fewest are cut into pieces, one per block. The last block to arrive
+// merges pieces and scans one flag a row into survivors. To arrive takes a block about as long as
+// to read a row, so many rows are walked over by a grid that just fills the device. Early stop is
+// not used: a row's maximum, which it needs, is known only when all bytes are read, and bytes are
+// what this kernel waits for.
 //
 // Bytes: L + 17 a row written (confidence, prediction, flag) and 9 a row by the scan.
 // Deterministic: merges in a fixed order, no atomics but the arrival count.
@@ -18,6 +20,10 @@
 
 namespace elf_fast {
 namespace {
+
+// Blocks that a multiprocessor holds, at least: 64 registers a thread, or 128 for float64.
+template <class A>
+constexpr int kResident = std::is_same_v<A, double> ? 2 : 4;
 
 template <class A>
 struct GateArguments {
@@ -59,10 +65,21 @@ __device__ A statistic_of_ties(int ties, int C) {
   return log2(static_cast<A>(ties)) / log2(static_cast<A>(C));
 }
 
+// What all rows share, asked for before the first row is: memory takes as long to answer.
+template <class A>
+struct Settings {
+  A a;          // log2(e) / T
+  A threshold;  // of class 0
+
+  __device__ explicit Settings(const GateArguments<A>& g)
+      : a(kLog2e<A> / g.temperature[0]), threshold(g.threshold[0]) {}
+};
+
 // Statistic, prediction and flag of row n from its state, by kLanes lanes that all call this.
 template <Criterion kCriterion, int kLanes, class T, class A>
-__device__ void finish_row(const GateArguments<A>& g, const T* row, int64_t n, RowState<A> r, A a,
-                           int lane, unsigned mask) {
+__device__ void finish_row(const GateArguments<A>& g, const Settings<A>& settings, const T* row,
+                           int64_t n, RowState<A> r, int lane, unsigned mask) {
+  const A a = settings.a;
   A value;
   if (r.s > A(0) && r.s < static_cast<A>(INFINITY) && r.index != kNowhere) {
     value = statistic<kCriterion>(r, g.C, a);
@@ -77,7 +94,7 @@ __device__ void finish_row(const GateArguments<A>& g, const T* row, int64_t n, R
       value = statistic<kCriterion>(r, g.C, a);
   }
   if (lane != 0) return;
-  const A t = g.threshold[r.index];
+  const A t = g.threshold.stride == 0 ? settings.threshold : g.threshold[r.index];
   bool leaves = kCriterion == Criterion::entropy ? value <= t : value >= t;
   unsigned char flag = 0;
   if (g.target != nullptr) {
@@ -90,49 +107,49 @@ __device__ void finish_row(const GateArguments<A>& g, const T* row, int64_t n, R
   g.flags[n] = leaves ? flag : flag | kGoesOn;
 }
 
-template <class A>
-__device__ A exponent_scale(const GateArguments<A>& g) {
-  return kLog2e<A> / g.temperature[0];
-}
-
 // kLanes lanes a row.
 template <Criterion kCriterion, int kLanes, class T, class A>
-__global__ void __launch_bounds__(kBlock) gate_by_lanes(const T* logits, GateArguments<A> g) {
+__global__ void __launch_bounds__(kBlock, kResident<A>)
+    gate_by_lanes(const T* logits, GateArguments<A> g) {
   const int lane = threadIdx.x % kLanes;
   const unsigned group = kLanes == 32 ? kWholeWarp : (1u << kLanes % 32) - 1;
   const unsigned mask = group << (threadIdx.x % 32 - lane);
-  const int64_t n = int64_t{blockIdx.x} * (kBlock / kLanes) + threadIdx.x / kLanes;
-  if (n < g.N) {
-    const A a = exponent_scale(g);
+  const Settings<A> settings(g);
+  const int64_t rows = int64_t{gridDim.x} * (kBlock / kLanes);  // at a time
+  int64_t n = int64_t{blockIdx.x} * (kBlock / kLanes) + threadIdx.x / kLanes;
+  for (; n < g.N; n += rows) {
     const T* row = logits + n * g.stride;
-    RowState<A> r = state_of<kCriterion, 4>(row, 0, g.C, lane, kLanes, a);
-    r = over_lanes<kCriterion, kLanes>(r, mask, a);
-    finish_row<kCriterion, kLanes>(g, row, n, r, a, lane, mask);
+    RowState<A> r = state_of<kCriterion, 4, kLanes>(row, 0, g.C, lane, settings.a);
+    r = over_lanes<kCriterion, kLanes>(r, mask, settings.a);
+    finish_row<kCriterion, kLanes>(g, settings, row, n, r, lane, mask);
   }
-  if (is_last_block(&kArrived[g.slot])) scan_flags(g.flags, g.N, g.survivors, g.count);
+  if (is_last_block(&kArrived[g.slot]))
+    scan_flags(g.flags, static_cast<unsigned>(g.N), g.survivors, g.count);
 }
 
 // A block a row, or with gridDim.y > 1 a piece of one.
 template <Criterion kCriterion, class T, class A>
-__global__ void __launch_bounds__(kBlock) gate_by_blocks(const T* logits, GateArguments<A> g) {
+__global__ void __launch_bounds__(kBlock, kResident<A>)
+    gate_by_blocks(const T* logits, GateArguments<A> g) {
   __shared__ RowState<A> of_warp[kBlockWarps];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t n = blockIdx.x;
   const T* row = logits + n * g.stride;
-  const A a = exponent_scale(g);
+  const Settings<A> settings(g);
+  const A a = settings.a;
   // Pieces are multiples of 64 classes: whole 16-byte words where the rows are aligned.
   const int words = (g.C + 63) / 64;
   const int begin = static_cast<int>(int64_t{words} * blockIdx.y / gridDim.y) * 64;
   const int end = static_cast<int>(int64_t{words} * (blockIdx.y + 1) / gridDim.y) * 64;
   RowState<A> r =
-      state_of<kCriterion, 4>(row, begin, end < g.C ? end : g.C, threadIdx.x, kBlock, a);
+      state_of<kCriterion, 4, kBlock>(row, begin, end < g.C ? end : g.C, threadIdx.x, a);
   r = over_lanes<kCriterion, 32>(r, kWholeWarp, a);
   if (lane == 0) of_warp[warp] = r;
   __syncthreads();
   if (warp == 0) {
     r = over_lanes<kCriterion, kBlockWarps>(of_warp[lane % kBlockWarps], kWholeWarp, a);
     if (gridDim.y == 1)
-      finish_row<kCriterion, 32>(g, row, n, r, a, lane, kWholeWarp);
+      finish_row<kCriterion, 32>(g, settings, row, n, r, lane, kWholeWarp);
     else if (lane == 0)
       g.pieces[n * gridDim.y + blockIdx.y] = r;
   }
@@ -143,11 +160,11 @@ __global__ void __launch_bounds__(kBlock) gate_by_blocks(const T* logits, GateAr
       for (unsigned piece = lane; piece < gridDim.y; piece += 32)
         whole = merge<kCriterion>(whole, g.pieces[i * gridDim.y + piece], a);
       whole = over_lanes<kCriterion, 32>(whole, kWholeWarp, a);
-      finish_row<kCriterion, 32>(g, logits + i * g.stride, i, whole, a, lane, kWholeWarp);
+      finish_row<kCriterion, 32>(g, settings, logits + i * g.stride, i, whole, lane, kWholeWarp);
     }
     __syncthreads();
   }
-  scan_flags(g.flags, g.N, g.survivors, g.count);
+  scan_flags(g.flags, static_cast<unsigned>(g.N), g.survivors, g.count);
 }
 
 // A counter that no other running grid has. Grids on one stream follow each other and share one. A
@@ -174,12 +191,16 @@ unsigned arrival_slot(const OnDeviceOf& device) {
 
 template <Criterion kCriterion, class T, class A>
 void launch_gate(const OnDeviceOf& device, const T* logits, GateArguments<A> g, unsigned pieces) {
+  const int64_t fill = int64_t{kResident<A>} * device.multiprocessors();
   const auto blocks = [&](int lanes) {
-    return dim3(static_cast<unsigned>((g.N * lanes + kBlock - 1) / kBlock));
+    const int64_t needed = (g.N * lanes + kBlock - 1) / kBlock;
+    return dim3(static_cast<unsigned>(needed < fill ? needed : fill));
   };
+  // A warp keeps 2 KB in flight: from half as many rows as warps on, warps read as fast as blocks.
+  const bool many = g.N >= fill * kBlockWarps / 2;
   if (g.C <= 32)
     device.launch(blocks(4), kBlock, gate_by_lanes<kCriterion, 4, T, A>, logits, g);
-  else if (g.C <= 512)
+  else if (g.C <= 512 || many)
     device.launch(blocks(32), kBlock, gate_by_lanes<kCriterion, 32, T, A>, logits, g);
   else
     device.launch(dim3(static_cast<unsigned>(g.N), pieces), kBlock,
@@ -220,8 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exit_gate(const Tensor& logits, const
     using A = acc_t<T>;
     const unsigned pieces = pieces_of_row(device, N, C);
     const int64_t piece_bytes = pieces > 1 ? N * pieces * sizeof(RowState<A>) : 0;
-    const int64_t flag_bytes = (N + 15) / 16 * 16;
-    const Tensor room = empty_vector(piece_bytes + flag_bytes, ScalarType::Byte, rows);
+    const Tensor room = empty_vector(piece_bytes + N, ScalarType::Byte, rows);
     GateArguments<A> g;
     g.N = N;
     g.C = static_cast<int>(C);
@@ -231,8 +251,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exit_gate(const Tensor& logits, const
     g.target = target.has_value() ? data<const int64_t>(*target) : nullptr;
     g.confidence = data<A>(confidence);
     g.prediction = data<int64_t>(prediction);
-    g.flags = data<unsigned char>(room);
-    g.pieces = reinterpret_cast<RowState<A>*>(g.flags + flag_bytes);
+    g.pieces = data<RowState<A>>(room);
+    g.flags = data<unsigned char>(room) + piece_bytes;
     g.survivors = data<int64_t>(survivors);
     g.count = data<int64_t>(count);
     g.slot = arrival_slot(device);

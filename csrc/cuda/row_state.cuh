@@ -113,41 +113,51 @@ __device__ __forceinline__ RowState<A> over_lanes(RowState<A> r, unsigned mask, 
   return r;
 }
 
-// State over the classes [begin, end) of a row that fall to `lane` of `lanes` threads: 16 bytes a
-// load, kLoads of them in flight before the first is used.
-template <Criterion kCriterion, int kLoads, class T, class A>
-__device__ __forceinline__ RowState<A> state_of(const T* row, int begin, int end, int lane,
-                                                int lanes, A a) {
+// State over the classes [begin, end) of a row that fall to `lane` of kLanes threads: 16 bytes a
+// load, kLoads of them in flight before the first is used, and with them the few classes before and
+// after the whole words.
+template <Criterion kCriterion, int kLoads, int kLanes, class T, class A>
+__device__ __forceinline__ RowState<A> state_of(const T* row, int begin, int end, int lane, A a) {
   constexpr int kWidth = 16 / sizeof(T);
-  RowState<A> r = no_state<kCriterion, A>();
-  const auto one = [&](int c) {
-    const A z[1] = {static_cast<A>(row[c])};
-    take<kCriterion>(r, z, c, a);
-  };
   const int past = static_cast<int>(reinterpret_cast<uintptr_t>(row + begin) % 16 / sizeof(T));
   int head = past == 0 ? 0 : kWidth - past;
   if (head > end - begin) head = end - begin;
-  const int body = begin + head;
-  for (int c = begin + lane; c < body; c += lanes) one(c);
-  const int vectors = (end - body) / kWidth;
-  const uint4* wide = reinterpret_cast<const uint4*>(row + body);
-  for (int v = lane; v < vectors; v += kLoads * lanes) {
+  const int vectors = (end - begin - head) / kWidth;
+  const int outside = end - begin - vectors * kWidth;
+  constexpr int kOutside = (2 * (kWidth - 1) + kLanes - 1) / kLanes;
+  T odd[kOutside];
+#pragma unroll
+  for (int k = 0; k < kOutside; ++k) {
+    const int i = lane + k * kLanes;
+    if (i < outside) odd[k] = row[begin + i + (i < head ? 0 : vectors * kWidth)];
+  }
+  RowState<A> r = no_state<kCriterion, A>();
+  const uint4* wide = reinterpret_cast<const uint4*>(row + begin + head);
+  for (int v = lane; v < vectors; v += kLoads * kLanes) {
     uint4 loaded[kLoads];
 #pragma unroll
     for (int k = 0; k < kLoads; ++k)
-      if (v + k * lanes < vectors) loaded[k] = __ldg(wide + v + k * lanes);
+      if (v + k * kLanes < vectors) loaded[k] = __ldg(wide + v + k * kLanes);
 #pragma unroll
     for (int k = 0; k < kLoads; ++k) {
-      if (v + k * lanes >= vectors) break;
+      if (v + k * kLanes >= vectors) break;
       T narrow[kWidth];
       memcpy(narrow, &loaded[k], 16);
       A z[kWidth];
 #pragma unroll
       for (int i = 0; i < kWidth; ++i) z[i] = static_cast<A>(narrow[i]);
-      take<kCriterion>(r, z, body + (v + k * lanes) * kWidth, a);
+      take<kCriterion>(r, z, begin + head + (v + k * kLanes) * kWidth, a);
     }
   }
-  for (int c = body + vectors * kWidth + lane; c < end; c += lanes) one(c);
+#pragma unroll
+  for (int k = 0; k < kOutside; ++k) {
+    const int i = lane + k * kLanes;
+    if (i >= outside) break;
+    RowState<A> one = no_state<kCriterion, A>();
+    const A z[1] = {static_cast<A>(odd[k])};
+    take<kCriterion>(one, z, begin + i + (i < head ? 0 : vectors * kWidth), a);
+    r = merge<kCriterion>(r, one, a);  // which knows the lower of equals
+  }
   return r;
 }
 

@@ -11,6 +11,19 @@ constexpr int kBlockWarps = kBlock / 32;
 // Flags of a row, one byte.
 constexpr unsigned char kGoesOn = 1, kBadTarget = 2;
 
+// Adds 1 and returns what was there. What the calling thread saw written before, whoever adds later
+// sees. __threadfence() on both sides of atomicAdd would do it, too, but as sequentially consistent
+// fences: on sm_90 two MEMBAR.SC where this takes one MEMBAR.ALL, and every block waits for them.
+__device__ inline unsigned arrive(unsigned* arrived) {
+#ifdef __CUDA_ARCH__
+  unsigned before;
+  asm volatile("atom.acq_rel.gpu.add.u32 %0, [%1], 1;" : "=r"(before) : "l"(arrived) : "memory");
+  return before;
+#else
+  return atomicAdd(arrived, 1u);
+#endif
+}
+
 // Whether this block is the last of the grid to call this. What every other block wrote before is
 // then visible to it. `arrived` is 0 before and after.
 __device__ inline bool is_last_block(unsigned* arrived) {
@@ -18,61 +31,56 @@ __device__ inline bool is_last_block(unsigned* arrived) {
   const unsigned blocks = gridDim.x * gridDim.y;
   __syncthreads();
   if (threadIdx.x == 0) {
-    __threadfence();
-    last = blocks == 1 || atomicAdd(arrived, 1u) == blocks - 1;
+    last = blocks == 1 || arrive(arrived) == blocks - 1;
     if (last && blocks > 1) *arrived = 0;
-    __threadfence();
   }
   __syncthreads();
   return last;
 }
 
 // Writes the rows that go on, ascending, and fills the rest of survivors [N] with N. One block of
-// kBlock threads, 16 flags each at a time; `flags` is 16-byte aligned and may be read to the next
-// multiple of 16.
-__device__ inline void scan_flags(const unsigned char* flags, int64_t N, int64_t* survivors,
+// kBlock threads. A warp takes kEach times 32 neighbouring rows, so that the lanes that write do so
+// side by side.
+__device__ inline void scan_flags(const unsigned char* flags, unsigned N, int64_t* survivors,
                                   int64_t* count) {
-  constexpr int kEach = 16;
-  __shared__ int of_warp[kBlockWarps];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  int64_t kept = 0;  // survivors among the rows before `start`
+  constexpr unsigned kEach = 16;
+  __shared__ unsigned of_warp[kBlockWarps];
+  const unsigned lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const unsigned lower_lanes = (1u << lane) - 1;
+  unsigned kept = 0;  // survivors among the rows before `start`
   bool bad = false;
-  for (int64_t start = 0; start < N; start += kBlock * kEach) {
-    const int64_t first = start + threadIdx.x * kEach;
-    unsigned char mine[kEach] = {};
-    if (first < N) {
-      const uint4 loaded = __ldcg(reinterpret_cast<const uint4*>(flags + first));
-      memcpy(mine, &loaded, kEach);
-    }
-    int n = 0;
+  for (unsigned start = 0; start < N; start += kBlock * kEach) {
+    const unsigned first = start + warp * (32 * kEach) + lane;
+    unsigned char flag[kEach];
 #pragma unroll
-    for (int k = 0; k < kEach; ++k) {
-      if (first + k >= N) mine[k] = 0;
-      n += mine[k] & kGoesOn;
-      bad |= (mine[k] & kBadTarget) != 0;
-    }
-    int before = n;  // becomes the number up to and with this lane
+    for (unsigned k = 0; k < kEach; ++k)
+      flag[k] = first + 32 * k < N ? __ldcg(flags + first + 32 * k) : 0;
+    unsigned go_on[kEach];  // a bit for each lane
+    unsigned n = 0;
 #pragma unroll
-    for (int lanes = 1; lanes < 32; lanes *= 2) {
-      const int other = __shfl_up_sync(kWholeWarp, before, lanes);
-      if (lane >= lanes) before += other;
+    for (unsigned k = 0; k < kEach; ++k) {
+      bad |= (flag[k] & kBadTarget) != 0;
+      go_on[k] = __ballot_sync(kWholeWarp, flag[k] & kGoesOn);
+      n += __popc(go_on[k]);
     }
     __syncthreads();  // of_warp is free again
-    if (lane == 31) of_warp[warp] = before;
+    if (lane == 0) of_warp[warp] = n;
     __syncthreads();
-    int64_t at = kept + before - n;
+    unsigned at = kept;
 #pragma unroll
-    for (int w = 0; w < kBlockWarps; ++w) {
+    for (unsigned w = 0; w < kBlockWarps; ++w) {
       if (w < warp) at += of_warp[w];
       kept += of_warp[w];
     }
 #pragma unroll
-    for (int k = 0; k < kEach; ++k)
-      if (mine[k] & kGoesOn) survivors[at++] = first + k;
+    for (unsigned k = 0; k < kEach; ++k) {
+      if (go_on[k] >> lane & 1) survivors[at + __popc(go_on[k] & lower_lanes)] = first + 32 * k;
+      at += __popc(go_on[k]);
+    }
   }
-  for (int64_t n = kept + threadIdx.x; n < N; n += kBlock) survivors[n] = N;
+  for (unsigned n = kept + threadIdx.x; n < N; n += kBlock) survivors[n] = N;
   bad = __syncthreads_or(bad);
-  if (threadIdx.x == 0) *count = bad ? -1 : kept;
+  if (threadIdx.x == 0) *count = bad ? -1 : int64_t{kept};
 }
 
 }  // namespace elf_fast
