@@ -36,7 +36,7 @@ def _row_states(
         inside = classes < end
         z = tl.load(
             logits
-            + rows[:, None] * (row_vectors * VECTOR)
+            + rows[:, None] * row_vectors * VECTOR
             + classes[None, :].to(tl.int64) * stride_c,
             mask=inside_rows[:, None] & inside[None, :],
             other=0.0,

@@ -19,27 +19,32 @@ from . import exit_gate, gate
 
 @triton.jit
 def _pool(
-    features, stride_n, stride_d, stride_p, pooled, D, P, d_blocks,
-    CHANNELS: tl.constexpr, POSITIONS: tl.constexpr,
+    features, stride_n, pooled, D, d_blocks,
+    STRIDE_D: tl.constexpr, STRIDE_P: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
+    POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Means of CHANNELS channels of one sample."""
+    """Means of CHANNELS channels of one sample. Strides and the P positions are known to the
+    compiler, so that the addresses of a thread's loads differ by constants: one pair of registers
+    instead of one a load, and with them two to three times as many programs on a multiprocessor."""
     program = tl.program_id(0)
     n = (program // d_blocks).to(tl.int64)
-    d = (program % d_blocks) * CHANNELS + tl.arange(0, CHANNELS)
-    inside = d < D
+    first = (program % d_blocks) * CHANNELS
+    d = tl.arange(0, CHANNELS)
+    p = tl.arange(0, POSITIONS)
+    inside = first + d < D
     acc = tl.float64 if features.dtype.element_ty == tl.float64 else tl.float32
     total = tl.zeros([CHANNELS], acc)
-    from_d = features + n * stride_n + d.to(tl.int64) * stride_d
+    tile = features + n * stride_n + first.to(tl.int64) * STRIDE_D
     for start in range(0, P, POSITIONS):
-        p = start + tl.arange(0, POSITIONS)
         x = tl.load(
-            from_d[None, :] + p[:, None].to(tl.int64) * stride_p,
-            mask=inside[None, :] & (p < P)[:, None],
+            tile + d.to(tl.int64)[None, :] * STRIDE_D + p.to(tl.int64)[:, None] * STRIDE_P,
+            mask=inside[None, :] & (start + p < P)[:, None],
             other=0.0,
         )
         total += tl.sum(x.to(acc), axis=0)
+        tile += POSITIONS * STRIDE_P
     mean = (total / P).to(features.dtype.element_ty)
-    tl.store(pooled + n * D + d, mean.to(pooled.dtype.element_ty), mask=inside)
+    tl.store(pooled + n * D + first + d, mean.to(pooled.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -115,7 +120,8 @@ def pool(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     blocks = triton.cdiv(D, channels)
     if N:
         _pool[(N * blocks,)](
-            x, *x.stride(), pooled, D, P, blocks, CHANNELS=channels, POSITIONS=positions,
+            x, x.stride(0), pooled, D, blocks, STRIDE_D=x.stride(1), STRIDE_P=x.stride(2), P=P,
+            CHANNELS=channels, POSITIONS=positions,
             num_warps=gate.warps(channels * positions, 16),
         )  # fmt: skip
     return pooled
@@ -156,6 +162,9 @@ def exit_head(
     states, indices = gate.empty_states(splits, N, weight)
     logits = weight.new_empty((N if with_logits else 0, C))
     vector = gate.vector(logits)
+    # A program waits for memory once for each tile of channels; larger ones of float32 would spill
+    # registers, and so would a third stage.
+    channels, stages = (32, 2) if weight.dtype == torch.float32 else (64, 3)
     T, T_is_pointer = gate.setting(temperature)
     if N:
         _classify[(blocks, splits)](
@@ -163,9 +172,8 @@ def exit_head(
             splits * N, N, D, C // vector, split_tiles * classes, CRITERION=criterion,
             T_IS_POINTER=T_is_pointer, HAS_BIAS=bias is not None, WITH_LOGITS=with_logits,
             PRECISION=_precision(), WIDEN=weight.device.type == "cpu", VECTOR=vector, ROWS=rows,
-            CLASSES=classes, CHANNELS=max(16, min(32, triton.next_power_of_2(D))), num_warps=8,
-            # A third stage of float32 products would spill registers.
-            num_stages=2 if weight.dtype == torch.float32 else 3,
+            CLASSES=classes, CHANNELS=max(16, min(channels, triton.next_power_of_2(D))),
+            num_warps=8, num_stages=stages,
         )  # fmt: skip
     gated = gate.finish(states, indices, threshold, temperature, criterion, target, C)
     return logits, pooled, *gated

@@ -28,7 +28,7 @@ def _adjusted(
 ):  # fmt: skip
     """z and x of a tile, in the arithmetic dtype that the pointer `like` points to."""
     z = tl.load(
-        logits + rows[:, None] * (row_vectors * VECTOR) + classes[None, :].to(tl.int64) * stride_c,
+        logits + rows[:, None] * row_vectors * VECTOR + classes[None, :].to(tl.int64) * stride_c,
         mask=inside_rows[:, None] & inside[None, :],
         other=0.0,
     ).to(like.dtype.element_ty)
