@@ -6,9 +6,10 @@
 `gpu_timing.py` says how a time is taken, `gpu_jobs.py` and `gpu_cases.py` what is timed. Rows whose
 figures are asked for come first, so that a short budget drops only what informs. A row that misses
 its figure, a candidate that is wrong and one that fails are printed like the others; with any of
-them the exit status is 1. The work is done in a second process: where one crashes, hangs or loses
-the device, another goes on after the shape in hand. torch.compile, which takes seconds a shape,
-runs where a figure compares with it. --dry-run goes through all of it on tiny CPU tensors.
+them the exit status is 1. The work is done in a second process: where one crashes or hangs, another
+goes on after the shape in hand; where a candidate loses the device, another measures the rest of
+its shape. torch.compile, which takes seconds a shape, runs where a figure compares with it.
+--dry-run goes through all of it on tiny CPU tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gpu_rows import Row, rows_of, show
 HERE = Path(__file__).resolve()
 #: Seconds that one shape may take before it counts as hung, and that the one in hand may still take
 #: when the budget is spent.
-HUNG = 90.0
+HUNG = 60.0
 GRACE = 20.0
 
 
@@ -95,12 +96,18 @@ def work(output: Path, options: argparse.Namespace) -> int:
         report["not run"] = [job.name for job in pending]
         write(output, report)
         alive = True
+        known = report["broken"].get(job.name, {})
         try:
             with torch.no_grad():
                 case = job.build(bench, *job.arguments)
-                measured, errors = bench.measure(case.candidates, case.sets, case.touched)
-            alive = bool(measured)
-            rows = rows_of(job, case, measured, errors, 2 * bench.copy_bytes)
+                left = [c for c in case.candidates if c.key not in known]
+                measured, errors = bench.measure(left, case.sets, case.touched)
+            if not measured:
+                report["begun"].remove(job.name)
+                report["broken"][job.name] = known | errors
+                write(output, report)
+                return 1
+            rows = rows_of(job, case, measured, known | errors, 2 * bench.copy_bytes)
         except Exception as error:
             rows = [Row(job.op, "all", list(job.shape), job.dtype, job.settings,
                         error=error_text(error))]  # fmt: skip
@@ -122,17 +129,18 @@ def supervise(output: Path, options: argparse.Namespace) -> dict[str, Any]:
     end = time.monotonic() + options.budget
     output.parent.mkdir(parents=True, exist_ok=True)
     lists: dict[str, list[Any]] = {k: [] for k in ("rows", "begun", "reported", "not run")}
-    write(output, {"environment": {}, "ceilings": {}} | lists)
+    # Candidates that lost the device, with their errors, by shape.
+    write(output, {"environment": {}, "ceilings": {}, "broken": {}} | lists)
     settings = {"TRITON_INTERPRET": "1"} if options.dry_run else {}
     flags = ["--quick"] * options.quick + ["--dry-run"] * options.dry_run
     while (left := end - time.monotonic()) > 0:
-        before = read(output)["begun"]
+        before = read(output)
         command = [sys.executable, str(HERE), "--output", str(output), "--worker", *flags]
         worker = subprocess.Popen([*command, "--budget", str(left)], env=os.environ | settings)
         why = _watch(worker, output, end + GRACE)
         report = read(output)
         unfinished = [name for name in report["begun"] if name not in report["reported"]]
-        at_start = report["begun"] == before
+        at_start = all(report[k] == before[k] for k in ("begun", "broken"))
         if why:
             blamed = [*unfinished, *(["start"] if at_start else [])]
             report["rows"] += [asdict(Row(name, "all", [], "", {}, error=why)) for name in blamed]
@@ -142,7 +150,7 @@ def supervise(output: Path, options: argparse.Namespace) -> dict[str, Any]:
         write(output, report)
         if at_start or not why:
             break
-    for name in ("begun", "reported"):
+    for name in ("begun", "broken", "reported"):
         report.pop(name)
     write(output, report)
     return report

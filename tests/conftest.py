@@ -21,11 +21,26 @@ import elf_fast
 from elf_fast import backend as backends
 
 torch.set_num_threads(2)
+torch.backends.cudnn.allow_tf32 = False  # the tests' tolerances are those of float32
 
 if not torch.cuda.is_available() and backends._why_not("triton") is None:
     from elf_fast.kernels import gate
 
     gate.TILE *= 16  # interpreted programs cost by their number: fewer and larger ones
+
+
+def pytest_runtest_logfinish() -> None:
+    """After an invalid access or an assertion in a kernel every CUDA call of the process fails. No
+    test that has yet to run shall fail for it: pytest-xdist puts another worker in the place of one
+    that ends, and without it the run ends."""
+    if not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(1)
+        pytest.exit(f"the CUDA device is lost: {error}", returncode=1)
 
 
 def _serving() -> list[tuple[str, str]]:

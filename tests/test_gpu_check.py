@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import argparse
+import itertools
 import json
 import os
 import re
+import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import conftest
 import pytest
+import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import gpu
 import gpu_check
 
 
@@ -92,3 +99,50 @@ def test_parts_stay_under_nine_minutes_and_know_the_architecture(tmp_path):
     assert "ELF_FAST_BUILD=cuda" in parts["build"].command[-1]
     for name in gpu_check.TESTS:
         assert (Path(__file__).parent / name).exists()
+
+
+def test_a_run_ends_where_the_device_is_lost(monkeypatch):
+    def lost() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with monkeypatch.context() as broken:
+        broken.setattr(torch.cuda, "synchronize", lost)
+        with pytest.raises(pytest.exit.Exception, match="the CUDA device is lost: CUDA error"):
+            conftest.pytest_runtest_logfinish()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    conftest.pytest_runtest_logfinish()
+
+
+def test_a_candidate_that_loses_the_device_takes_no_other_with_it(tmp_path, monkeypatch):
+    """The next process measures the shape without it."""
+    pytest.importorskip("triton")
+    import gpu_jobs
+    import gpu_timing
+
+    output = tmp_path / "kernels.json"
+
+    class Fragile(gpu_timing.DryRun):
+        def measure(self, candidates, sets, size):
+            for candidate in candidates:
+                if candidate.name == "plain":
+                    return {}, {candidate.key: "RuntimeError: lost"}
+            return super().measure(candidates, sets, size)
+
+    def worker(*_, **__):
+        """In this process, one worker after the other."""
+        status = gpu.work(output, options)
+        return types.SimpleNamespace(wait=lambda timeout=None: status)
+
+    options = argparse.Namespace(budget=60.0, dry_run=True, quick=True)
+    monkeypatch.setattr(gpu_timing, "DryRun", Fragile)
+    jobs = gpu_jobs.jobs
+    monkeypatch.setattr(gpu_jobs, "jobs", lambda bench: itertools.islice(jobs(bench), 1))
+    monkeypatch.setattr(
+        gpu, "subprocess", types.SimpleNamespace(**vars(subprocess) | {"Popen": worker})
+    )
+    report = gpu.supervise(output, options)
+    errors = {row["candidate"]: row["error"] for row in report["rows"]}
+    assert errors.pop("plain") == "RuntimeError: lost"
+    assert {"triton", "eager"} <= set(errors) and set(errors.values()) == {None}
