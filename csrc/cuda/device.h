@@ -18,7 +18,7 @@ class OnDeviceOf {
     if (index_ < 0) index_ = before_;
     if (index_ != before_) STD_CUDA_CHECK(cudaSetDevice(index_));
     void* stream;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
     stream_ = static_cast<cudaStream_t>(stream);
   }
   ~OnDeviceOf() {
