@@ -14,6 +14,7 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import emulated_cuda
 import pytest
 import torch
 
@@ -23,6 +24,9 @@ FOLDERS = ("elf_fast", "kernels", "csrc", "tests", "benchmarks", "docs")
 NOT_SOURCE = shutil.ignore_patterns(
     ".git", ".*cache", ".venv", "__pycache__", "*.so", "*.egg-info", "build", "dist"
 )
+
+#: The oldest torch that pyproject.toml asks for.
+OLDEST_TORCH = "2.11.0"
 
 #: Gates two rows, of which the second is undecided, and says what served them.
 PROBE = """
@@ -114,17 +118,13 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def torch_2_13(tmp_path_factory) -> Path:
+def oldest_torch(tmp_path_factory) -> Path:
     """Only torch itself: what it imports comes from the environment that runs the tests."""
     target = tmp_path_factory.mktemp("torch") / "packages"
     flags = ("-q", "--no-deps", "--only-binary", ":all:", "--target", target)
-    got = pip("install", *flags, "torch==2.13.0", cwd=target.parent, check=False)
+    got = pip("install", *flags, f"torch=={OLDEST_TORCH}", cwd=target.parent, check=False)
     if got.returncode:
-        pytest.skip(f"pip cannot get torch 2.13.0: {got.stdout.splitlines()[-1]}")
-    works = (sys.executable, "-c", "import torch")
-    tried = run(*works, cwd=target.parent, check=False, PYTHONPATH=str(target))
-    if tried.returncode:
-        pytest.skip(f"torch 2.13.0 does not run here: {tried.stdout.splitlines()[-1]}")
+        pytest.skip(f"pip cannot get torch {OLDEST_TORCH}: {got.stdout.splitlines()[-1]}")
     return target
 
 
@@ -159,11 +159,27 @@ def test_wheel_runs(installed, tmp_path):
     assert said["survivors"] == [1] and said["prediction"] == [0, 0]
 
 
-def test_wheel_runs_on_another_torch(installed, torch_2_13, tmp_path):
-    said = probe(tmp_path, installed, torch_2_13)
-    assert said["torch"].startswith("2.13.0")
+def test_wheel_runs_on_the_oldest_torch(installed, oldest_torch, tmp_path):
+    works = (sys.executable, "-c", "import torch")
+    tried = run(*works, cwd=tmp_path, check=False, PYTHONPATH=str(oldest_torch))
+    if tried.returncode:
+        pytest.skip(f"torch {OLDEST_TORCH} does not run here: {tried.stdout.splitlines()[-1]}")
+    said = probe(tmp_path, installed, oldest_torch)
+    assert said["torch"].startswith(OLDEST_TORCH)
     assert said["cpu"] == "cpu (C++)"
     assert said["survivors"] == [1] and said["prediction"] == [0, 0]
+
+
+def test_sources_compile_with_the_oldest_torch(recipe, oldest_torch, tree):
+    """The headers of a later torch hold more; TORCH_TARGET_VERSION does not hide all of it."""
+    headers = f"-isystem{oldest_torch}/torch/include"
+    stand_in = [*emulated_cuda.FLAGS, f"-I{ROOT}/tests/cuda_on_cpu"]
+    sources = {s: recipe.CXX_FLAGS for s in sorted((tree / "csrc/cpu").glob("*.cpp"))}
+    sources |= {s: stand_in for s in sorted((tree / "csrc/cuda").glob("*.cu"))}
+    assert len(sources) > 5
+    compiler = recipe.find_compiler().split()
+    for source, flags in sources.items():
+        run(*compiler, "-fsyntax-only", *flags, headers, source, cwd=tree)
 
 
 def test_none_compiles_nothing(sdist, tmp_path):
