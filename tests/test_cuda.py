@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import elf_fast
-from elf_fast import backend, functional, ops
+from elf_fast import backend, functional, ops, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -138,6 +138,34 @@ def test_gates_of_two_graphs_on_two_streams_do_not_disturb_each_other():
         torch.cuda.synchronize()
         for _, _, out, expected, _ in made:
             assert_equal(results(out), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(90_001, 10), (20_003, 100), (5001, 1003)], ids=str)
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_more_rows_than_the_device_holds_at_once(name, shape, dtype):
+    """Every row is read, its flag seen by whoever places the survivors: in each of many runs."""
+    if (reason := backend._why_not(name)) is not None:
+        pytest.skip(reason)
+    N, C = shape
+    generator = torch.Generator().manual_seed(C)
+    sharpness = torch.linspace(0.1, 8.0, N)[torch.randperm(N, generator=generator), None]
+    z = (torch.randn(shape, generator=generator) * sharpness).to(dtype).cuda()
+    t, T = torch.tensor(0.6).cuda(), torch.tensor(1.0).cuda()
+    truth = reference.exit_gate(z.double(), 0.6)
+    with elf_fast.use_backend(name), torch.no_grad():
+        outs = [ops.exit_gate(z, t, T, 0, None, False) for _ in range(50)]
+    confidence, prediction, survivors, count = outs[0]
+    torch.testing.assert_close(confidence.double(), truth.confidence, rtol=0, atol=2e-6)
+    assert torch.equal(prediction, truth.prediction)
+    n = int(count)
+    goes_on, expected = (torch.zeros(N, dtype=torch.bool, device="cuda") for _ in range(2))
+    goes_on[survivors[:n]], expected[truth.survivors] = True, True
+    assert int(goes_on.sum()) == n and bool((survivors[1:n] > survivors[: n - 1]).all())
+    assert bool((survivors[n:] == N).all())
+    assert bool(((goes_on == expected) | ((truth.confidence - 0.6).abs() < 2e-6)).all())
+    for out in outs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(out, outs[0], strict=True))
 
 
 def test_no_operator_waits_for_the_device(call):
