@@ -147,7 +147,7 @@ def exit_head(
     if weight.dtype == torch.float64:  # for gradient checks; no tensor cores to feed
         logits = torch.nn.functional.linear(pooled, weight, bias)
         gated = exit_gate.exit_gate(logits, threshold, temperature, criterion, target, early_stop)
-        return logits, pooled, *gated
+        return logits if with_logits else logits.new_empty(0, len(weight)), pooled, *gated
     (N, D), C = pooled.shape, weight.shape[0]
     if weight.shape[1] != D:
         raise ValueError(f"weight: expected [C, {D}], got {list(weight.shape)}")

@@ -47,6 +47,11 @@ CALLS = {
         ops.exit_head,
         (torch.randn(7, 6), torch.randn(5, 6), None, HALF, ONE, 0, None, False, False),
     ),
+    "exit_head float64 without logits": lambda: (
+        ops.exit_head,
+        (torch.randn(7, 6).double(), torch.randn(5, 6).double(), None, HALF.double(), ONE.double(),
+         0, None, False, False),
+    ),
     "compact": lambda: (ops.compact, (IMAGES.clone().requires_grad_(), SURVIVORS)),
     "compact channels last": lambda: (
         ops.compact,
