@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 __all__ = ["CifarResNet", "create", "default_exits"]
 
-#: Containers whose children are the network's steps, as timm and torchvision name them.
+#: Where networks keep their steps: in numbered attributes (layer1 in ResNet, s1 in timm's RegNet)
+#: or in a container, as timm and torchvision name them.
+_NUMBERED = ("layer", "stage", "s", "level")
 _CONTAINERS = ("stages", "blocks", "trunk_output", "encoder.layers", "layers", "features")
 
 
@@ -117,7 +119,9 @@ def default_exits(backbone: nn.Module) -> list[str]:
     Raises:
         ValueError: the network's steps have none of the usual names.
     """
-    steps = [f"layer{i}" for i in range(1, 9) if hasattr(backbone, f"layer{i}")]
+    steps: list[str] = []
+    for prefix in _NUMBERED:
+        steps = steps or [f"{prefix}{i}" for i in range(9) if hasattr(backbone, f"{prefix}{i}")]
     for container in _CONTAINERS:
         if steps:
             break
@@ -130,8 +134,9 @@ def default_exits(backbone: nn.Module) -> list[str]:
     n = len(steps)
     if n < 2:
         raise ValueError(
-            f"exits: {type(backbone).__name__} has no layer1, layer2, ... and none of "
-            f"{', '.join(_CONTAINERS)}; name the modules after which to put exits"
+            f"exits: {type(backbone).__name__} has no layer1, layer2, ... (nor "
+            f"{', '.join(_NUMBERED[1:])} with numbers) and none of {', '.join(_CONTAINERS)}; name "
+            "the modules after which to put exits"
         )
     ends = sorted({max(1, n * quarter // 4) for quarter in (1, 2, 3)}) if n > 3 else range(1, n)
     return [steps[end - 1] for end in ends]

@@ -500,7 +500,6 @@ def test_synchronised_norms_are_refused_without_gpus():
 def test_eval_names_what_no_longer_fits(run, tmp_path, capsys):
     weights, metadata = checkpoint.load(run / "model.safetensors")
     for setting, message in (
-        ({"device": "cuda:99"}, "device: expected cpu, or one of the"),
         ({"imbalance": 1e6}, "imbalance: expected at most 10"),
         ({"gone": 1}, "gone: expected a setting"),
     ):
@@ -509,6 +508,15 @@ def test_eval_names_what_no_longer_fits(run, tmp_path, capsys):
         assert cli.main(["eval", str(tmp_path / "a.safetensors")]) == 2
         said = capsys.readouterr().err
         assert message in said and said.count("\n") == 1
+
+
+def test_eval_runs_where_the_device_of_the_run_is_missing(run, tmp_path, capsys):
+    weights, metadata = checkpoint.load(run / "model.safetensors")
+    elsewhere = {**metadata, "config": {**metadata["config"], "device": "cuda:99"}}
+    checkpoint.save(tmp_path / "a.safetensors", weights, elsewhere)
+    expected = json.loads((run / "metrics.json").read_text())["test"]["overall"]
+    found = json.loads(printed(capsys, "eval", tmp_path / "a.safetensors", "--json"))
+    assert found["overall"] == pytest.approx(expected)
 
 
 def test_small_transforms_name_images_of_another_size(folder, tmp_path, capsys):

@@ -105,7 +105,10 @@ def evaluate_saved(path: Path, **overrides: Any) -> tuple[dict[str, Any], dict[s
             f"{path}: expected the training data that it was made with, class_counts "
             f"{metadata['class_counts']}, got {splits.class_counts}"
         )
-    device = checks.device(config.device)
+    try:
+        device = checks.device(config.device)
+    except ValueError:  # of the machine that it was trained on
+        device = checks.device(None)
     model = build.network(config, splits.class_counts)
     try:
         model.load_state_dict(state)
