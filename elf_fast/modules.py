@@ -74,7 +74,8 @@ class ELF(reference.ELF):
             n = 0 if e == last else int(result.survivor_count)
             if n < 0:
                 checks.target_range(y, result.logits.shape[1])
-            if n < rows:  # else a later exit overwrites every row
+            # Where nobody leaves a later exit overwrites every row, but backward passes this one.
+            if n < rows or torch.is_grad_enabled():
                 out = self._record(out, alive, result, e, dtype)
             if result.losses is not None:
                 loss = reference._add(loss, self.exit_weights[e] * result.losses.sum())
