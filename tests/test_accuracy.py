@@ -450,6 +450,8 @@ def test_the_page_says_what_the_results_say(tmp_path):
     assert "It is less accurate than the network without exits, beyond chance, in 1 of 4" in page
     assert "harmless (the interval ends above -0.5) in 1 of 2 comparisons, harmful in 1" in page
     assert "Over the 2 settings that have all seeds, dropping differs from keeping by -3." in page
+    assert "Of 1 comparisons of what else was tried with the network without exits, 1 gain" in page
+    assert "+1.0 [+0.9, +1.1] points (cross-entropy at 100; kept, none leaves" in page
     against = rows(page, "## ELF against")
     assert [row[:5] for row in against] == [
         ["cross-entropy", "100", "convolution", "10", "dropped"],
