@@ -271,11 +271,16 @@ def exit_loss(
     Returns:
         ExitLoss(loss [N], confidence [N], prediction [N], survivors [n]); the loss is
         differentiable in the logits. `reference.exit_loss` gives the sources of the formula.
+
+    Raises:
+        ValueError, TypeError: naming the argument. On a GPU a target out of range is named only
+            with a threshold; without one nothing waits for the device: the sample's loss is NaN.
     """
     checks.logits(logits)
     N, C = logits.shape
     checks.target_shape(target, N, logits.device)
-    if threshold is None:
+    nobody_leaves = threshold is None
+    if nobody_leaves:
         threshold = -math.inf if criterion == "entropy" else math.inf
     t, T, code = _gate_settings(threshold, temperature, criterion, logits.dtype, C, logits.device)
     vectors = _class_vectors(logits, weight=weight, margins=margins, bias=bias)
@@ -289,4 +294,6 @@ def exit_loss(
          t, T, code),
         lambda: checks.target_range(target, C),
     )  # fmt: skip
-    return ExitLoss(loss, confidence, prediction, _exact(survivors, count, target, C))
+    if not nobody_leaves:
+        survivors = _exact(survivors, count, target, C)
+    return ExitLoss(loss, confidence, prediction, survivors)

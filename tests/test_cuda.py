@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import elf_fast
-from elf_fast import backend, functional, ops, reference
+from elf_fast import backend, functional, losses, ops, reference
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device")
 
@@ -192,6 +192,17 @@ def test_only_the_exact_survivors_wait():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(waits) == 1
+
+
+def test_a_loss_alone_does_not_wait():
+    x = inputs(0)
+    loss = losses.FocalLoss()
+    loss(x["logits"], x["target"])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        loss(x["logits"], x["target"])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_work_goes_to_the_current_stream(call):

@@ -218,3 +218,14 @@ def test_at_every_exit(name, cls, drop_exited):
         out.loss.backward()
         for parameter, gradient in zip(model.parameters(), expected, strict=True):
             assert_same(parameter.grad, gradient)
+
+
+def test_a_loss_compiles_in_one_graph():
+    torch.compiler.reset()
+    loss = losses.BalancedSoftmaxLoss([9, 5, 1])
+    logits, target = torch.randn(6, 3, requires_grad=True), torch.arange(6) % 3
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")(logits, target)
+    (grad,) = torch.autograd.grad(compiled, logits)
+    expected = loss(logits, target)
+    assert torch.equal(compiled, expected)
+    assert torch.equal(grad, torch.autograd.grad(expected, logits)[0])

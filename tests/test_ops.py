@@ -173,6 +173,19 @@ def test_exit_loss_of_infinite_logits_is_that_of_log_softmax(device):
         torch.testing.assert_close(out, expected, equal_nan=True)
 
 
+def test_exit_loss_of_a_target_out_of_range_is_refused_or_nan(device):
+    """NaN where a device computes it and nobody asks who leaves: to refuse it is to wait for it."""
+    logits = torch.randn(3, 4, device=device)
+    target = torch.tensor([0, 7, 1], device=device)
+    try:
+        out = functional.exit_loss(logits, target)
+    except ValueError as error:
+        assert "target: expected 0 <= target < 4" in str(error)
+    else:
+        assert out.loss.isnan().tolist() == [False, True, False]
+        assert out.survivors.tolist() == [0, 1, 2]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape, channels_last", FEATURES, ids=str)
 def test_exit_head(shape, channels_last, dtype, device):
@@ -363,10 +376,8 @@ def test_target_out_of_range_is_heard_of(function, C, y, device):
     target = torch.zeros(2000, dtype=torch.int64, device=device)
     target[1234] = C if y == "C" else y
     logits = torch.randn(2000, C, device=device)
-    options = {"target": target} if function is functional.exit_gate else {}
-    arguments = (logits, 0.5) if options else (logits, target)
     with pytest.raises(ValueError, match="target: expected 0 <= target <"):
-        function(*arguments, **options)
+        function(logits, threshold=0.5, target=target)
 
 
 @pytest.mark.parametrize("name", ["exit_gate", "exit_loss"])
