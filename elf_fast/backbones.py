@@ -121,7 +121,7 @@ def default_exits(backbone: nn.Module) -> list[str]:
     """
     steps: list[str] = []
     for prefix in _NUMBERED:
-        steps = steps or [f"{prefix}{i}" for i in range(9) if hasattr(backbone, f"{prefix}{i}")]
+        steps = steps or [f"{prefix}{i}" for i in range(1, 9) if hasattr(backbone, f"{prefix}{i}")]
     for container in _CONTAINERS:
         if steps:
             break

@@ -39,7 +39,8 @@ def test_option_a_shortcut_keeps_every_other_pixel_and_pads_channels():
         ("timm/convnext_atto", ["stages.0", "stages.1", "stages.2"]),
         ("timm/vit_tiny_patch16_224", ["blocks.2", "blocks.5", "blocks.8"]),
         ("timm/regnetx_002", ["s1", "s2", "s3"]),
-        ("timm/dla34", ["level0", "level2", "level3"]),
+        ("timm/legacy_seresnet18", ["layer1", "layer2", "layer3"]),
+        ("timm/dla34", ["level1", "level2", "level3"]),
     ],
 )
 def test_default_exits_fit(name, exits):
