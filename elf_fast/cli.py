@@ -113,6 +113,7 @@ def _parser() -> argparse.ArgumentParser:
                           help="folder of a run or of the demo, a run's checkpoint, or "
                           "weights")  # fmt: skip
     evaluate.add_argument("--data-dir", metavar="FOLDER", help="where the images are now")
+    evaluate.add_argument("--lists", metavar="FOLDER", help="where the split lists are now")
     evaluate.add_argument("--json", action="store_true", help="print all metrics as JSON")
     evaluate.set_defaults(command=_eval)
 
@@ -208,7 +209,8 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     from .training.evaluate import evaluate_saved
 
-    overrides = {} if arguments.data_dir is None else {"data_dir": arguments.data_dir}
+    moved = {"data_dir": arguments.data_dir, "lists": arguments.lists}
+    overrides = {name: folder for name, folder in moved.items() if folder is not None}
     try:
         metadata, metrics = evaluate_saved(arguments.checkpoint, **overrides)
     except (TypeError, ValueError) as error:

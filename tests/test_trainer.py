@@ -137,6 +137,8 @@ def test_yaml_takes_numbers_as_people_write_them(tmp_path):
         ({"model_kwargs": ["a=[1"]}, ValueError, r"KEY=VALUE with a YAML value, got 'a=\[1'"),
         ({"dataset": "folder"}, ValueError, "data_dir: expected a folder of images .*, got none"),
         ({"max_flops": 0.5, "calibrate": False}, ValueError, "max_flops: expected none without"),
+        ({"drw_epoch": 9, "epochs": 9}, ValueError,
+         "drw_epoch: expected an epoch below epochs = 9, got 9"),
         ({"dataset": "Places-LT", "data_dir": "x", "imbalance": 9}, ValueError,
          "imbalance: expected none for Places-LT"),
     ],
@@ -220,12 +222,20 @@ def test_ldam_reads_cosines_at_its_own_scale():
     assert out.logits.abs().max() <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("name, epoch", [("cross_entropy", 0), ("balanced_softmax", 1)])
-def test_deferred_weights_come_at_their_epoch(name, epoch, tmp_path):
-    running = trainer(loss=name, drw_epoch=1, output=str(tmp_path), epochs=1 + epoch)
+@pytest.mark.parametrize("name", ["cross_entropy", "balanced_softmax"])
+def test_deferred_weights_come_at_their_epoch(name, tmp_path, monkeypatch):
+    running = trainer(loss=name, drw_epoch=1, output=str(tmp_path), epochs=2)
+    used: dict[int, bool] = {}
+    step = running._step
+
+    def observed(batches):
+        weight = running.model.exit_loss.weight
+        used.setdefault(running.position.epoch, not torch.equal(weight, torch.ones(10)))
+        return step(batches)
+
+    monkeypatch.setattr(running, "_step", observed)
     running.run()
-    weight = running.model.exit_loss.weight
-    assert torch.equal(weight, torch.ones(10)) == (epoch == 0)
+    assert used == {0: False, 1: True}
 
 
 # Steps
@@ -387,6 +397,29 @@ def test_eval_repeats_the_numbers_of_a_run(run, folder, tmp_path, capsys):
         assert "seed 3, validation set" in printed(capsys, "eval", run)
     finally:
         (tmp_path / "test").rename(test)
+
+
+def test_a_run_on_lists_is_evaluated_wherever_images_and_lists_are(folder, tmp_path, capsys):
+    images = shutil.copytree(folder, tmp_path / "images")
+    lists, output = tmp_path / "lists", tmp_path / "run"
+    lists.mkdir()
+    for part in ("train", "val", "test"):
+        found = sorted((images / part).glob("*/*.png"))
+        lines = (f"{path.relative_to(images)} {path.parent.name[-1]}\n" for path in found)
+        (lists / f"{part}.txt").write_text("".join(lines))
+    printed(capsys, "train", "--dataset", "lists", "--data-dir", images, "--lists", lists,
+            "--output", output, *FLAGS, "--epochs", 2)  # fmt: skip
+    results = json.loads((output / "metrics.json").read_text())
+    assert results["class_counts"] == [60, 24, 10]
+    assert results["split"] == {"train": 94, "validation": 24, "test": 24}
+    lists.rename(tmp_path / "elsewhere")
+    assert cli.main(["eval", str(output)]) == 2
+    assert (
+        f"{lists / 'train.txt'}: expected a list of images, got no file" in capsys.readouterr().err
+    )
+    images.rename(tmp_path / "moved")
+    where = ("--lists", tmp_path / "elsewhere", "--data-dir", tmp_path / "moved")
+    assert json.loads(printed(capsys, "eval", output, "--json", *where)) == results["test"]
 
 
 def test_a_finished_run_resumes_to_the_same_results(run, capsys):

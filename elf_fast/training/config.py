@@ -210,6 +210,10 @@ class TrainConfig:
                 "max_flops: expected none without calibration, which chooses the threshold, got "
                 f"{self.max_flops}"
             )
+        if self.drw_epoch is not None and self.drw_epoch >= self.epochs:
+            raise ValueError(
+                f"drw_epoch: expected an epoch below epochs = {self.epochs}, got {self.drw_epoch}"
+            )
 
     @property
     def has_exits(self) -> bool:
