@@ -8,14 +8,15 @@ from typing import Any
 import torch
 from baselines import plain_gate, read_only
 from figure_rows import Row, compare
+from torch import Tensor
 
 from elf_fast import functional, ops, reference
 
 
 def rows(*, full: bool) -> Iterator[Row]:
     yield from _gate(full)
-    yield from _compact()
-    yield from _head()
+    yield from _compact(full)
+    yield from _head(full)
     yield from _loss(full)
 
 
@@ -48,52 +49,66 @@ def _gate(full: bool) -> Iterator[Row]:
             )  # fmt: skip
 
 
-def _compact() -> Iterator[Row]:
-    for layer, size in (
-        ("ResNet-32 layer1", (64, 16, 32, 32)),
-        ("ResNet-50 layer2", (32, 512, 28, 28)),
-        ("ResNet-50 layer4", (64, 2048, 7, 7)),
-    ):
-        for layout, least in ((torch.contiguous_format, 1.0), (torch.channels_last, 5.0)):
-            x = torch.randn(size).to(memory_format=layout)
-            survivors = torch.arange(0, size[0], 2)
+#: Features of a batch at an exit.
+FEATURES = {
+    "ResNet-32 layer1": (64, 16, 32, 32),
+    "ResNet-50 layer2": (32, 512, 28, 28),
+    "ResNet-50 layer4": (64, 2048, 7, 7),
+}
+TOKENS = {"ViT-B": (32, 197, 768)}
+
+
+def _laid_out(features: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """Random features by name and memory format."""
+    for name, size in features.items():
+        for layout in (torch.contiguous_format, torch.channels_last)[: len(size) - 2]:
+            label = str(layout).removeprefix("torch.").removesuffix("_format").replace("_", "-")
+            yield f"{name} {label}", torch.randn(size).to(memory_format=layout)
+
+
+def _compact(full: bool) -> Iterator[Row]:
+    for name, x in _laid_out(FEATURES | TOKENS if full else FEATURES):
+        for share in (0.1, 0.5, 0.9) if full else (0.5,):
+            n = round(share * len(x))
+            survivors = torch.linspace(0, len(x) - 1, n).long()
             candidates: dict[str, Callable[[], Any]] = {
                 "ops.compact": lambda x=x, s=survivors: ops.compact(x, s),
                 "functional.compact": lambda x=x, s=survivors: functional.compact(x, s),
                 "ops.compact_ (in place)": lambda x=x, s=survivors: ops.compact_(x, s, None),
                 "index_select": lambda x=x, s=survivors: x.index_select(0, s),
+                "copy": lambda x=x, n=n: x[:n].clone(),
             }
             assert torch.equal(functional.compact(x, survivors), x[survivors])
             with torch.inference_mode():
                 yield from compare(
-                    "kernels", f"half of {layer} {_name(layout)}", candidates,
-                    [("ops.compact", "index_select", least),
+                    "kernels", f"{share:g} of {name}", candidates,
+                    [("ops.compact", "index_select", 5.0 if "channels" in name else 1.0),
                      ("functional.compact", "index_select", None),
-                     ("ops.compact_ (in place)", "ops.compact", None)],
+                     ("ops.compact_ (in place)", "ops.compact", None),
+                     ("ops.compact", "copy", None)],
                     seconds=1, apart=True,
                 )  # fmt: skip
 
 
-def _head() -> Iterator[Row]:
-    for layer, size in (
-        ("digits layer2", (256, 64, 4, 4)),
-        ("ResNet-32 layer1", (64, 16, 32, 32)),
-        ("ResNet-50 layer4", (64, 2048, 7, 7)),
-    ):
-        w, b = torch.randn(100, size[1]), torch.randn(100)
-        for layout in (torch.contiguous_format, torch.channels_last):
-            x = torch.randn(size).to(memory_format=layout)
-            candidates: dict[str, Callable[[], Any]] = {
-                "functional.exit_head": lambda x=x, w=w, b=b: functional.exit_head(x, w, b, 0.9),
-                "reference": lambda x=x, w=w, b=b: reference.exit_head(x, w, b, 0.9),
-            }
-            with torch.inference_mode():
-                ours, theirs = (f().logits for f in candidates.values())
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-                yield from compare(
-                    "kernels", f"{layer} {_name(layout)}", candidates,
-                    [("functional.exit_head", "reference", None)],
-                )  # fmt: skip
+def _head(full: bool) -> Iterator[Row]:
+    features = {"digits layer2": (256, 64, 4, 4), **FEATURES}
+    for name, x in _laid_out(features | TOKENS if full else features):
+        D = x.shape[2 if x.dim() == 3 else 1]
+        w, b = torch.randn(100, D), torch.randn(100)
+        candidates: dict[str, Callable[[], Any]] = {
+            "functional.exit_head": lambda x=x, w=w, b=b: functional.exit_head(x, w, b, 0.9),
+            "reference": lambda x=x, w=w, b=b: reference.exit_head(x, w, b, 0.9),
+            "read-only pass": lambda x=x: read_only(x),
+        }
+        with torch.inference_mode():
+            ours, theirs = (candidates[k]().logits for k in ("functional.exit_head", "reference"))
+            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+            yield from compare(
+                "kernels", name, candidates,
+                [("functional.exit_head", "reference", None),
+                 ("functional.exit_head", "read-only pass", None)],
+                seconds=1, apart=True,
+            )  # fmt: skip
 
 
 def _loss(full: bool) -> Iterator[Row]:
@@ -101,7 +116,7 @@ def _loss(full: bool) -> Iterator[Row]:
         x = (torch.randn(N, C) * 3).requires_grad_()
         y = torch.randint(0, C, (N,))
 
-        def step(f: Callable[..., Any], x=x, y=y) -> torch.Tensor:
+        def step(f: Callable[..., Any], x=x, y=y) -> Tensor:
             x.grad = None
             f(x, y, threshold=0.9).loss.sum().backward()
             return x.grad
@@ -112,11 +127,11 @@ def _loss(full: bool) -> Iterator[Row]:
         }
         ours, theirs = (f() for f in candidates.values())
         torch.testing.assert_close(ours, theirs)
+        logits = x.detach()
+        candidates["copy"] = lambda x=logits: x.clone()
         yield from compare(
             "kernels", f"logits [{N}, {C}]", candidates,
-            [("exit_loss, forward + backward", "reference", None)],
+            [("exit_loss, forward + backward", "reference", None),
+             ("exit_loss, forward + backward", "copy", None)],
+            apart=True,
         )  # fmt: skip
-
-
-def _name(layout: torch.memory_format) -> str:
-    return str(layout).removeprefix("torch.").removesuffix("_format").replace("_", "-")
