@@ -418,6 +418,13 @@ def test_all_settings_together_count_a_seed_once():
     # Both settings move alike with the seed: averaging them narrows nothing.
     one = comparisons.compare(records, "keep", "plain", point="best")[0].difference
     assert difference.high - difference.low == pytest.approx(one.high - one.low)
+    records |= made_up((100, "ce", "pooled"), {"plain": 0.0, "keep": -7.0})
+    by_head = {
+        head: comparisons.together(records, "keep", "plain", point="best", head=head)
+        for head in (None, "conv", "pooled")
+    }
+    assert by_head[None][0] == 3 and by_head[None][1].mean == pytest.approx(-2 / 3)
+    assert by_head["conv"] == (2, difference) and by_head["pooled"] is None
 
 
 def rows(page: str, heading: str) -> list[list[str]]:

@@ -85,11 +85,16 @@ def compare(
 
 
 def together(
-    records: Records, ours: str, theirs: str, *, point: str
+    records: Records, ours: str, theirs: str, *, point: str, head: str | None = None
 ) -> tuple[int, Difference] | None:
-    """How many settings have all seeds, and the difference in accuracy averaged over them. Its
-    interval is over the seeds: settings share their draws. None with fewer than two settings."""
-    complete = [s for s in settings(records) if common_seeds(records, s, ours, theirs) == SEEDS]
+    """How many settings (None: with any head) have all seeds, and the difference in accuracy
+    averaged over them. Its interval is over the seeds: settings share their draws. None with fewer
+    than two settings."""
+    complete = [
+        s
+        for s in settings(records)
+        if head in (None, s.head) and common_seeds(records, s, ours, theirs) == SEEDS
+    ]
     if len(complete) < 2:
         return None
     means = [

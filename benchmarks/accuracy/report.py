@@ -27,7 +27,7 @@ from .comparisons import (
     together,
 )
 from .paired import LEAST_SEEDS, Difference
-from .runs import TABLE, TRIED, table
+from .runs import HEADS, TABLE, TRIED, table
 from .trial import FLOPS_LIMIT
 
 TEMPLATE = Path(__file__).with_name("page.md")
@@ -107,9 +107,17 @@ def _claims(records: Records, rows: Sequence[Comparison]) -> list[str]:
         )
     for ours in ("keep", "drop"):
         if whole := together(records, ours, "plain", point="best"):
+            of_heads = {
+                head: together(records, ours, "plain", point="best", head=head) for head in HEADS
+            }
+            by_head = ", ".join(
+                f"{_interval(found[1])} with {NAMES[head]} heads"
+                for head, found in of_heads.items()
+                if found is not None
+            )
             lines.append(
                 f"- With samples {NAMES[ours]}, over the {whole[0]} settings that have all seeds, "
-                f"it differs by {_interval(whole[1])} points."
+                f"it differs by {_interval(whole[1])} points{f': {by_head}' if by_head else ''}."
             )
     return lines
 
