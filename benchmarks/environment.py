@@ -1,7 +1,9 @@
-"""Where a result comes from: commit, processor, versions."""
+"""Where a result comes from: commit, processor, versions; and an allocator that is no lottery."""
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import platform
 import subprocess
@@ -31,3 +33,14 @@ def environment() -> dict[str, str]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
+
+
+def keep_memory() -> None:
+    """Has glibc's malloc keep what is freed, as other allocators do. Otherwise it hands large
+    blocks back and gets them again page by page, in some processes and not in others: up to 15,000
+    page faults a forward of ResNet-32 with 64 images, which then takes 1.6 times as long."""
+    trim_threshold, mmap_max = -1, -4  # names of mallopt(3)
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        libc = ctypes.CDLL(None)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(mmap_max, 0)

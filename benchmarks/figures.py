@@ -19,7 +19,7 @@ import figures_kernels
 import figures_models
 import figures_startup
 import torch
-from environment import environment
+from environment import environment, keep_memory
 from figure_rows import HEADING, Row
 
 from elf_fast import functional
@@ -41,6 +41,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="all shapes, and longer")
     parser.add_argument("--output", type=Path, help="also write the rows as JSON, suite by suite")
     options = parser.parse_args()
+    keep_memory()
     found = {"environment": environment(), "full": options.full, "rows": []}
     # The first second of a process is slow: 17 us instead of 13 for a small gate.
     logits = torch.randn(16, 10)
