@@ -28,6 +28,7 @@ def _gate(full: bool) -> Iterator[Row]:
     if full:
         asked |= dict.fromkeys([(1, 10), (1, 1000), (16, 8142), (256, 8142), (1024, 100)])
     for (N, C), least in asked.items():
+        passes = 1 / 3 if (N, C) == (1024, 1000) else None
         x = torch.randn(N, C, generator=torch.Generator().manual_seed(0)) * 3
         ours, theirs = functional.exit_gate(x, 0.9), reference.exit_gate(x, 0.9)
         assert torch.equal(ours.survivors, theirs.survivors)
@@ -43,7 +44,7 @@ def _gate(full: bool) -> Iterator[Row]:
                 "kernels", f"logits [{N}, {C}]", candidates,
                 [("functional.exit_gate", "reference", least),
                  ("functional.exit_gate", "plain PyTorch", None),
-                 ("functional.exit_gate", "read-only pass", 1 / 3 if N == 1024 else None),
+                 ("functional.exit_gate", "read-only pass", passes),
                  ("ops.exit_gate, early stop", "read-only pass", None)],
                 seconds=1, apart=True,
             )  # fmt: skip

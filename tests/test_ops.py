@@ -306,6 +306,17 @@ def test_compact_of_samples_without_elements(device):
     assert sorted(functional.compact_(x, survivors).tolist()) == [1, 3]
 
 
+@pytest.mark.parametrize("n", [65_535, 65_536, 200_003])
+def test_compact_of_long_samples(n, device):
+    """On the CPU threads take pieces of 64 KB of them."""
+    before = torch.randint(0, 256, (7, n), dtype=torch.uint8, device=device)
+    survivors = torch.tensor([0, 3, 4, 6], device=device)
+    assert torch.equal(functional.compact(before, survivors), before[survivors])
+    x = before.clone()
+    order = functional.compact_(x, survivors)
+    assert torch.equal(x[:4], before[order]) and torch.equal(x[4:], before[4:])
+
+
 @pytest.mark.parametrize("n", [0, 1, 5, 8])
 @pytest.mark.parametrize("shape, channels_last", FEATURES, ids=str)
 def test_count_on_the_device(shape, channels_last, n, device):

@@ -8,7 +8,7 @@
 //
 // with n survivors, s = n / N and F the bytes of the features. A sample is one block of memory in
 // either memory format, so channels-last features move as fast as contiguous ones and stay so.
-// Threads take runs of rows; every row is written by one thread.
+// Threads take runs of rows or, of long ones, of pieces.
 #include <algorithm>
 
 #include "../samples.h"
@@ -43,13 +43,26 @@ Survivors checked_survivors(const Tensor& survivors, const std::optional<Tensor>
   return {rows, n};
 }
 
+// Calls f(row, offset, length) on every row of `bytes` bytes, long rows in pieces: threads share
+// even a few of them evenly.
+template <class F>
+void over_pieces(int64_t rows, int64_t bytes, const F& f) {
+  constexpr int64_t kPiece = 1 << 16;
+  const int64_t pieces = (bytes + kPiece - 1) / kPiece;
+  over_rows(rows * pieces, std::min(bytes, kPiece) / 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t offset = i % pieces * kPiece;
+      f(i / pieces, offset, static_cast<size_t>(std::min(bytes - offset, kPiece)));
+    }
+  });
+}
+
 void gather(const Tensor& source, const Samples& from, const Survivors& survivors, char* dst,
             int64_t dst_pitch) {
   const char* src = data<const char>(source);
-  over_rows(survivors.n, from.bytes / 4, [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin; k < end; ++k)
-      std::memcpy(dst + k * dst_pitch, src + survivors.rows[k] * from.pitch,
-                  static_cast<size_t>(from.bytes));
+  over_pieces(survivors.n, from.bytes, [&](int64_t k, int64_t offset, size_t length) {
+    std::memcpy(dst + k * dst_pitch + offset, src + survivors.rows[k] * from.pitch + offset,
+                length);
   });
 }
 
@@ -94,10 +107,10 @@ Tensor compact_(Tensor features, const Tensor& survivors, std::optional<Tensor> 
     }
   }
   char* base = data<char>(features);
-  over_rows(static_cast<int64_t>(holes.size()), batch.bytes / 4, [&](int64_t begin, int64_t end) {
-    for (int64_t h = begin; h < end; ++h)
-      std::memcpy(base + holes[h] * batch.pitch, base + order[holes[h]] * batch.pitch,
-                  static_cast<size_t>(batch.bytes));
+  const auto filled = static_cast<int64_t>(holes.size());
+  over_pieces(filled, batch.bytes, [&](int64_t h, int64_t offset, size_t length) {
+    std::memcpy(base + holes[h] * batch.pitch + offset,
+                base + order[holes[h]] * batch.pitch + offset, length);
   });
   return order_tensor;
 }
