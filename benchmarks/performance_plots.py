@@ -16,7 +16,9 @@ INK = "#808080"
 LIMITS = ("read-only pass", "copy")
 
 
-def section(title: str, plot: Callable[..., Figure | None], rows: Any, folder: Path, name: str):
+def section(
+    title: str, plot: Callable[..., Figure | None], rows: Any, folder: Path, name: str
+) -> list[str]:
     """Writes plot(rows) into `folder`; the lines of Markdown that show it, none without a plot."""
     figure = plot(rows)
     if figure is None:
