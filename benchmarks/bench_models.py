@@ -55,7 +55,7 @@ def compiled(work):
 
 @pytest.mark.parametrize("share", SHARES)
 @pytest.mark.parametrize("N", SIZES)
-@pytest.mark.parametrize("who", ["elf_fast", "reference", "full"])
+@pytest.mark.parametrize("who", ["elf_fast", "reference", "full", "oracle"])
 def test_training_step(benchmark, N, share, who):
     benchmark.group = f"training step, {networks.SMALL}, N = {N}, s = {share}"
     work = training_work(*networks.build(networks.SMALL, N), share)

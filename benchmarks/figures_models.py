@@ -77,8 +77,9 @@ def _inference(
         candidates[name] = rival
     if N > 16:
         del candidates["earlyon, singly"]  # N times its time at N = 1
-    efficiency: Pair = ("elf_fast", "oracle", 0.97 if N >= 64 and share < 1 else None)
-    whole: Pair = ("elf_fast", "full", 0.98 if share == 1.0 else None)
+    asked = N >= 64 and network is not SMALL
+    efficiency: Pair = ("elf_fast", "oracle", 0.97 if asked and share < 1 else None)
+    whole: Pair = ("elf_fast", "full", 0.98 if asked and share == 1.0 else None)
     others: list[Pair] = [
         ("elf_fast", name, None)
         for name in candidates
@@ -106,6 +107,7 @@ def training_rows(*, full: bool) -> Iterator[Row]:
                         "training",
                         f"{network}, N = {N}, s = {share:g}, {'dropping' if drop else 'keeping'}",
                         training.candidates(work),
-                        [("elf_fast", "reference", least), ("elf_fast", "full", faster)],
+                        [("elf_fast", "reference", least), ("elf_fast", "full", faster),
+                         ("elf_fast", "oracle", None), ("reference", "oracle", None)],
                         seconds=8 if full else 5,
                     )  # fmt: skip

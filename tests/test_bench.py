@@ -44,6 +44,9 @@ def test_the_chosen_share_goes_on(criterion, share, left):
         exits = step.model(step.images, step.target).exit_index
         assert exits.bincount(minlength=3).tolist() == left
         assert not torch.equal(model.temperatures, step.model.temperatures)  # a copy was set
+        stay = left if drop else [0, 0, 0]
+        sizes = [n for n in (40, 40 - stay[0], 40 - stay[0] - stay[1]) if n]
+        assert [len(x) for x in step.stage_inputs] == sizes[: 1 if share == 0 else 3]
 
 
 def test_candidates_do_what_they_say():
@@ -62,6 +65,12 @@ def test_candidates_do_what_they_say():
         assert seen == [40, 20, 10]
     for hook in hooks:
         hook.remove()
+    step = training_work(network(drop_exited=True), IMAGES, 0.5)
+    run = training.candidates(step)
+    for who, least in (("oracle", 6), ("full", 8), ("elf_fast", 12), ("reference", 12)):
+        run[who]()
+        reached = [p.grad is not None and bool(p.grad.any()) for p in step.model.parameters()]
+        assert sum(reached) == least, who  # stages; the last head; all heads
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])

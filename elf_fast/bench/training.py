@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,14 +13,16 @@ from ..modules import unfuse
 from .workload import TrainingWork
 
 
-def candidates(work: TrainingWork) -> dict[str, Callable[[], Tensor]]:
-    """`elf_fast` and `reference`, the model; `full`, the same network without exits. Each returns
-    its loss and leaves the gradients in the parameters, which all of them share.
+def candidates(work: TrainingWork) -> dict[str, Callable[[], Any]]:
+    """`elf_fast` and `reference`, the model; `full`, the same network without exits: each returns
+    its loss and leaves the gradients in the parameters, which all of them share. `oracle`: forward
+    and backward of the stages on batches compacted beforehand, without heads, tests and losses:
+    the time below which no training with exits can go.
 
     Raises:
         RuntimeError: loss or gradients of elf_fast and of the reference disagree.
     """
-    model, images, target = work
+    model, images, target, stage_inputs = work
     plain = unfuse(model)
     full = nn.Sequential(*model.stages, model.heads[-1])
 
@@ -29,10 +32,21 @@ def candidates(work: TrainingWork) -> dict[str, Callable[[], Tensor]]:
         value.backward()
         return value.detach()
 
-    steps = {
+    inputs = [x.detach().requires_grad_(e > 0) for e, x in enumerate(stage_inputs)]
+    with torch.no_grad():
+        grads = [torch.ones_like(stage(x)) for stage, x in zip(model.stages, inputs, strict=False)]
+
+    def oracle() -> None:
+        model.zero_grad()
+        for stage, x, grad in zip(model.stages, inputs, grads, strict=False):
+            x.grad = None
+            stage(x).backward(grad)
+
+    steps: dict[str, Callable[[], Any]] = {
         "elf_fast": lambda: step(lambda: model(images, target).loss),
         "reference": lambda: step(lambda: plain(images, target).loss),
         "full": lambda: step(lambda: F.cross_entropy(full(images), target)),
+        "oracle": oracle,
     }
     _check_agreement(model, steps["elf_fast"], steps["reference"])
     return steps

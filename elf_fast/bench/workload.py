@@ -29,6 +29,7 @@ class TrainingWork(NamedTuple):
     model: ELF  # in training mode, its training thresholds set
     images: Tensor  # [N, ...]
     target: Tensor  # [N] int64, the prediction of whoever leaves
+    stage_inputs: list[Tensor]  # as for inference
 
 
 def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
@@ -61,9 +62,10 @@ def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
     alive = torch.arange(len(images), device=images.device)
     target = torch.zeros_like(alive)
     thresholds = model.train_thresholds if model.train_thresholds is not None else model.thresholds
-    x = images
+    x, inputs = images, []
     with torch.no_grad():
         for e, (stage, head) in enumerate(zip(scratch.stages, scratch.heads, strict=True)):
+            inputs.append(x)
             x = stage(x)
             if e == len(scratch.stages) - 1:
                 break
@@ -74,7 +76,7 @@ def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
                 break
             if model.drops_exited:
                 x = _select(x, goes_on)
-    return TrainingWork(model, images, target)
+    return TrainingWork(model, images, target, inputs)
 
 
 def _decide(
