@@ -35,7 +35,8 @@ LOSSES = {
 VARIANTS = {"plain": ["--no-exits"], "keep": ["--conv-heads", "--keep-exited"]}
 SETTINGS = """
     --img-size 32 --transforms small --validation-fraction 0.1 --model cifar_resnet32
-    --val-interval 5 --workers 0 --amp --channels-last --no-log-tensorboard
+    --warmup-epochs 2 --val-interval 5
+    --workers 0 --amp --channels-last --no-log-tensorboard
 """.split()
 
 
@@ -88,7 +89,6 @@ def settings(run: Run) -> list[str]:
     """The flags that a run is trained with."""
     epochs = EPOCHS[run.imbalance]
     flags = [*SETTINGS, *LOSSES[run.loss], *VARIANTS[run.variant], "--epochs", str(epochs)]
-    flags += ["--warmup-epochs", str(min(2, epochs // 4))]
     if run.loss == "ldam_drw":
         # Re-weighted in the last fifth, as Cao et al. (arXiv 1906.07413, section 4).
         flags += ["--drw-epoch", str(epochs * 4 // 5)]
