@@ -54,13 +54,18 @@ def table(rows: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def page(name: str, found: dict[str, Any], folder: Path) -> list[str]:
-    """The section of a CPU's results; its plots go into `folder`."""
-    rows = found["rows"]
-    about = ", ".join(f"{key} {value}" for key, value in found["environment"].items())
+    """The section of a CPU's results, suite by suite; its plots go into `folder`."""
+    rows = [row for suite in found.values() for row in suite["rows"]]
+    measured: dict[str, list[str]] = {}  # suites by where and when
+    for suite, result in found.items():
+        about = ", ".join(f"{key} {value}" for key, value in result["environment"].items())
+        measured.setdefault(about, []).append(suite)
     missed = [row for row in rows if row["holds"] is False]
     behind = [row for row in rows if row["holds"] is None and _behind(row)]
     judged = [row for row in rows if row["holds"] is not None]
-    lines = [f"## {name}", "", about, ""]
+    lines = [f"## {name}", ""]
+    lines += [f"- {', '.join(suites)}: {about}" for about, suites in measured.items()]
+    lines.append("")
     lines += [f"{len(judged) - len(missed)} of {len(judged)} figures hold.", ""]
     if missed:
         lines += ["### Missed", "", *table(missed), ""]
@@ -76,9 +81,8 @@ def page(name: str, found: dict[str, Any], folder: Path) -> list[str]:
         ("Growth", plots.growth),
     ):
         lines += plots.section(title, plot, rows, folder, name)
-    for suite in dict.fromkeys(row["suite"] for row in rows):
-        of_suite = [row for row in rows if row["suite"] == suite]
-        lines += [f"### All rows: {suite}", "", *table(of_suite), ""]
+    for suite, result in found.items():
+        lines += [f"### All rows: {suite}", "", *table(result["rows"]), ""]
     return lines
 
 

@@ -41,9 +41,14 @@ def test_a_page_of_a_cpu(tmp_path):
         cpu_row("kernels", "reference", "logits [2, 3]", 4.0, 5.0),
         cpu_row("growth", "full", "N = 8", 1.5),
     ]
-    found = {"environment": {"cpu": "some"}, "rows": rows}
+    found: dict[str, dict] = {}
+    for row in rows:
+        commit = "2" if row["suite"] == "growth" else "1"
+        suite = found.setdefault(row["suite"], {"environment": {"commit": commit}, "rows": []})
+        suite["rows"].append(row)
     lines = performance.page("cpu-some", found, tmp_path)
     text = "\n".join(lines)
+    assert lines[2:4] == ["- inference, kernels: commit 1", "- growth: commit 2"]
     assert "1 of 2 figures hold." in text
     headings = [line.removeprefix("### ") for line in lines if line.startswith("### ")]
     assert headings[:2] == ["Missed", "Behind, where nothing is asked"]
