@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--suite", nargs="+", choices=SUITES, default=list(SUITES))
     parser.add_argument("--full", action="store_true", help="all shapes, and longer")
     parser.add_argument(
-        "--output", type=Path, help="of the rows; its other suites stay as they are"
+        "--output", type=Path, help="file of the rows; its other suites stay as they are"
     )
     options = parser.parse_args()
     keep_memory()
