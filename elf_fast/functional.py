@@ -6,6 +6,7 @@ CPU: `csrc/cpu`. Where no native kernel serves, the reference does.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -35,8 +36,9 @@ def _call(
     if torch.compiler.is_compiling():
         return op(*args)
     try:
-        if torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in differentiable
+        if torch.is_inference_mode_enabled() or (
+            torch.is_grad_enabled()
+            and any(t is not None and t.requires_grad for t in differentiable)
         ):
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -55,16 +57,28 @@ def _exact(survivors: Tensor, count: Tensor, target: Tensor | None, classes: int
     return survivors[:n]
 
 
+def _scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """On the CPU for any device, as PyTorch's own scalars; float32 first, as the thresholds of ELF
+    are, so that both say the same for float64 logits."""
+    return torch.scalar_tensor(value, dtype=torch.float32, device="cpu").to(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _known_scalar(value: float, dtype: torch.dtype) -> Tensor:
+    """The same, made once: that saves a seventh of a small call."""
+    with torch.inference_mode(False):  # or autograd could not save it in a later call
+        return _scalar(value, dtype)
+
+
 def _setting(name: str, value: float | Tensor, logits_dtype: torch.dtype, classes: int, device):
     """A threshold or temperature as the kernels take it: [] or [C] in the arithmetic dtype."""
     dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
         if type(value) is not float:
             value = checks.number(name, value)
-        # A scalar stays on the CPU for any device, as PyTorch's own scalars do; float32 first,
-        # as the thresholds of ELF are, so that both say the same for float64 logits.
-        scalar = torch.scalar_tensor(value, dtype=torch.float32)
-        return scalar if dtype == torch.float32 else scalar.double()
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+            return _scalar(value, dtype)
+        return _known_scalar(value, dtype)
     if value.dim() > 1 or (value.dim() == 1 and (value.shape[0] != classes or name != "threshold")):
         shape = f"[] or [{classes}]" if name == "threshold" else "[]"
         raise ValueError(f"{name}: expected shape {shape}, got {checks.describe(value)}")

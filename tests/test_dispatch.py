@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.library import opcheck
 
 from elf_fast import functional, ops
@@ -200,6 +201,20 @@ def test_numbers_mean_the_same_under_any_default_dtype(default):
         torch.testing.assert_close([call() for call in calls], expected, rtol=0, atol=0)
     finally:
         torch.set_default_dtype(before)
+
+
+def test_numbers_first_seen_under_a_mode_serve_everywhere():
+    def gradient(temperature):
+        logits = _logits()
+        functional.exit_gate(logits, 0.5, temperature=temperature).confidence.sum().backward()
+        return logits.grad
+
+    with torch.inference_mode():
+        functional.exit_gate(_logits(), 0.5, temperature=1.234567)
+    assert torch.equal(gradient(1.234567), gradient(torch.tensor(1.234567)))
+    with FakeTensorMode(), pytest.raises(DataDependentOutputException):  # how many survive
+        gradient(1.234568)
+    assert torch.equal(gradient(1.234568), gradient(torch.tensor(1.234568)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
