@@ -76,6 +76,23 @@ def test_early_stop_decides_the_same(case, device):
     torch.testing.assert_close(early[0][exits], full[0][exits], rtol=2e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("C", [3, 40, 70, 200])
+def test_ties_take_the_lowest_class(C, dtype, device):
+    """Wherever the maxima stand: side by side, a vector or a block apart, at the end of the row.
+    Zeros of either sign are equal."""
+    logits = torch.full((40, C), -1.0)
+    first = torch.arange(40) % C
+    for n, c in enumerate(first.tolist()):
+        logits[n, c :: (1, 16, 32, 64)[n // 10]] = 2.0
+    zeros = torch.where(logits == 2.0, -0.0, -1.0)
+    zeros[:, -1] = 0.0
+    for values in (logits, zeros):
+        for criterion in ("confidence", "margin", "entropy"):
+            gate = functional.exit_gate(values.to(device, dtype), 0.5, criterion=criterion)
+            assert torch.equal(gate.prediction.cpu(), first)
+
+
 SPECIAL = [  # row, max probability, prediction
     ([0.0, nan, 1.0], nan, 1),
     ([nan, nan, nan], nan, 0),

@@ -3,21 +3,27 @@
 template <Criterion kCriterion, class T, class A>
 void gate_rows_as(const T* z, int64_t stride, int64_t begin, int64_t end, int64_t C,
                   const GateTest<A>& test, A* confidence, int64_t* prediction, int64_t* goes_on) {
-  for (int64_t n = begin; n < end; ++n) {
-    GatedRow<A> row;
-    if constexpr (kCriterion == Criterion::confidence) {
-      row = test.early_stop
-                ? gate_row_until(z + n * stride, C, test.a, test.threshold, test.threshold_stride)
-                : gate_row<kCriterion>(z + n * stride, C, test.a);
-    } else {
-      row = gate_row<kCriterion>(z + n * stride, C, test.a);
-    }
+  const auto write = [&](int64_t n, const GatedRow<A>& row) ELF_LAMBDA {
     const A t = test.threshold[row.prediction * test.threshold_stride];
     const bool passes = kCriterion == Criterion::entropy ? row.statistic <= t : row.statistic >= t;
     const bool right = test.target == nullptr || test.target[n] == row.prediction;
     confidence[n] = row.statistic;
     prediction[n] = row.prediction;
     goes_on[n] = !(passes && right);
+  };
+  if (kCriterion == Criterion::confidence && test.early_stop) {
+    for (int64_t n = begin; n < end; ++n)
+      write(n, gate_row_until(z + n * stride, C, test.a, test.threshold, test.threshold_stride));
+    return;
+  }
+  if (begin == end) return;
+  Top<A> top = row_top<kCriterion == Criterion::margin>(z + begin * stride, C);
+  for (int64_t n = begin; n < end; ++n) {
+    const T* row = z + n * stride;
+    const T* next = n + 1 < end ? row + stride : row;
+    const Swept<A> swept = sums_and_next_top<kCriterion>(row, next, C, test.a, top);
+    write(n, gate_row<kCriterion>(row, C, test.a, top, swept));
+    top = swept.next;
   }
 }
 

@@ -78,10 +78,8 @@ ELF_INLINE void product_tile(const T* x, const T* w, const T* b, int64_t D, int6
   }
   if (d < D) {
     // Both are masked: an infinite weight in a lane that is read twice would give NaN.
-    const auto last = [&](const T* row) ELF_LAMBDA {
-      const Tail tail = load_tail(row, D);
-      return select(tail.keep, tail.x, vf{});
-    };
+    const auto last = [&](const T* row)
+                          ELF_LAMBDA { return select(tail_lanes(D), load_tail(row, D), vf{}); };
     for (int k = 0; k < kClasses; ++k)
       for (int r = 0; r < kRows; ++r) s[r][k] += last(x + r * D) * last(w + k * D);
   }

@@ -31,7 +31,7 @@ struct LogSum {
 
 template <class A, class T>
 ELF_INLINE LogSum<A> log_sum_exp(const T* x, int64_t C, int64_t y) {
-  const A m = row_max(x, C);
+  const A m = row_top<false>(x, C).max;
   const A sum = exp_sums<false>(x, C, kLog2e<A>, m).sum;
   if (std::isfinite(sum) && std::isfinite(m)) {
     const A log_sum = std::log(sum);
@@ -111,7 +111,7 @@ void loss_backward_rows(const T* z, int64_t stride, int64_t begin, int64_t end, 
   for (int64_t n = begin; n < end; ++n) {
     const int64_t y = target[n];
     adjust_row(z + n * stride, C, y, f, x);
-    const A m = row_max(x, C);
+    const A m = row_top<false>(x, C).max;
     const LogSum<A> sums{m, log_sum[n], (m - x[y]) + log_sum[n]};
     const RowTerms<A> r = row_terms(x, C, y, sums, f);
     const A g = grad_loss[n * grad_stride] * f.scale * r.weight;

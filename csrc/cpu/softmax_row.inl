@@ -4,8 +4,8 @@
 //
 // Exponentials are taken to base 2: with a = log2(e) / T, exp((z - m) / T) = 2^(a (z - m)). The
 // difference first: it is exact near the maximum, where a z - a m would carry the rounding of a m.
-// Only one_pass() may take the single instruction fma(a, z, -shift) with shift = a origin: its
-// ratio of exponentials has the same rounded shift above and below.
+// Only the gate may take the single instruction fma(a, z, -shift) with shift = a m: its ratio of
+// exponentials has the same rounded shift above and below.
 
 template <class T>
 struct ExpSums {
@@ -14,49 +14,97 @@ struct ExpSums {
 };
 
 template <class T>
-struct OnePass {
+struct Top {
   T max, second;  // the two largest values
-  T origin;       // the value that the exponents are taken against
-  T sum;          // sum 2^(a (z - origin))
+  // Bit i: a class c with c % (2 kLanes) = i holds the maximum, in the vectors that the row fills.
+  uint64_t holders;
 };
 
-// Calls f(slot, x, keep) on the row's vectors; slot in 0..3 names one of four accumulators, so that
-// the chain of additions is short and the partial sums are many.
-template <class T, class F>
-ELF_INLINE void sweep(const T* z, int64_t C, F f) {
+// Calls f(slot, c, keep, x...) on the vectors of one row or more, which begin at class c. Slots
+// 0..kSlots - 1 take the vectors by turns, so that as many chains of additions run side by side;
+// slot kSlots takes the rest that does not fill a vector.
+template <int kSlots, class F, class... Rows>
+ELF_INLINE void sweep(int64_t C, F f, const Rows*... z) {
+  constexpr int64_t kBlock = kSlots * kLanes;
   const vi all = ~vi{};
   int64_t c = 0;
-  for (; c + 4 * kLanes <= C; c += 4 * kLanes) {
-    f(0, load(z + c), all);
-    f(1, load(z + c + kLanes), all);
-    f(2, load(z + c + 2 * kLanes), all);
-    f(3, load(z + c + 3 * kLanes), all);
+  for (; c + kBlock <= C; c += kBlock) {
+#pragma GCC unroll 4
+    for (int u = 0; u < kSlots; ++u) f(u, c + u * kLanes, all, load(z + c + u * kLanes)...);
   }
-  for (; c + kLanes <= C; c += kLanes) f(0, load(z + c), all);
-  if (c < C) {
-    const Tail tail = load_tail(z, C);
-    f(0, tail.x, tail.keep);
-  }
+#pragma GCC unroll 4
+  for (int u = 0; u < kSlots - 1; ++u)
+    if (c + (u + 1) * kLanes <= C) f(u, c + u * kLanes, all, load(z + c + u * kLanes)...);
+  if (C % kLanes) f(kSlots, C - C % kLanes, tail_lanes(C), load_tail(z, C)...);
 }
 
-template <class T>
-ELF_INLINE float row_max(const T* z, int64_t C) {
-  const vf lowest = splat(-INFINITY);
-  vf m[4] = {lowest, lowest, lowest, lowest};
-  sweep(z, C, [&](int u, vf x, vi keep) ELF_LAMBDA { m[u] = vmax(select(keep, x, lowest), m[u]); });
-  return horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
-}
+// The largest values of a row while its vectors pass by, in the slots of sweep<2>().
+template <bool kSecond>
+struct Maxima {
+  vf max[3], second[3];
+};
 
-inline double row_max(const double* z, int64_t C) {
-  double m = -INFINITY;
-  for (int64_t c = 0; c < C; ++c) m = z[c] > m ? z[c] : m;
+template <bool kSecond>
+ELF_INLINE Maxima<kSecond> no_maxima() {
+  Maxima<kSecond> m;
+  for (int u = 0; u < 3; ++u) m.max[u] = m.second[u] = splat(-INFINITY);
   return m;
+}
+
+template <bool kSecond>
+ELF_INLINE void take(Maxima<kSecond>& m, int u, vi keep, vf x) {
+  const vf value = select(keep, x, splat(-INFINITY));
+  if constexpr (kSecond) {
+    const vf lesser = m.max[u] < value ? m.max[u] : value;
+    m.second[u] = vmax(lesser, m.second[u]);
+  }
+  m.max[u] = vmax(value, m.max[u]);
+}
+
+ELF_INLINE vf vmax_of_slots(const vf* v) { return vmax(vmax(v[0], v[1]), v[2]); }
+
+template <bool kSecond>
+ELF_INLINE Top<float> top_of(const Maxima<kSecond>& m) {
+  Top<float> top{horizontal_max(vmax_of_slots(m.max)), -INFINITY, 0};
+  const vf max = splat(top.max);
+  for (int u = 0; u < 2; ++u) top.holders |= equal_lanes(m.max[u], max) << u * kLanes;
+  if constexpr (kSecond) {
+    // The maximum again if two lanes hold it; else the best of that lane's second and the others.
+    const uint64_t rest = equal_lanes(m.max[2], max);
+    const bool twice = __builtin_popcountll(top.holders) + __builtin_popcountll(rest) > 1;
+    vf others[3];
+    for (int u = 0; u < 3; ++u) others[u] = select((vi)(m.max[u] == max), m.second[u], m.max[u]);
+    top.second = twice ? top.max : horizontal_max(vmax_of_slots(others));
+  }
+  return top;
+}
+
+template <bool kSecond, class T>
+ELF_INLINE Top<float> row_top(const T* z, int64_t C) {
+  Maxima<kSecond> m = no_maxima<kSecond>();
+  sweep<2>(C, [&](int u, int64_t, vi keep, vf x) ELF_LAMBDA { take(m, u, keep, x); }, z);
+  return top_of(m);
+}
+
+template <bool kSecond>
+inline Top<double> row_top(const double* z, int64_t C) {
+  Top<double> top{-INFINITY, -INFINITY, 0};
+  for (int64_t c = 0; c < C; ++c) {
+    if (z[c] > top.max) {
+      top.second = top.max;
+      top.max = z[c];
+    } else if (z[c] > top.second) {
+      top.second = z[c];
+    }
+  }
+  return top;
 }
 
 template <class T>
 ELF_INLINE float row_sum(const T* z, int64_t C) {
   vf s[4] = {};
-  sweep(z, C, [&](int u, vf x, vi keep) ELF_LAMBDA { s[u] += select(keep, x, vf{}); });
+  sweep<4>(
+      C, [&](int u, int64_t, vi keep, vf x) ELF_LAMBDA { s[u & 3] += select(keep, x, vf{}); }, z);
   return horizontal_sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
@@ -66,16 +114,20 @@ inline double row_sum(const double* z, int64_t C) {
   return s;
 }
 
+template <bool kWeighted>
+ELF_INLINE void add_exp(vf t, vi keep, vf& sum, vf& weighted) {
+  const vf e = select(keep, exp2_vector(t), vf{});
+  sum += e;
+  // Where t is -infinity, e is 0 and so must their product be.
+  if constexpr (kWeighted) weighted += select(keep, vmax(t, splat(-1000.0f)), vf{}) * e;
+}
+
 template <bool kWeighted, class T>
 ELF_INLINE ExpSums<float> exp_sums(const T* z, int64_t C, float a, float m) {
   vf s[4] = {}, w[4] = {};
-  sweep(z, C, [&](int u, vf x, vi keep) ELF_LAMBDA {
-    const vf t = (x - m) * a;
-    const vf e = select(keep, exp2_vector(t), vf{});
-    s[u] += e;
-    // Where t is -infinity, e is 0 and so must their product be.
-    if constexpr (kWeighted) w[u] += select(keep, vmax(t, splat(-1000.0f)), vf{}) * e;
-  });
+  const auto add = [&](int u, int64_t, vi keep, vf x)
+                       ELF_LAMBDA { add_exp<kWeighted>((x - m) * a, keep, s[u & 3], w[u & 3]); };
+  sweep<4>(C, add, z);
   return {horizontal_sum((s[0] + s[1]) + (s[2] + s[3])),
           horizontal_sum((w[0] + w[1]) + (w[2] + w[3]))};
 }
@@ -108,74 +160,13 @@ inline double exp_sum_until(const double* z, int64_t C, double a, double m, doub
   return sum;
 }
 
-// a (x - origin), fused where the processor can: without it a x would be rounded on its own.
-ELF_INLINE vf exponent(vf x, float a, float origin, float shift) {
+// a (x - m), fused where the processor can: without it a x would be rounded on its own.
+ELF_INLINE vf exponent(vf x, float a, float m) {
 #if ELF_LANES >= 8
-  return x * a - shift;
+  return x * a - a * m;
 #else
-  return (x - origin) * a;
+  return (x - m) * a;
 #endif
-}
-
-// Maxima and sum in a single pass. Floating point is scale free, so any value near the top serves
-// as origin: the largest of the first vector. Where it is too far below the maximum the sum
-// overflows and the caller takes the careful path.
-template <bool kSecond, class T>
-ELF_INLINE OnePass<float> one_pass(const T* z, int64_t C, float a) {
-  const vf lowest = splat(-INFINITY);
-  float origin;
-  if (C >= kLanes) {
-    origin = horizontal_max(load(z));
-  } else {
-    const Tail tail = load_tail(z, C);
-    origin = horizontal_max(select(tail.keep, tail.x, lowest));
-  }
-  const float shift = a * origin;
-  vf m[4] = {lowest, lowest, lowest, lowest}, second[4] = {lowest, lowest, lowest, lowest};
-  vf s[4] = {};
-  sweep(z, C, [&](int u, vf x, vi keep) ELF_LAMBDA {
-    const vf top = select(keep, x, lowest);
-    if constexpr (kSecond) {
-      const vf lesser = m[u] < top ? m[u] : top;
-      second[u] = vmax(lesser, second[u]);
-    }
-    m[u] = vmax(top, m[u]);
-    s[u] += select(keep, exp2_vector(exponent(x, a, origin, shift)), vf{});
-  });
-  OnePass<float> row;
-  row.max = horizontal_max(vmax(vmax(m[0], m[1]), vmax(m[2], m[3])));
-  row.second = -INFINITY;
-  if constexpr (kSecond) {
-    // The maximum again if two lanes hold it; else the best of that lane's second and the others.
-    vf rest[4], holders = {};
-    for (int u = 0; u < 4; ++u) {
-      const vi holds = (vi)(m[u] == row.max);
-      rest[u] = select(holds, second[u], m[u]);
-      holders += select(holds, splat(1.0f), vf{});
-    }
-    row.second = horizontal_sum(holders) > 1.0f
-                     ? row.max
-                     : horizontal_max(vmax(vmax(rest[0], rest[1]), vmax(rest[2], rest[3])));
-  }
-  row.origin = origin;
-  row.sum = horizontal_sum((s[0] + s[1]) + (s[2] + s[3]));
-  return row;
-}
-
-template <bool kSecond>
-inline OnePass<double> one_pass(const double* z, int64_t C, double a) {
-  OnePass<double> row{-INFINITY, -INFINITY, 0, 0};
-  for (int64_t c = 0; c < C; ++c) {
-    if (z[c] > row.max) {
-      row.second = row.max;
-      row.max = z[c];
-    } else if (z[c] > row.second) {
-      row.second = z[c];
-    }
-  }
-  row.origin = row.max;
-  row.sum = exp_sums<false>(z, C, a, row.max).sum;
-  return row;
 }
 
 // The lowest class whose value is m (C when there is none, which only a NaN makes possible).
@@ -194,7 +185,7 @@ ELF_INLINE int64_t first_equal(const T* z, int64_t C, float m) {
   }
   if (c < C) {
     // No false hits: what the tail repeats had none, and zeros that pad it lie past the maximum.
-    const uint64_t hits = equal_lanes(load_tail(z, C).x, value);
+    const uint64_t hits = equal_lanes(load_tail(z, C), value);
     if (hits) return (C >= kLanes ? C - kLanes : 0) + __builtin_ctzll(hits);
   }
   return C;
@@ -207,12 +198,57 @@ inline int64_t first_equal(const double* z, int64_t C, double m) {
 }
 
 template <class A>
+struct Swept {
+  ExpSums<A> sums;     // against 2^(a max)
+  int64_t prediction;  // the lowest class that holds the maximum
+  Top<A> next;
+};
+
+// The sums of a row whose top is known and, in the same pass, the top of the row after it. The end
+// of a row (folds of lanes, a division) so runs beside the exponentials of the next, and the class
+// of the maximum is found without a branch: its place in a block is known, so one class a block is
+// compared. A search at the row's end, whose branch is mispredicted each time, takes a tenth of the
+// whole.
+template <Criterion kCriterion, class T>
+ELF_INLINE Swept<float> sums_and_next_top(const T* z, const T* next, int64_t C, float a,
+                                          const Top<float>& top) {
+  constexpr bool kWeighted = kCriterion == Criterion::entropy;
+  constexpr bool kSecond = kCriterion == Criterion::margin;
+  // Values are compared by their bits, in the integer units; a zero has two kinds of them.
+  const bool one_holder = __builtin_popcountll(top.holders) == 1 && top.max != 0;
+  const int64_t lane = one_holder ? __builtin_ctzll(top.holders) : 0;
+  const T max = static_cast<T>(top.max);
+  int64_t unseen = 1, blocks = 0;  // whole blocks before the maximum's
+  vf s[2] = {}, w[2] = {};
+  Maxima<kSecond> m = no_maxima<kSecond>();
+  const auto visit = [&](int u, int64_t c, vi keep, vf x, vf ahead) ELF_LAMBDA {
+    if (u == 0 && c + 2 * kLanes <= C) {
+      unseen &= std::memcmp(z + c + lane, &max, sizeof max) != 0;
+      blocks += unseen;
+    }
+    take(m, u, keep, ahead);
+    add_exp<kWeighted>(exponent(x, a, top.max), keep, s[u & 1], w[u & 1]);
+  };
+  sweep<2>(C, visit, z, next);
+  return {{horizontal_sum(s[0] + s[1]), horizontal_sum(w[0] + w[1])},
+          one_holder ? blocks * 2 * kLanes + lane : first_equal(z, C, top.max),
+          top_of(m)};
+}
+
+template <Criterion kCriterion>
+inline Swept<double> sums_and_next_top(const double* z, const double* next, int64_t C, double a,
+                                       const Top<double>& top) {
+  return {exp_sums<kCriterion == Criterion::entropy>(z, C, a, top.max), first_equal(z, C, top.max),
+          row_top<kCriterion == Criterion::margin>(next, C)};
+}
+
+template <class A>
 struct GatedRow {
   A statistic;
   int64_t prediction;
 };
 
-// Rows with NaN or infinite logits, and rows whose values span more than one_pass() can take.
+// Rows with NaN or infinite logits, and rows with a maximum beyond 2^16.
 // NaN anywhere: the statistic is NaN. An infinite maximum: softmax's limit, all mass spread evenly
 // over the maxima. Otherwise -infinity stands for a class of probability 0.
 template <class A, class T>
@@ -234,50 +270,52 @@ GatedRow<A> careful_gate(const T* z, int64_t C, A a, Criterion criterion) {
     const ExpSums<A> sums = exp_sums<true>(finite, C, A(1), A(0));
     return {entropy_of(sums.sum, sums.weighted, C), prediction};
   }
-  const OnePass<A> row = one_pass<true>(finite, C, A(1));
   const A total = exp_sums<false>(finite, C, A(1), A(0)).sum;
-  const A second = C > 1 && criterion == Criterion::margin ? std::exp2(row.second) : A(0);
+  const A second =
+      criterion == Criterion::margin ? std::exp2(row_top<true>(finite, C).second) : A(0);
   return {(1 - second) / total, prediction};
 }
 
-// 2^(a (z - origin)) as one_pass() computes it: the errors of the two then cancel.
-ELF_INLINE float power_of_two(float a, float z, float origin) {
-  return exp2_vector(exponent(splat(z), a, origin, a * origin))[0];
+// 2^(a (z - max)) with the rounding of sums_and_next_top(): the errors of the two then cancel.
+ELF_INLINE float power_of_two(float a, float z, float max) {
+  return exp2_vector(exponent(splat(z), a, max))[0];
 }
 
-inline double power_of_two(double a, double z, double origin) {
-  return std::exp2(a * (z - origin));
+inline double power_of_two(double a, double z, double max) { return std::exp2(a * (z - max)); }
+
+// The same for z = max: 1 but for the rounding of a max, at most 2^-8, so three terms will do.
+ELF_INLINE float peak_power(float a, float max) {
+  const float t = kLn2<float> * exponent(splat(max), a, max)[0];
+  return 1 + t * (1 + t / 2);
 }
 
-// Statistic and prediction of a row under a criterion (design: the gate's section).
+inline double peak_power(double, double) { return 1; }
+
+// Statistic and prediction of row z under a criterion (design: the gate's section).
 template <Criterion kCriterion, class A, class T>
-ELF_INLINE GatedRow<A> gate_row(const T* z, int64_t C, A a) {
-  if constexpr (kCriterion == Criterion::entropy) {
-    const A m = row_max(z, C);
-    const ExpSums<A> sums = exp_sums<true>(z, C, a, m);
-    if (std::isfinite(sums.sum) && std::isfinite(m))
-      return {entropy_of(sums.sum, sums.weighted, C), first_equal(z, C, m)};
-  } else {
-    constexpr bool kSecond = kCriterion == Criterion::margin;
-    const OnePass<A> row = one_pass<kSecond>(z, C, a);
-    // Beyond 2^16 the rounding of a origin alone could overflow or empty the sum.
-    if (std::isfinite(row.sum) && std::isfinite(row.max) && std::abs(a * row.origin) < A(1 << 16)) {
-      A top = power_of_two(a, row.max, row.origin);
-      if constexpr (kSecond)
-        if (C > 1) top -= power_of_two(a, row.second, row.origin);
-      const A statistic = top / row.sum;
-      if (std::isfinite(statistic)) return {statistic, first_equal(z, C, row.max)};
+ELF_INLINE GatedRow<A> gate_row(const T* z, int64_t C, A a, const Top<A>& top,
+                                const Swept<A>& row) {
+  // Beyond 2^16 the rounding of a max could empty the sum.
+  if (std::abs(a * top.max) < A(1 << 16)) {
+    A statistic;
+    if constexpr (kCriterion == Criterion::entropy) {
+      statistic = entropy_of(row.sums.sum, row.sums.weighted, C);
+    } else {
+      A peak = peak_power(a, top.max);
+      if constexpr (kCriterion == Criterion::margin) peak -= power_of_two(a, top.second, top.max);
+      statistic = peak / row.sums.sum;
     }
+    if (!std::isnan(statistic)) return {statistic, row.prediction};
   }
   return careful_gate<A>(z, C, a, kCriterion);
 }
 
-// As gate_row for the criterion `confidence`, but a row that cannot reach `threshold` is given up
-// early; its statistic comes back as NaN, which passes no test.
+// As gate_row for the criterion `confidence`, but on one row, and one that cannot reach `threshold`
+// is given up early; its statistic comes back as NaN, which passes no test.
 template <class A, class T>
 ELF_INLINE GatedRow<A> gate_row_until(const T* z, int64_t C, A a, const A* threshold,
                                       int64_t threshold_stride) {
-  const A m = row_max(z, C);
+  const A m = row_top<false>(z, C).max;
   const int64_t prediction = first_equal(z, C, m);
   if (prediction < C && std::isfinite(m)) {
     const A t = threshold[prediction * threshold_stride];

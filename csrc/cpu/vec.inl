@@ -91,18 +91,16 @@ ELF_INLINE vf load_first(const T* p, int n) {
   return load(values);
 }
 
-// The last C % kLanes values of a row: `x` in the lanes where `keep` is set. A row of at least
-// kLanes values is read again from C - kLanes, so nothing past its end is touched.
-struct Tail {
-  vf x;
-  vi keep;
-};
+// The last C % kLanes values of a row, in the lanes tail_lanes(C). A row of at least kLanes values
+// is read again from C - kLanes, so nothing past its end is touched.
+ELF_INLINE vi tail_lanes(int64_t C) {
+  const int rest = static_cast<int>(C % kLanes);
+  return C >= kLanes ? lane_index() >= vi{} + (kLanes - rest) : lane_index() < vi{} + rest;
+}
 
 template <class T>
-ELF_INLINE Tail load_tail(const T* z, int64_t C) {
-  const int rest = static_cast<int>(C % kLanes);
-  if (C >= kLanes) return {load(z + C - kLanes), lane_index() >= vi{} + (kLanes - rest)};
-  return {load_first(z, rest), lane_index() < vi{} + rest};
+ELF_INLINE vf load_tail(const T* z, int64_t C) {
+  return C >= kLanes ? load(z + C - kLanes) : load_first(z, static_cast<int>(C));
 }
 
 // Folds the lanes by halves: 16 -> 8 -> 4 -> 2 -> 1.
