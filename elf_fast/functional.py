@@ -57,28 +57,14 @@ def _exact(survivors: Tensor, count: Tensor, target: Tensor | None, classes: int
     return survivors[:n]
 
 
-def _scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """On the CPU for any device, as PyTorch's own scalars; float32 first, as the thresholds of ELF
-    are, so that both say the same for float64 logits."""
-    return torch.scalar_tensor(value, dtype=torch.float32, device="cpu").to(dtype)
-
-
-@functools.lru_cache(maxsize=256)
-def _known_scalar(value: float, dtype: torch.dtype) -> Tensor:
-    """The same, made once: that saves a seventh of a small call."""
-    with torch.inference_mode(False):  # or autograd could not save it in a later call
-        return _scalar(value, dtype)
-
-
 def _setting(name: str, value: float | Tensor, logits_dtype: torch.dtype, classes: int, device):
     """A threshold or temperature as the kernels take it: [] or [C] in the arithmetic dtype."""
     dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
-        if type(value) is not float:
-            value = checks.number(name, value)
-        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
-            return _scalar(value, dtype)
-        return _known_scalar(value, dtype)
+        # On the CPU for any device, as PyTorch's own scalars; float32 first, as the thresholds of
+        # ELF are, so that both say the same for float64 logits.
+        number = checks.number(name, value)
+        return torch.scalar_tensor(number, dtype=torch.float32, device="cpu").to(dtype)
     if value.dim() > 1 or (value.dim() == 1 and (value.shape[0] != classes or name != "threshold")):
         shape = f"[] or [{classes}]" if name == "threshold" else "[]"
         raise ValueError(f"{name}: expected shape {shape}, got {checks.describe(value)}")
@@ -89,24 +75,41 @@ def _setting(name: str, value: float | Tensor, logits_dtype: torch.dtype, classe
     return value.float().to(dtype).contiguous()
 
 
-def _gate_settings(threshold, temperature, criterion, logits_dtype, classes, device):
+def _made_gate_settings(threshold, temperature, criterion, logits_dtype, classes, device):
     code = checks.criterion(criterion)
     # Values are read on the CPU only: reading them from another device would wait for it.
     if not isinstance(threshold, Tensor):
-        if not (type(threshold) is float and 0.0 <= threshold <= 1.0):
-            checks.threshold_values("threshold", checks.number("threshold", threshold), criterion)
+        checks.threshold_values("threshold", checks.number("threshold", threshold), criterion)
     elif threshold.device.type == "cpu" and not torch.compiler.is_compiling():
         checks.threshold_values("threshold", threshold, criterion)
-    if not isinstance(temperature, Tensor):
-        if not (type(temperature) is float and 0.0 < temperature < math.inf):
-            checks.positive("temperature", temperature)
-    elif temperature.device.type == "cpu" and not torch.compiler.is_compiling():
+    if not isinstance(temperature, Tensor) or (
+        temperature.device.type == "cpu" and not torch.compiler.is_compiling()
+    ):
         checks.positive("temperature", temperature)
     return (
         _setting("threshold", threshold, logits_dtype, classes, device),
         _setting("temperature", temperature, logits_dtype, classes, device),
         code,
     )
+
+
+@functools.lru_cache(maxsize=256)
+def _known_gate_settings(threshold: float, temperature: float, criterion: str, dtype: torch.dtype):
+    """Numbers, checked and made into tensors once: that saves a fourth of a small call."""
+    with torch.inference_mode(False):  # or autograd could not save them in a later call
+        return _made_gate_settings(threshold, temperature, criterion, dtype, 0, None)
+
+
+def _gate_settings(threshold, temperature, criterion, logits_dtype, classes, device):
+    """Threshold, temperature and criterion as the kernels take them, checked."""
+    if (
+        type(threshold) is type(temperature) is float
+        and type(criterion) is str
+        and not torch.compiler.is_compiling()
+        and not torch._C._len_torch_dispatch_stack()
+    ):
+        return _known_gate_settings(threshold, temperature, criterion, logits_dtype)
+    return _made_gate_settings(threshold, temperature, criterion, logits_dtype, classes, device)
 
 
 def _class_vectors(logits: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
