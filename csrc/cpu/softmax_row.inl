@@ -214,14 +214,21 @@ ELF_INLINE Swept<float> sums_and_next_top(const T* z, const T* next, int64_t C, 
                                           const Top<float>& top) {
   constexpr bool kWeighted = kCriterion == Criterion::entropy;
   constexpr bool kSecond = kCriterion == Criterion::margin;
+  // Sums of sums: thousands of equal terms, one after the other, would all be rounded the same way.
+  constexpr int64_t kPiece = 16 * 2 * kLanes;
   // Values are compared by their bits, in the integer units; a zero has two kinds of them.
   const bool one_holder = __builtin_popcountll(top.holders) == 1 && top.max != 0;
   const int64_t lane = one_holder ? __builtin_ctzll(top.holders) : 0;
   const T max = static_cast<T>(top.max);
   int64_t unseen = 1, blocks = 0;  // whole blocks before the maximum's
-  vf s[2] = {}, w[2] = {};
+  vf s[2] = {}, w[2] = {}, sum{}, weighted{};
   Maxima<kSecond> m = no_maxima<kSecond>();
   const auto visit = [&](int u, int64_t c, vi keep, vf x, vf ahead) ELF_LAMBDA {
+    if (u == 0 && c % kPiece == 0) {
+      sum += s[0] + s[1];
+      weighted += w[0] + w[1];
+      s[0] = s[1] = w[0] = w[1] = vf{};
+    }
     if (u == 0 && c + 2 * kLanes <= C) {
       unseen &= std::memcmp(z + c + lane, &max, sizeof max) != 0;
       blocks += unseen;
@@ -230,7 +237,7 @@ ELF_INLINE Swept<float> sums_and_next_top(const T* z, const T* next, int64_t C, 
     add_exp<kWeighted>(exponent(x, a, top.max), keep, s[u & 1], w[u & 1]);
   };
   sweep<2>(C, visit, z, next);
-  return {{horizontal_sum(s[0] + s[1]), horizontal_sum(w[0] + w[1])},
+  return {{horizontal_sum(sum + (s[0] + s[1])), horizontal_sum(weighted + (w[0] + w[1]))},
           one_holder ? blocks * 2 * kLanes + lane : first_equal(z, C, top.max),
           top_of(m)};
 }
