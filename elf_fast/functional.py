@@ -95,7 +95,7 @@ def _made_gate_settings(threshold, temperature, criterion, logits_dtype, classes
 
 @functools.lru_cache(maxsize=256)
 def _known_gate_settings(threshold: float, temperature: float, criterion: str, dtype: torch.dtype):
-    """Numbers, checked and made into tensors once: that saves a fourth of a small call."""
+    """Numbers, checked and made into tensors once: that saves 3 us a call."""
     with torch.inference_mode(False):  # or autograd could not save them in a later call
         return _made_gate_settings(threshold, temperature, criterion, dtype, 0, None)
 

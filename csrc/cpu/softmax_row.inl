@@ -255,7 +255,7 @@ struct GatedRow {
   int64_t prediction;
 };
 
-// Rows with NaN or infinite logits, and rows with a maximum beyond 2^16.
+// Rows with NaN or infinite logits, and rows whose a max is beyond 2^16.
 // NaN anywhere: the statistic is NaN. An infinite maximum: softmax's limit, all mass spread evenly
 // over the maxima. Otherwise -infinity stands for a class of probability 0.
 template <class A, class T>
