@@ -252,8 +252,9 @@ def test_an_interrupted_run_ends_like_a_whole_one(step, whole, tmp_path, monkeyp
         {"model": "timm/test_resnet", "model_kwargs": {"drop_rate": 0.5}, "model_ema": False},
         {"opt": "adamw", "lr": 1e-3, "grad_accum_steps": 2, "sampler": "progressive"},
         {"exits": (), "workers": 1, "clip_grad": 1.0, "amp": True, "loss": "focal"},
+        {"amp": True, "amp_dtype": "float16", "clip_grad": 1.0},
     ],
-    ids=["dropout", "adamw", "no exits"],
+    ids=["dropout", "adamw", "no exits", "float16"],
 )
 def test_what_else_a_run_has_comes_back(changes, tmp_path, monkeypatch):
     config = replace(CONFIG, **changes)
@@ -295,8 +296,9 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path, monkeypatch):
         {"thresholds": (0.3,), "train_threshold": (0.7,), "weight_decay": 0.01, "momentum": 0.5},
         {"loss": "logit_adjusted", "tau": 3.0, "criterion": "entropy"},
         {"loss": "balanced_softmax", "imbalance": 10.0, "drw_epoch": None},
+        {"amp": True, "amp_dtype": "float16"},
     ],
-    ids=["exits and optimiser", "loss", "data"],
+    ids=["exits and optimiser", "loss", "data", "precision"],
 )
 def test_settings_given_to_resume_replace_those_of_the_checkpoint(changes, tmp_path, monkeypatch):
     config = replace(CONFIG, loss="cross_entropy", output=str(tmp_path))

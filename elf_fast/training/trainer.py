@@ -104,7 +104,7 @@ class Trainer:
         self.flops = count_flops(self.model, sample(config, self.device))
         self.average = Average(self.model, config.model_ema_decay) if config.model_ema else None
         self.optimizer = build.optimizer(config, self.model)
-        scaled = config.amp and config.amp_dtype == "float16" and self.device.type == "cuda"
+        scaled = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         if config.torchcompile is not None:
             if config.torchcompile not in torch.compiler.list_backends(exclude_tags=()):
@@ -211,7 +211,8 @@ class Trainer:
             if self.average is not None and saved.average is not None:
                 restore.load_learnt(self.average.model, saved.average)
             restore.load_progress(self.optimizer, state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"]:  # empty, of a run that scaled no loss
+                self.scaler.load_state_dict(state["scaler"])
         except (RuntimeError, ValueError) as error:
             raise checkpoint.CheckpointError(
                 f"{saved.path}: does not fit the network and optimiser of these settings "
