@@ -47,7 +47,8 @@ class CosineClassifier(nn.Module):
     arXiv 1906.07413). An exit takes it as `head.classifier`; see `use_cosine_`.
 
     The loss multiplies the cosines by its scale, the exit test does not: give the ELF
-    temperatures = 1 / scale, or no confidence ever gets far above 1 / C.
+    temperatures = 1 / scale, or no confidence ever gets far above 1 / C. The loss subtracts its
+    margins, the exit test does not: give it train_thresholds = loss.margin_thresholds(...).
 
     Shape: features [N, D] -> logits [N, C] in [-1, 1].
     """

@@ -86,6 +86,28 @@ class LongTailLoss(nn.Module):
         subclass has a forward of its own, which is then called."""
         return self.arguments() if type(self).forward is LongTailLoss.forward else None
 
+    def margin_thresholds(self, thresholds: float | Sequence[float] | Tensor) -> Tensor:
+        """`train_thresholds` with which the exit test in training reads the logits less the
+        margins, as this loss does, at temperature 1 / scale (criterion "confidence").
+
+        Who leaves in training is right, so that p >= t is asked of the target's p; less the margin
+        it is p / (p + (1 - p) e^m) with m = scale * margins_y, which is at least t where
+        p >= 1 / (1 + e^-m (1 - t) / t). In float32 such a threshold may round to 1, from
+        m = log(1 / t - 1) + 17 on: then only a p that does, too, passes.
+
+        Shape: thresholds [] or [E-1], in [0, 1] or inf -> [C] or [E-1, C], float32.
+
+        Raises:
+            ValueError: thresholds outside their range, or a loss without margins.
+        """
+        if self.margins is None:
+            raise ValueError(f"margins: expected a loss with margins, got {type(self).__name__}")
+        t = torch.as_tensor(thresholds, dtype=torch.float64, device=self.margins.device)[..., None]
+        checks.threshold_values("thresholds", t, "confidence")
+        odds = torch.where(t.isinf(), 0.0, (1 - t) / t)
+        wanted = 1 / (1 + odds * torch.exp(-self.scale * self.margins.double()))
+        return torch.where(t.isinf(), t, wanted).float()
+
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         losses = functional.exit_loss(logits, target, **self.arguments()).loss
         return losses if self.reduction == "none" else losses.sum() / max(len(losses), 1)
@@ -151,7 +173,9 @@ class ClassBalancedLoss(LongTailLoss):
 class LDAMLoss(LongTailLoss):
     """Margins n_c^(-1/4), the largest max_margin, under scale (Cao et al., arXiv 1906.07413,
     eq. 13). Meant for a normalised classifier, whose logits are cosines: see
-    `classifiers.CosineClassifier`, also for what the exit test then needs."""
+    `classifiers.CosineClassifier`, also for what the exit test then needs. In training its
+    thresholds should be `margin_thresholds`: without margins nearly all samples are sure early, and
+    the last exit learns from hardly any (docs/accuracy.md)."""
 
     def __init__(
         self,

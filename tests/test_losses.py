@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from elf_fast import ELF, losses, reference
+from elf_fast import ELF, functional, losses, reference
 
 COUNTS = [500, 100, 20, 4]
 N = torch.tensor(COUNTS, dtype=torch.float64)
@@ -99,6 +102,39 @@ def test_weights_run_from_even_to_inverse_counts():
     torch.testing.assert_close(
         losses.class_balanced_weight(COUNTS, 1 - 1e-9), inverse, rtol=1e-5, atol=0
     )
+
+
+# Margins in the exit test
+
+
+@pytest.mark.parametrize("T", [0.9, 0.5])
+def test_who_leaves_is_sure_by_the_logits_that_the_loss_sees(T):
+    loss = losses.DeferredReweighting(losses.LDAMLoss(COUNTS), COUNTS, start_epoch=1)
+    z = torch.randn(8000, 4, generator=torch.Generator().manual_seed(0)) / 4
+    y = z.argmax(1)
+    seen = loss.scale * (z.double() - F.one_hot(y) * loss.margins)
+    expected = seen.softmax(1).gather(1, y[:, None])[:, 0] >= T
+    t = loss.margin_thresholds(T)
+    leaves = torch.ones(len(z), dtype=torch.bool)
+    gate = functional.exit_gate(z, t, temperature=1 / loss.scale, target=y)
+    leaves[gate.survivors] = False
+    # The largest margin, 15, asks for 1 - 3e-8 or 1 - 3e-7, which float32 holds to 6e-8.
+    rest = 1 - (loss.scale * z.double()).softmax(1).amax(1)
+    clear = (rest < 2e-8) | ((rest - 1 + t[y].double()).abs() > 1e-7)
+    assert torch.equal(leaves[clear], expected[clear]) and clear.double().mean() > 0.95
+    shares = [leaves[y == c].double().mean() for c in range(4)]
+    assert 0.8 > shares[0] > shares[1] > shares[2] > shares[3] > 0
+
+
+def test_margin_thresholds_of_several_exits_and_of_none():
+    loss = losses.LDAMLoss(COUNTS)
+    t = loss.margin_thresholds([0.9, 0.0, 1.0, math.inf])
+    assert t.shape == (4, 4) and torch.equal(t[0], loss.margin_thresholds(0.9))
+    assert [row.unique().tolist() for row in t[1:]] == [[0.0], [1.0], [math.inf]]
+    with pytest.raises(ValueError, match=r"thresholds: expected values in \[0, 1\], or inf"):
+        loss.margin_thresholds([0.9, 1.1])
+    with pytest.raises(ValueError, match="margins: expected a loss with margins, got Cross"):
+        losses.CrossEntropyLoss().margin_thresholds(0.9)
 
 
 # Deferred re-weighting

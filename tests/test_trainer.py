@@ -222,6 +222,21 @@ def test_ldam_reads_cosines_at_its_own_scale():
     assert out.logits.abs().max() <= 1 + 1e-6
 
 
+def test_under_ldam_the_test_in_training_has_the_margins():
+    ldam = replace(DIGITS, loss="ldam", drw_epoch=0, thresholds=(0.7,))
+    for changes, thresholds in (
+        ({}, 0.7),
+        ({"train_threshold": (0.8,)}, 0.8),
+        ({"train_threshold": (0.8, 0.6)}, [0.8, 0.6]),
+    ):
+        model = build.network(replace(ldam, **changes), list(range(10, 20)))
+        wanted = model.exit_loss.margin_thresholds(thresholds).expand(2, 10)
+        assert torch.equal(model.train_thresholds, wanted)
+        assert model.thresholds.tolist() == pytest.approx([0.7, 0.7])
+    model = build.network(replace(ldam, criterion="margin"), [10] * 10)
+    assert model.train_thresholds.tolist() == pytest.approx([0.7, 0.7])
+
+
 @pytest.mark.parametrize("name", ["cross_entropy", "balanced_softmax"])
 def test_deferred_weights_come_at_their_epoch(name, tmp_path, monkeypatch):
     running = trainer(loss=name, drw_epoch=1, output=str(tmp_path), epochs=2)

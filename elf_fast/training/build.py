@@ -162,15 +162,15 @@ def network(config: TrainConfig, class_counts: list[int]) -> ELF:
         weight = config.exit_weights[-1]
         return ELF([backbone], [nn.Identity()], exit_loss=loss, exit_weights=weight)
     size = image_size(config)
+    exits = list(config.exits or default_exits(backbone))
     model = from_backbone(
         backbone,
-        list(config.exits or default_exits(backbone)),
+        exits,
         C,
         example_input=torch.zeros(2, 3, size, size),
         conv=config.conv_heads,
         thresholds=_one_or_many(config.thresholds),
-        # Set even where it is the same: calibration moves the thresholds of inference alone.
-        train_thresholds=_one_or_many(config.train_threshold or config.thresholds),
+        train_thresholds=_train_thresholds(config, loss, len(exits)),
         temperatures=1 / loss.scale,
         criterion=config.criterion,
         exit_loss=loss,
@@ -181,6 +181,16 @@ def network(config: TrainConfig, class_counts: list[int]) -> ELF:
         for head in model.heads[:-1]:
             use_cosine_(head)
     return model
+
+
+def _train_thresholds(config: TrainConfig, loss: LongTailLoss, exits: int) -> Any:
+    """Given even where they are those of inference, which calibration moves. Under a loss with
+    margins the test in training has them, too."""
+    thresholds = _one_or_many(config.train_threshold or config.thresholds)
+    if loss.margins is None or config.criterion != "confidence":
+        return thresholds
+    with_margins = loss.margin_thresholds(thresholds)
+    return with_margins.expand(exits, -1) if with_margins.dim() == 1 else with_margins
 
 
 def _one_or_many(values: tuple[float, ...]) -> float | list[float]:
