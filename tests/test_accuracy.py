@@ -50,7 +50,7 @@ def variants(**fields) -> dict[str, Run]:
 
 
 @pytest.mark.parametrize("loss", ["ce", "ldam_drw"])
-@pytest.mark.parametrize("head", runs.HEADS)
+@pytest.mark.parametrize("head", runs.CONVOLUTIONS)
 def test_variants_start_from_the_same_weights(loss, head):
     models = {
         name: trial.build(r, [9, 5, 1], epochs=1)
@@ -162,7 +162,7 @@ def test_what_changes_during_training(monkeypatch):
         history = [EpochStats(epoch, 1.0, 0.5, [1.0]) for epoch in range(1, schedule.epochs + 1)]
         for epoch in history:
             even.append(bool((model.exit_loss.weight == 1).all()))
-            thresholds.append(model.train_thresholds[0].item())
+            thresholds.append(model.train_thresholds[0, 0].item())
             on_epoch(epoch)
         return history
 
@@ -170,6 +170,31 @@ def test_what_changes_during_training(monkeypatch):
     trial.perform(variants(loss="ldam_drw")["drop-late"], Schedule(epochs=5))
     assert even == [True] * 4 + [False]
     assert thresholds == pytest.approx([math.inf] * 3 + [0.9] * 2)
+
+
+def test_margins_are_in_the_test_where_they_should_be():
+    models = {
+        name: trial.build(variants(loss="ldam_drw")[name], [90, 30, 2], epochs=1)
+        for name in ("keep", "keep-margin")
+    }
+    assert torch.equal(models["keep"].train_thresholds, torch.full((2, 3), 0.9))
+    wanted = models["keep-margin"].exit_loss.margin_thresholds([0.9, 0.9])
+    assert torch.equal(models["keep-margin"].train_thresholds, wanted)
+
+
+@pytest.mark.parametrize("head, strides", [("pooled", []), ("conv", [2]), ("deep", [2, 1])])
+def test_heads_have_their_convolutions(head, strides):
+    model = trial.build(variants(head=head)["keep"], [9, 5, 1], epochs=1)
+    for part in model.heads:
+        found = [m.stride[0] for m in part.modules() if isinstance(m, nn.Conv2d)]
+        assert found == strides
+    assert model.eval()(torch.rand(8, 1, 16, 16)).logits.shape == (8, 3)
+
+
+def test_a_softened_test_reads_the_logits_at_a_third_of_the_scale():
+    model = trial.build(variants(loss="ldam_drw")["keep-soft"], [9, 5, 1], epochs=1)
+    assert model.temperatures.tolist() == pytest.approx([0.1, 0.1])
+    assert model.exit_loss.scale == 30
 
 
 def test_batch_norm_rests_on_small_batches():
@@ -419,12 +444,14 @@ def test_all_settings_together_count_a_seed_once():
     one = comparisons.compare(records, "keep", "plain", point="best")[0].difference
     assert difference.high - difference.low == pytest.approx(one.high - one.low)
     records |= made_up((100, "ce", "pooled"), {"plain": 0.0, "keep": -7.0})
-    by_head = {
-        head: comparisons.together(records, "keep", "plain", point="best", head=head)
-        for head in (None, "conv", "pooled")
+    records |= made_up((100, "ce", "deep"), {"plain": 0.0, "keep": 99.0})  # not of the table
+    by_heads = {
+        heads: comparisons.together(records, "keep", "plain", point="best", heads=heads)
+        for heads in (runs.HEADS, ("conv",), ("pooled",))
     }
-    assert by_head[None][0] == 3 and by_head[None][1].mean == pytest.approx(-2 / 3)
-    assert by_head["conv"] == (2, difference) and by_head["pooled"] is None
+    assert by_heads[runs.HEADS][0] == 3
+    assert by_heads[runs.HEADS][1].mean == pytest.approx(-2 / 3)
+    assert by_heads["conv",] == (2, difference) and by_heads["pooled",] is None
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
@@ -438,6 +465,8 @@ def test_the_page_says_what_the_results_say(tmp_path):
         **made_up((100, "ce", "conv"), {"plain": 0, "keep": 4, "drop": -2, "stay": 1}),
         **made_up((50, "ldam_drw", "pooled"), {"plain": 0, "keep": 3.5, "drop": 3.4}, flops=0.6),
         **made_up((10, "ce", "conv"), {"plain": 0, "keep": 1}, seeds=range(2)),
+        **made_up((100, "ce", "deep"), {"plain": 0, "keep": 5}),
+        **made_up((100, "ce", "conv"), {"plain": 0, "stay": 0.5}, seeds=runs.NEW_SEEDS),
     }
     on_cifar10 = made_up((100, "ce", "conv"), {"plain": 0, "keep": 2}, seeds=range(3))
     for made in on_cifar10.values():
@@ -457,8 +486,8 @@ def test_the_page_says_what_the_results_say(tmp_path):
     assert "It is less accurate than the network without exits, beyond chance, in 1 of 4" in page
     assert "harmless (the interval ends above -0.5) in 1 of 2 comparisons, harmful in 1" in page
     assert "Over the 2 settings that have all seeds, dropping differs from keeping by -3." in page
-    assert "Of 1 comparisons of what else was tried with the network without exits, 1 gain" in page
-    assert "+1.0 [+0.9, +1.1] points (cross-entropy at 100; kept, none leaves" in page
+    assert "Of 2 comparisons of what else was tried with the network without exits, 2 gain" in page
+    assert "+5.0 [+4.9, +5.1] points (cross-entropy at 100; two-convolution head, kept)" in page
     against = rows(page, "## ELF against")
     assert [row[:5] for row in against] == [
         ["cross-entropy", "100", "convolution", "10", "dropped"],
@@ -469,11 +498,19 @@ def test_the_page_says_what_the_results_say(tmp_path):
     assert against[0][5:] == ["69.0%", "67.0%", "-2.0 [-2.1, -1.9]", "70%", "fails"]
     assert [row[-2:] for row in against[1:]] == [["60%", "holds"]] * 2 + [["70%", "holds"]]
     assert rows(page, "## Dropping")[0][-1] == "some"
-    assert rows(page, "## What else")[0][-3:] == ["+1.0 [+0.9, +1.1]", "-3.0 [-3.0, -3.0]", "70%"]
+    assert [[row[0], *row[3:]] for row in rows(page, "## What else")] == [
+        ["kept", "two-convolution", "10", "69.0%", "74.0%",
+         "+5.0 [+4.9, +5.1]", "70%", "holds", "", "+5.0 [+4.9, +5.1]"],
+        ["kept, none leaves in training", "convolution", "10", "69.0%", "70.0%",
+         "+1.0 [+0.9, +1.1]", "70%", "fails", "-3.0 [-3.0, -3.0]", "+1.0 [+0.9, +1.1]"],
+    ]  # fmt: skip
     figures = rows(page, "## All figures")
-    assert len(figures) == 7  # the setting of two seeds is left out
+    (new,) = rows(page, "### On new seeds")
+    assert new[3] == "20" and new[7] == "+0.5 [+0.5, +0.5]"
+    assert "kept, none leaves in training: +0.5 [+0.5, +0.5]." in page
+    assert len(figures) == 9  # the setting of two seeds is left out
     assert figures[0][:6] == ["LDAM-DRW", "50", "pool", "10", "without exits", "69.0 ± 6.1"]
-    assert "74 of the" in page
+    assert "134 of the" in page
     (row,) = rows(page, "## CIFAR-10-LT")
     assert row[3:6] == ["3", "62.0%", "64.0%"] and row[9:12] == ["", "70%", "fails"]
 

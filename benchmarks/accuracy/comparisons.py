@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 from .paired import LEAST_SEEDS, Difference, difference
-from .runs import SEEDS, Run
+from .runs import HEADS, NEW_SEEDS, SEEDS, TABLE, VARIANTS, Run
 from .trial import FLOPS_LIMIT
 
 Records = Mapping[Run, Mapping[str, Any]]
@@ -41,9 +41,11 @@ def settings(records: Records) -> list[Setting]:
     return sorted({Setting(run.imbalance, run.loss, run.head) for run in records})
 
 
-def common_seeds(records: Records, setting: Setting, *variants: str) -> tuple[int, ...]:
+def common_seeds(
+    records: Records, setting: Setting, *variants: str, of: Sequence[int] = SEEDS
+) -> tuple[int, ...]:
     """The seeds for which every one of the variants has finished."""
-    return tuple(seed for seed in SEEDS if all(Run(*setting, v, seed) in records for v in variants))
+    return tuple(seed for seed in of if all(Run(*setting, v, seed) in records for v in variants))
 
 
 def tested(
@@ -56,14 +58,20 @@ def tested(
 
 
 def compare(
-    records: Records, ours: str, theirs: str, *, point: str, key: str = "overall"
+    records: Records,
+    ours: str,
+    theirs: str,
+    *,
+    point: str,
+    key: str = "overall",
+    of: Sequence[int] = SEEDS,
 ) -> list[Comparison]:
     """One comparison for every setting in which at least LEAST_SEEDS seeds have both variants, the
     worst for `ours` first. `key` is an accuracy: overall, many, medium or few; settings that have
     no such class are left out."""
     found = []
     for setting in settings(records):
-        seeds = common_seeds(records, setting, ours, theirs)
+        seeds = common_seeds(records, setting, ours, theirs, of=of)
         if len(seeds) < LEAST_SEEDS:
             continue
         a = tested(records, setting, ours, seeds, point)
@@ -84,16 +92,38 @@ def compare(
     return sorted(found, key=lambda c: c.difference.mean)
 
 
+def in_table(records: Records, *, point: str) -> list[Comparison]:
+    """The network with exits against the one without, all over the table, the worst first."""
+    found = [c for ours in TABLE[1:] for c in compare(records, ours, "plain", point=point)]
+    return sorted((c for c in found if c.setting.head in HEADS), key=lambda c: c.difference.mean)
+
+
+def tried(records: Records, *, point: str) -> list[Comparison]:
+    """The same for what was tried beside the table, variant by variant."""
+    table = in_table(records, point=point)
+    return [c for c in _of_all_variants(records, point, SEEDS) if c not in table]
+
+
+def again(records: Records, *, point: str) -> list[Comparison]:
+    """The same for what was trained again, on the new seeds."""
+    return _of_all_variants(records, point, NEW_SEEDS)
+
+
+def _of_all_variants(records: Records, point: str, of: Sequence[int]) -> list[Comparison]:
+    with_exits = [variant for variant, exits in VARIANTS.items() if exits is not None]
+    return [c for v in with_exits for c in compare(records, v, "plain", point=point, of=of)]
+
+
 def together(
-    records: Records, ours: str, theirs: str, *, point: str, head: str | None = None
+    records: Records, ours: str, theirs: str, *, point: str, heads: Sequence[str] = HEADS
 ) -> tuple[int, Difference] | None:
-    """How many settings (None: with any head) have all seeds, and the difference in accuracy
-    averaged over them. Its interval is over the seeds: settings share their draws. None with fewer
-    than two settings."""
+    """How many settings with such heads have all seeds, and the difference in accuracy averaged
+    over them. Its interval is over the seeds: settings share their draws. None with fewer than two
+    settings."""
     complete = [
         s
         for s in settings(records)
-        if head in (None, s.head) and common_seeds(records, s, ours, theirs) == SEEDS
+        if s.head in heads and common_seeds(records, s, ours, theirs) == SEEDS
     ]
     if len(complete) < 2:
         return None

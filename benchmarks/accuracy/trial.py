@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from elf_fast import ELF, losses
+from elf_fast import ELF, ExitHead, losses
 from elf_fast.classifiers import adjust_logits_, use_cosine_
 from elf_fast.data import long_tailed_digits
 from elf_fast.data.digits import DigitSplits
@@ -22,7 +22,7 @@ from elf_fast.training.calibrate import OperatingPoint
 from elf_fast.training.loop import EpochStats, Schedule, batches, predict, train
 
 from ..environment import environment
-from .runs import VARIANTS, Run
+from .runs import CONVOLUTIONS, VARIANTS, Exits, Run
 
 SCHEDULE = Schedule(epochs=80)
 #: Share of the FLOPs of the network without exits that ELF may use by its own claim.
@@ -61,25 +61,50 @@ def build(run: Run, class_counts: Sequence[int], epochs: int) -> ELF:
     options: dict[str, Any] = {}
     if exits is not None:
         options = {
-            "train_thresholds": math.inf if exits.opened else exits.threshold,
+            "train_thresholds": _train_thresholds(exits, loss, C, epoch=0, epochs=epochs),
             "exit_weights": exits.weights,
             "drop_exited": exits.drop_exited,
         }
     torch.manual_seed(run.seed)
     elf = network.with_exits(
         C,
-        conv=run.head == "conv",
+        conv=CONVOLUTIONS[run.head] > 0,
         exit_loss=loss,
         thresholds=math.inf,
-        temperatures=1 / loss.scale,  # other than 1 with cosines alone, see CosineClassifier
+        temperatures=_temperature(loss, exits),
         **options,
     )
     if run.loss == "ldam_drw":
         use_cosine_(elf)
+    for head in elf.heads:
+        _deepen(head, CONVOLUTIONS[run.head])
     if exits is None:
         return ELF([nn.Sequential(*elf.stages)], [elf.heads[-1]], exit_loss=loss)
     _rest(elf, exits.rests_below)
     return elf
+
+
+def _temperature(loss: losses.LongTailLoss, exits: Exits | None) -> float:
+    """Of the exit test; not to soften it is 1, but for cosines, see CosineClassifier."""
+    return (1.0 if exits is None else exits.softened) / loss.scale
+
+
+def _train_thresholds(
+    exits: Exits, loss: losses.LongTailLoss, classes: int, *, epoch: int, epochs: int
+) -> Tensor:
+    """[E-1, C] of the exit test in training at an epoch, counted from 0."""
+    if epoch < exits.opened * epochs:
+        return torch.full((2, classes), math.inf)
+    if exits.margins and loss.margins is not None:
+        return loss.margin_thresholds(exits.threshold).expand(2, classes)
+    return torch.full((2, classes), exits.threshold)
+
+
+def _deepen(head: ExitHead, depth: int) -> None:
+    """Convolutions behind the first one of a head with one, until there are `depth`."""
+    D = head.classifier.in_features
+    for _ in range(1, depth):
+        head.stem.extend([nn.Conv2d(D, D, 3, padding=1, bias=False), nn.BatchNorm2d(D), nn.ReLU()])
 
 
 def _rest(model: nn.Module, below: int) -> None:
@@ -125,12 +150,16 @@ def perform(run: Run, schedule: Schedule = SCHEDULE) -> dict[str, Any]:
     model = build(run, data.class_counts, schedule.epochs)
     exits = VARIANTS[run.variant]
 
+    loss = model.exit_loss
+    assert isinstance(loss, losses.LongTailLoss)
+
     def next_epoch(stats: EpochStats) -> None:
-        if isinstance(model.exit_loss, losses.DeferredReweighting):
-            model.exit_loss.set_epoch(stats.epoch)
-        if exits is not None and stats.epoch >= exits.opened * schedule.epochs:
-            assert model.train_thresholds is not None
-            model.train_thresholds.fill_(exits.threshold)
+        if isinstance(loss, losses.DeferredReweighting):
+            loss.set_epoch(stats.epoch)
+        if exits is not None:
+            model.train_thresholds = _train_thresholds(
+                exits, loss, len(data.class_counts), epoch=stats.epoch, epochs=schedule.epochs
+            )
 
     last = train(model, data.train, schedule, seed=run.seed, on_epoch=next_epoch)[-1]
     if run.loss == "logit_adjustment":
