@@ -365,7 +365,10 @@ def test_filters_say_what_they_know(text, message):
 def test_the_table_has_no_run_twice_and_all_that_is_asked():
     table = runs.table()
     assert len(set(table)) == len(table)
-    assert len(runs.select(table, ["variant=plain,keep,drop"])) == 3 * 4 * 2 * 3 * 10
+    seeds = "seed=" + ",".join(map(str, runs.SEEDS))
+    main = runs.select(table, ["variant=plain,keep,drop", "head=conv,pooled", seeds])
+    assert len(main) == 3 * 4 * 2 * 3 * 10
+    assert {r.seed for r in runs.select(table, ["variant=keep-margin"])} == set(range(30))
 
 
 # Statistics
