@@ -240,6 +240,7 @@ def _tried(records: Records) -> str:
         {
             (c.ours, c.setting): _interval(c.difference)
             for variant in VARIANTS
+            if variant != theirs
             for c in compare(records, variant, theirs, point=point)
         }
         for theirs, point in (("keep", "best"), ("plain", "full"))
@@ -251,7 +252,7 @@ def _tried(records: Records) -> str:
                 NAMES[c.ours],
                 *_setting(c.setting, c.seeds),
                 *_outcome(c),
-                "" if c.ours == "keep" else kept[c.ours, c.setting],
+                kept.get((c.ours, c.setting), ""),
                 exits_off[c.ours, c.setting],
             ]
             for c in tried(records, point="best")
