@@ -13,6 +13,7 @@ import importlib
 import importlib.util
 import itertools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,26 @@ _unavailable: dict[str, str | None] = {"torch": None}
 
 _chosen: str | None = None
 _override: torch.library.Library | None = None
+
+
+def _use_kernels_beside_package() -> None:
+    """Makes `elf_fast.kernels` the folder kernels/ of the source tree that this file lies in.
+
+    An installed package holds its kernels. In a source tree they lie beside it, and without this an
+    editable install of another tree would supply them.
+    """
+    package = Path(__file__).parent
+    if (package / "kernels").is_dir():
+        return
+    source = package.parent / "kernels" / "__init__.py"
+    name = f"{__package__}.kernels"
+    spec = importlib.util.spec_from_file_location(
+        name, source, submodule_search_locations=[str(source.parent)]
+    )
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sys.modules[name] = sys.modules[__package__].kernels = module  # type: ignore[attr-defined]
 
 
 def _load(backend: str) -> str | None:
@@ -218,6 +239,7 @@ def _reason(key: str, served: set[str]) -> str:
     return f" ({'; '.join(missing)})" if missing else ""
 
 
+_use_kernels_beside_package()
 for _backend in _LIBRARIES:
     _unavailable[_backend] = _load(_backend)
 _unavailable["triton"] = _triton_problem()

@@ -128,6 +128,18 @@ def oldest_torch(tmp_path_factory) -> Path:
     return target
 
 
+def test_a_source_tree_uses_its_own_kernels_and_libraries(tree, tmp_path):
+    """Two trees side by side, while the tree under test is installed, too."""
+    second = Path(shutil.copytree(tree, tmp_path / "second"))
+    (second / "elf_fast" / "_native_cpu.so").write_bytes(b"not a library")
+    for first, other in ((tree, second), (second, tree)):
+        found = probe(tmp_path, first, other)
+        assert Path(found["package"]) == first / "elf_fast" / "__init__.py"
+        assert Path(found["kernels"]) == first / "kernels" / "__init__.py"
+        refused = "_native_cpu.so does not load" in found["cpu"]
+        assert refused == (first == second), found["cpu"]
+
+
 def test_sdist_holds_the_sources(tree, sdist):
     with tarfile.open(sdist) as archive:
         held = {m.name.partition("/")[2] for m in archive.getmembers() if m.isfile()}
