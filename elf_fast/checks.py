@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CRITERIA = ("confidence", "margin", "entropy")
+from .criteria import Criterion
+
 _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -130,22 +131,20 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
         raise ValueError(f"{name}: expected device {device}, got {value.device}")
 
 
-def criterion(value: Any) -> int:
-    """The number that stands for a criterion in the operators' schemas."""
-    if value not in CRITERIA:
-        raise ValueError(f"criterion: expected one of {', '.join(CRITERIA)}, got {value!r}")
-    return CRITERIA.index(value)
-
-
-def threshold_values(name: str, value: Any, criterion_name: str) -> None:
-    """Thresholds lie in [0, 1], or are inf (entropy: -inf), which switches an exit off."""
-    off = -math.inf if criterion_name == "entropy" else math.inf
+def threshold_values(name: str, value: Any, criterion: Criterion) -> None:
+    """Thresholds lie in the criterion's range, or are the one that switches an exit off."""
     numbers = value.detach().flatten().tolist() if isinstance(value, Tensor) else [value]
     for number in numbers:
-        if not (0.0 <= number <= 1.0 or number == off):
+        in_range = criterion.low <= number <= criterion.high and math.isfinite(number)
+        if not (in_range or number == criterion.off):
+            wanted = (
+                f"values in [{criterion.low:g}, {criterion.high:g}]"
+                if criterion.is_bounded
+                else "finite values"
+            )
             raise ValueError(
-                f"{name}: expected values in [0, 1], or {off} to switch an exit off "
-                f"(criterion {criterion_name!r}), got {number}"
+                f"{name}: expected {wanted}, or {criterion.off} to switch an exit off "
+                f"(criterion {criterion.name!r}), got {number}"
             )
 
 

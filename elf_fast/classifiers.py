@@ -24,8 +24,8 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from . import checks
+from .base import ELFBase
 from .losses import log_prior
-from .reference import ELF
 
 __all__ = [
     "CosineClassifier",
@@ -98,7 +98,7 @@ def classifiers(model: nn.Module) -> dict[str, nn.Linear | CosineClassifier]:
 
 def _parts_with_classifier(model: nn.Module) -> dict[str, nn.Module]:
     for name, elf in model.named_modules():
-        if isinstance(elf, ELF):
+        if isinstance(elf, ELFBase):
             parts = [
                 f"stages.{e}" if isinstance(head, nn.Identity) else f"heads.{e}"
                 for e, head in enumerate(elf.heads)
@@ -169,7 +169,7 @@ def train_classifiers(model: nn.Module) -> None:
     model.requires_grad_(False)
     for module in model.modules():
         # An ELF in training mode applies its training rule; its stages and heads stay as set.
-        module.training = isinstance(module, ELF)
+        module.training = isinstance(module, ELFBase)
     for classifier in classifiers(model).values():
         classifier.train()
         (_scale(classifier) or classifier).requires_grad_(True)

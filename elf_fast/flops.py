@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import checks
+from .base import ELFBase
 from .modes import mode
-from .reference import ELF
 
 __all__ = ["Flops", "count_flops"]
 
@@ -38,7 +38,7 @@ class Flops(NamedTuple):
 
 
 @torch.inference_mode()
-def count_flops(model: ELF, sample: Tensor) -> Flops:
+def count_flops(model: ELFBase, sample: Tensor) -> Flops:
     """FLOPs of every stage and head, by torch.utils.flop_counter on one sample [1, ...].
 
     Raises:

@@ -1,123 +1,19 @@
 """The operators as functions: checked arguments, exact survivors.
 
-Each does what its namesake in `reference.py` does, in one kernel where the device has one. On the
-CPU: `csrc/cpu`. Where no native kernel serves, the reference does.
+Each does what the function of that name in `reference.py` does, in one kernel if the device has
+one; `elf_fast.report()` says what serves. Otherwise the reference runs.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Callable
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import backend as _backend  # noqa: F401  (loads the native kernels)
-from . import checks, ops
+from . import checks, criteria, ops
+from .arguments import call, class_vectors, counted, gate_settings
 from .reference import ExitGate, ExitHeadOutput, ExitLoss
 
 __all__ = ["compact", "compact_", "exit_gate", "exit_head", "exit_loss"]
-
-
-def _call(
-    op: Any,
-    differentiable: tuple[Tensor | None, ...],
-    args: tuple[Any, ...],
-    explain: Callable[[], object] | None = None,
-) -> Any:
-    """op(*args), past the autograd layer (about 5 us) where nothing asks for a gradient.
-
-    Kernels refuse targets and survivors that would lead them astray before they touch anything;
-    reading those values here, too, would cost more than a small kernel. When one refuses,
-    `explain` looks again and says what is wrong.
-    """
-    if torch.compiler.is_compiling():
-        return op(*args)
-    try:
-        if torch.is_inference_mode_enabled() or (
-            torch.is_grad_enabled()
-            and any(t is not None and t.requires_grad for t in differentiable)
-        ):
-            return op(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-    except (RuntimeError, IndexError):
-        if explain is not None:
-            explain()
-        raise
-
-
-def _exact(survivors: Tensor, count: Tensor, target: Tensor | None, classes: int) -> Tensor:
-    """The first `count` survivors. Waits for the device, once, and hears of a bad target."""
-    n = int(count)
-    if n < 0:
-        checks.target_range(target, classes)
-    return survivors[:n]
-
-
-def _setting(name: str, value: float | Tensor, logits_dtype: torch.dtype, classes: int, device):
-    """A threshold or temperature as the kernels take it: [] or [C] in the arithmetic dtype."""
-    dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
-    if not isinstance(value, Tensor):
-        # On the CPU for any device, as PyTorch's own scalars; float32 first, as the thresholds of
-        # ELF are, so that both say the same for float64 logits.
-        number = checks.number(name, value)
-        return torch.scalar_tensor(number, dtype=torch.float32, device="cpu").to(dtype)
-    if value.dim() > 1 or (value.dim() == 1 and (value.shape[0] != classes or name != "threshold")):
-        shape = f"[] or [{classes}]" if name == "threshold" else "[]"
-        raise ValueError(f"{name}: expected shape {shape}, got {checks.describe(value)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating tensor, got {checks.describe(value)}")
-    if value.dim() == 1:
-        checks.same_device(name, value, device)
-    return value.float().to(dtype).contiguous()
-
-
-def _made_gate_settings(threshold, temperature, criterion, logits_dtype, classes, device):
-    code = checks.criterion(criterion)
-    # Values are read on the CPU only: reading them from another device would wait for it.
-    if not isinstance(threshold, Tensor):
-        checks.threshold_values("threshold", checks.number("threshold", threshold), criterion)
-    elif threshold.device.type == "cpu" and not torch.compiler.is_compiling():
-        checks.threshold_values("threshold", threshold, criterion)
-    if not isinstance(temperature, Tensor) or (
-        temperature.device.type == "cpu" and not torch.compiler.is_compiling()
-    ):
-        checks.positive("temperature", temperature)
-    return (
-        _setting("threshold", threshold, logits_dtype, classes, device),
-        _setting("temperature", temperature, logits_dtype, classes, device),
-        code,
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _known_gate_settings(threshold: float, temperature: float, criterion: str, dtype: torch.dtype):
-    """Numbers, checked and made into tensors once: that saves 3 us a call."""
-    with torch.inference_mode(False):  # or autograd could not save them in a later call
-        return _made_gate_settings(threshold, temperature, criterion, dtype, 0, None)
-
-
-def _gate_settings(threshold, temperature, criterion, logits_dtype, classes, device):
-    """Threshold, temperature and criterion as the kernels take them, checked."""
-    if (
-        type(threshold) is type(temperature) is float
-        and type(criterion) is str
-        and not torch.compiler.is_compiling()
-        and not torch._C._len_torch_dispatch_stack()
-    ):
-        return _known_gate_settings(threshold, temperature, criterion, logits_dtype)
-    return _made_gate_settings(threshold, temperature, criterion, logits_dtype, classes, device)
-
-
-def _class_vectors(logits: Tensor, **vectors: Tensor | None) -> list[Tensor | None]:
-    """Per-class settings [C] as the kernels take them: detached, in the arithmetic dtype."""
-    acc = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    for name, value in vectors.items():
-        checks.per_class(name, value, logits.shape[1], logits.device)
-    return [None if v is None else v.detach().to(acc).contiguous() for v in vectors.values()]
 
 
 def exit_gate(
@@ -153,17 +49,17 @@ def exit_gate(
     """
     checks.logits(logits)
     N, C = logits.shape
-    t, T, code = _gate_settings(threshold, temperature, criterion, logits.dtype, C, logits.device)
+    t, T, code = gate_settings(threshold, temperature, criterion, logits.dtype, C, logits.device)
     if target is not None:
         checks.target_shape(target, N, logits.device)
         target = target.contiguous()
-    confidence, prediction, survivors, count = _call(
+    confidence, prediction, survivors, count = call(
         ops.exit_gate,
         (logits,),
         (logits, t, T, code, target, False),
         lambda: checks.target_range(target, C),
     )
-    return ExitGate(confidence, prediction, _exact(survivors, count, target, C))
+    return ExitGate(confidence, prediction, counted(survivors, count, target, C))
 
 
 def exit_head(
@@ -197,17 +93,17 @@ def exit_head(
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None:
             checks.same_device(name, parameter, features.device)
-    t, T, code = _gate_settings(threshold, temperature, criterion, weight.dtype, C, features.device)
+    t, T, code = gate_settings(threshold, temperature, criterion, weight.dtype, C, features.device)
     if target is not None:
         checks.target_shape(target, features.shape[0], features.device)
         target = target.contiguous()
-    logits, _, confidence, prediction, survivors, count = _call(
+    logits, _, confidence, prediction, survivors, count = call(
         ops.exit_head,
         (features, weight, bias),
         (features, weight, bias, t, T, code, target, False, return_logits),
         lambda: checks.target_range(target, C),
     )
-    survivors = _exact(survivors, count, target, C)
+    survivors = counted(survivors, count, target, C)
     return ExitHeadOutput(logits if return_logits else None, confidence, prediction, survivors)
 
 
@@ -223,7 +119,7 @@ def compact(features: Tensor, survivors: Tensor) -> Tensor:
     checks.features(features)
     N = features.shape[0]
     checks.survivors_shape(survivors, N, features.device)
-    return _call(
+    return call(
         ops.compact,
         (features,),
         (features, survivors.contiguous()),
@@ -253,7 +149,7 @@ def compact_(features: Tensor, survivors: Tensor) -> Tensor:
         checks.movable(features)
         checks.survivors_values(survivors, N)
 
-    order = _call(ops.compact_, (), (features, survivors.contiguous(), None), explain)
+    order = call(ops.compact_, (), (features, survivors.contiguous(), None), explain)
     if not features.is_inference():
         torch.autograd.graph.increment_version(features)
     return order
@@ -298,13 +194,13 @@ def exit_loss(
     checks.target_shape(target, N, logits.device)
     nobody_leaves = threshold is None
     if nobody_leaves:
-        threshold = -math.inf if criterion == "entropy" else math.inf
-    t, T, code = _gate_settings(threshold, temperature, criterion, logits.dtype, C, logits.device)
-    vectors = _class_vectors(logits, weight=weight, margins=margins, bias=bias)
+        threshold = criteria.by_name(criterion).off
+    t, T, code = gate_settings(threshold, temperature, criterion, logits.dtype, C, logits.device)
+    vectors = class_vectors(logits, weight=weight, margins=margins, bias=bias)
     checks.at_least("gamma", gamma, 0.0)
     checks.positive("scale", scale)
     checks.at_least("label_smoothing", label_smoothing, 0.0, 1.0)
-    loss, _, confidence, prediction, survivors, count = _call(
+    loss, _, confidence, prediction, survivors, count = call(
         ops.exit_loss,
         (logits,),
         (logits, target.contiguous(), *vectors, float(gamma), float(scale), float(label_smoothing),
@@ -312,5 +208,5 @@ def exit_loss(
         lambda: checks.target_range(target, C),
     )  # fmt: skip
     if not nobody_leaves:
-        survivors = _exact(survivors, count, target, C)
+        survivors = counted(survivors, count, target, C)
     return ExitLoss(loss, confidence, prediction, survivors)

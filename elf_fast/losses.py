@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, functional
+from . import checks, criteria, functional
 
 __all__ = [
     "BalancedSoftmaxLoss",
@@ -90,20 +90,22 @@ class LongTailLoss(nn.Module):
         """`train_thresholds` with which the exit test in training reads the logits less the
         margins, as this loss does, at temperature 1 / scale (criterion "confidence").
 
-        Who leaves in training is right, so that p >= t is asked of the target's p; less the margin
-        it is p / (p + (1 - p) e^m) with m = scale * margins_y, which is at least t where
-        p >= 1 / (1 + e^-m (1 - t) / t). In float32 such a threshold may round to 1, from
-        m = log(1 / t - 1) + 17 on: then only a p that does, too, passes.
+        In training a sample leaves only if its prediction is right, so the test p >= t reads the
+        target's probability p. With the margin subtracted it reads p / (p + (1 - p) e^m) instead,
+        m = scale * margins_y. That is at least t exactly where p >= 1 / (1 + e^-m (1 - t) / t),
+        which is the threshold returned. From m = log(1 / t - 1) + 17 on it rounds to 1 in float32;
+        then only a p that rounds to 1 passes.
 
-        Shape: thresholds [] or [E-1], in [0, 1] or inf -> [C] or [E-1, C], float32.
+        Shape: thresholds [], [E-1] or [E-1, C], in [0, 1] or inf -> [C] or [E-1, C], float32.
 
         Raises:
             ValueError: thresholds outside their range, or a loss without margins.
         """
         if self.margins is None:
             raise ValueError(f"margins: expected a loss with margins, got {type(self).__name__}")
-        t = torch.as_tensor(thresholds, dtype=torch.float64, device=self.margins.device)[..., None]
-        checks.threshold_values("thresholds", t, "confidence")
+        t = torch.as_tensor(thresholds, dtype=torch.float64, device=self.margins.device)
+        t = t if t.dim() == 2 else t[..., None]
+        checks.threshold_values("thresholds", t, criteria.by_name("confidence"))
         odds = torch.where(t.isinf(), 0.0, (1 - t) / t)
         wanted = 1 / (1 + odds * torch.exp(-self.scale * self.margins.double()))
         return torch.where(t.isinf(), t, wanted).float()

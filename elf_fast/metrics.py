@@ -16,8 +16,9 @@ from torchmetrics.functional.classification import binary_calibration_error
 from torchmetrics.utilities import dim_zero_cat
 
 from . import checks
+from .base import ELFOutput
 from .flops import Flops
-from .reference import ELFOutput, statistic
+from .reference import statistic
 
 __all__ = ["FEW_BELOW", "GROUPS", "MANY_ABOVE", "ELFMetrics", "class_groups"]
 

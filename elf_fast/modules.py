@@ -8,9 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional, ops, ranks, reference
-from .reference import ELFOutput, ExitHead
+from .arguments import call, class_vectors, in_arithmetic_of
+from .base import ELFBase, ELFOutput
+from .criteria import Criterion
+from .heads import ExitHead
 
 __all__ = ["ELF", "ELFOutput", "ExitHead", "fuse", "unfuse"]
+
+
+class _Test(NamedTuple):
+    """The test of one exit, its settings as ELF keeps them."""
+
+    threshold: Tensor  # [] or [C]
+    temperature: Tensor  # []
+    criterion: Criterion
+    is_last: bool
 
 
 class _Exit(NamedTuple):
@@ -19,13 +31,34 @@ class _Exit(NamedTuple):
     logits: Tensor  # [n, C]
     confidence: Tensor  # [n]
     prediction: Tensor  # [n]
-    survivors: Tensor  # [n] of which the first `survivor_count` are meant
+    survivors: Tensor  # [n] of which the first `survivor_count` are survivors
     survivor_count: Tensor  # []
     losses: Tensor | None = None  # [n] or None without a target
-    may_be_held: bool = True  # the logits, by a head of the user's
+    #: Whether the user's code may hold the logits, as a head of theirs returned them.
+    logits_are_shared: bool = True
 
 
-class ELF(reference.ELF):
+class _Samples:
+    """Which samples of the batch reach the current stage, and where they stand in its features."""
+
+    def __init__(self, N: int, target: Tensor | None) -> None:
+        self.n = N
+        #: [n] their indices in the batch; None: all of them.
+        self.alive: Tensor | None = None
+        #: [n] their rows in the features, if those hold other samples too.
+        self.present: Tensor | None = None
+        #: [n] their targets.
+        self.target = None if target is None else target.contiguous()
+
+    def narrow(self, survivors: Tensor) -> None:
+        """To the survivors [n], which are indices among those that were alive."""
+        self.n = survivors.shape[0]
+        alive, y = self.alive, self.target
+        self.alive = survivors if alive is None else alive.index_select(0, survivors)
+        self.target = None if y is None else y.index_select(0, survivors)
+
+
+class ELF(ELFBase):
     """A network with early exits, on fused kernels: same arguments, `state_dict` and results as
     `reference.ELF` (see there), faster.
 
@@ -47,146 +80,171 @@ class ELF(reference.ELF):
         if N == 0:
             return self._forward_empty(x, target, batch)
         drop = self.drops_exited
-        thresholds = self._active_thresholds().unbind(0)
-        temperatures = self.temperatures.unbind(0)
-        last = len(self.stages) - 1
-        alive: Tensor | None = None  # [n] samples that reach the current stage; None: all
-        present: Tensor | None = None  # [n] their rows in x, where x holds others, too
-        y = None if target is None else target.contiguous()  # as the operators take it
+        samples = _Samples(N, target)
         out: ELFOutput | None = None
         loss: Tensor | None = None
-        for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
+        for e, (stage, test) in enumerate(zip(self.stages, self._tests(), strict=True)):
             x = stage(x)
-            rows = N if alive is None else alive.shape[0]
-            result = self._exit(
-                e,
-                x,
-                head,
-                y,
-                present,
-                rows,
-                thresholds[e] if e < last else torch.scalar_tensor(self._never),
-                temperatures[e] if e < last else torch.scalar_tensor(1.0),
-                is_last=e == last,
-            )
+            result = self._exit(e, x, samples, test)
+            n = 0 if test.is_last else int(result.survivor_count)
+            if n < 0:
+                checks.target_range(samples.target, result.logits.shape[1])
             if e == 0:
                 dtype = result.logits.dtype
-            n = 0 if e == last else int(result.survivor_count)
-            if n < 0:
-                checks.target_range(y, result.logits.shape[1])
-            # Where nobody leaves a later exit overwrites every row, but backward passes this one.
-            if n < rows or torch.is_grad_enabled():
-                out = self._record(out, alive, result, e, dtype)
+            # If nobody leaves, a later exit overwrites every row, but backward needs this one.
+            if n < samples.n or torch.is_grad_enabled():
+                out = _written(out, samples.alive, result, e, dtype)
             if result.losses is not None:
-                loss = reference._add(loss, self.exit_weights[e] * result.losses.sum())
-            if e == last:
+                at_this_exit = self.exit_weights[e] * result.losses.sum()
+                loss = at_this_exit if loss is None else loss + at_this_exit
+            if test.is_last:
                 break
-            observed = batch.observed(n)
+            reaching = batch.reaching(n)
             if n == 0:
-                if batch.shared:
-                    assert out is not None
-                    _, zero = self._without_survivors(x, batch, e + 1, observed)
-                    out, loss = reference._add_zero(out, loss, zero)
+                assert out is not None
+                out, loss = self._join_other_ranks(out, loss, x, batch, e + 1, reaching)
                 break
-            if n < rows:
+            if n < samples.n:
                 survivors = result.survivors[:n]
-                alive = survivors if alive is None else alive.index_select(0, survivors)
-                y = None if y is None else y.index_select(0, survivors)
+                samples.narrow(survivors)
                 if drop:
-                    keep = survivors if present is None else present.index_select(0, survivors)
-                    keep, present = self._rows_to_keep(keep, x.shape[0], observed)
-                    x = functional._call(ops.compact, (x,), (x, keep))
+                    x = self._drop(x, survivors, samples, reaching)
                 else:
-                    present = alive
+                    samples.present = samples.alive
         assert out is not None
         return out._replace(loss=None if loss is None else batch.mean(loss))
 
-    def _exit(
-        self,
-        e: int,
-        x: Tensor,
-        head: nn.Module,
-        y: Tensor | None,
-        present: Tensor | None,
-        rows: int,
-        threshold: Tensor,
-        temperature: Tensor,
-        *,
-        is_last: bool,
-    ) -> _Exit:
-        """Logits, gate and losses at exit e of the n = `rows` samples that reach it."""
-        code = checks.CRITERIA.index(self.criterion)
-        # Nobody reads the confidence of a sample that goes on: a later exit overwrites it.
-        early_stop = not is_last
-        gate_target = y if self.training else None
-        if y is None and present is None and _is_fusable(head):
-            assert isinstance(head, ExitHead)
-            features = head.stem(x)
-            checks.poolable(features)
-            weight, bias = head.classifier.weight, head.classifier.bias
-            checks.classifier(weight, bias, features.shape[2 if features.dim() == 3 else 1])
-            self._check_classes(weight.shape[0], e)
-            t, T = _in_arithmetic_of(weight, threshold, temperature)
-            z, _, *gate = functional._call(
-                ops.exit_head,
-                (features, weight, bias),
-                (features, weight, bias, t, T, code, None, early_stop, True),
-            )
-            self._check_logits(z, e, rows)
-            return _Exit(z, *gate)._replace(may_be_held=False)
+    def _tests(self) -> list[_Test]:
+        """One per exit. At the last one every sample stays."""
+        criterion = self._active_criterion()
+        settings = zip(
+            self._active_thresholds().unbind(0), self.temperatures.unbind(0), strict=True
+        )
+        tests = [_Test(t, T, criterion, False) for t, T in settings]
+        never, one = torch.scalar_tensor(criterion.off), torch.scalar_tensor(1.0)
+        return [*tests, _Test(never, one, criterion, True)]
+
+    def _drop(self, x: Tensor, survivors: Tensor, samples: _Samples, reaching: int) -> Tensor:
+        """The features of the survivors, which are indices among the samples that stood in x."""
+        present = samples.present
+        keep = survivors if present is None else present.index_select(0, survivors)
+        keep, samples.present = self._rows_to_keep(keep, x.shape[0], reaching)
+        return call(ops.compact, (x,), (x, keep))
+
+    def _exit(self, e: int, x: Tensor, samples: _Samples, test: _Test) -> _Exit:
+        """Logits, gate and losses at exit e, by as few kernels as there are for it."""
+        head, y = self.heads[e], samples.target
+        whole = y is None and samples.present is None and test.criterion.score is None
+        if whole and _is_fusable(head):
+            return self._fused_head(e, x, samples, test)
         z = head(x)
-        if present is not None:
-            z = z[present]
-        self._check_logits(z, e, rows)
+        if samples.present is not None:
+            z = z[samples.present]
+        self._check_logits(z, e, samples.n)
         checks.logits(z)
-        t, T = _in_arithmetic_of(z, threshold, temperature)
+        if test.criterion.score is not None:
+            gate = _unfused_gate(z, y if self.training else None, test)
+            return gate._replace(losses=None if y is None else self._losses(z, y))
         family = self._family()
         if y is not None and self.training and family is not None:
-            losses, _, *gate = _family_loss(z, y, family, t, T, code)
-            return _Exit(z, *gate)._replace(losses=losses)
-        gate = functional._call(
-            ops.exit_gate,
-            (),
-            (z, t, T, code, gate_target, early_stop),
-            lambda: checks.target_range(gate_target, z.shape[1]),
+            return _fused_loss(z, y, family, test)
+        gate = _fused_gate(z, y if self.training else None, test)
+        return gate._replace(losses=None if y is None else self._losses(z, y))
+
+    def _fused_head(self, e: int, x: Tensor, samples: _Samples, test: _Test) -> _Exit:
+        head = self.heads[e]
+        assert isinstance(head, ExitHead)
+        features = head.stem(x)
+        checks.poolable(features)
+        weight, bias = head.classifier.weight, head.classifier.bias
+        checks.classifier(weight, bias, features.shape[2 if features.dim() == 3 else 1])
+        self._check_classes(weight.shape[0], e)
+        t, T = in_arithmetic_of(weight, test.threshold, test.temperature)
+        z, _, *gate = call(
+            ops.exit_head,
+            (features, weight, bias),
+            (features, weight, bias, t, T, test.criterion.code, None, not test.is_last, True),
         )
-        return _Exit(z, *gate)._replace(losses=None if y is None else self._losses(z, y))
+        self._check_logits(z, e, samples.n)
+        return _Exit(z, *gate)._replace(logits_are_shared=False)
 
     def _losses(self, z: Tensor, y: Tensor) -> Tensor:
         family = self._family()
         if family is None:
-            return super()._losses(z, y)
+            return self._called_loss(z, y)
         return functional.exit_loss(z, y, **family).loss
 
-    def _record(
-        self, out: ELFOutput | None, alive: Tensor | None, r: _Exit, e: int, dtype: torch.dtype
-    ) -> ELFOutput:
-        """As reference._write, but in place where no gradient forbids it."""
-        confidence = r.confidence
-        if torch.is_grad_enabled():
-            confidence = confidence.detach()
-        if confidence.dtype != torch.float32:
-            confidence = confidence.float()
-        if out is None or alive is None:
-            # Later exits write into the logits.
-            copy = r.may_be_held and not torch.is_grad_enabled()
-            logits = r.logits.to(dtype, copy=copy)
-            exit_index = torch.full_like(r.prediction, e)
-            return ELFOutput(logits, r.prediction, confidence, exit_index, None)
-        z = r.logits.to(dtype)
-        return ELFOutput(
-            out.logits.index_copy(0, alive, z)
-            if torch.is_grad_enabled()
-            else out.logits.index_copy_(0, alive, z),
-            out.prediction.index_copy_(0, alive, r.prediction),
-            out.confidence.index_copy_(0, alive, confidence),
-            out.exit_index.index_fill_(0, alive, e),
-            None,
+
+def _fused_gate(z: Tensor, target: Tensor | None, test: _Test) -> _Exit:
+    t, T = in_arithmetic_of(z, test.threshold, test.temperature)
+    # A later exit overwrites the confidence of a sample that goes on, so the kernel may stop early.
+    gate = call(
+        ops.exit_gate,
+        (),
+        (z, t, T, test.criterion.code, target, not test.is_last),
+        lambda: checks.target_range(target, z.shape[1]),
+    )
+    return _Exit(z, *gate)
+
+
+def _fused_loss(z: Tensor, y: Tensor, family: dict[str, Any], test: _Test) -> _Exit:
+    names = ("weight", "margins", "bias")
+    vectors = class_vectors(z, **{name: family.get(name) for name in names})
+    t, T = in_arithmetic_of(z, test.threshold, test.temperature)
+    losses, _, *gate = call(
+        ops.exit_loss,
+        (z,),
+        (z, y, *vectors, family.get("gamma", 0.0), family.get("scale", 1.0),
+         family.get("label_smoothing", 0.0), t, T, test.criterion.code),
+        lambda: checks.target_range(y, z.shape[1]),
+    )  # fmt: skip
+    return _Exit(z, *gate)._replace(losses=losses)
+
+
+def _unfused_gate(z: Tensor, target: Tensor | None, test: _Test) -> _Exit:
+    """For a criterion of the user's, which no kernel computes."""
+    checks.target_range(target, z.shape[1])
+    with torch.no_grad():
+        gate = reference.exit_gate(
+            z,
+            test.threshold,
+            temperature=test.temperature,
+            criterion=test.criterion,
+            target=target,
         )
+    count = torch.scalar_tensor(gate.survivors.shape[0], dtype=torch.int64)
+    return _Exit(z, gate.confidence, gate.prediction, gate.survivors, count)
+
+
+def _written(
+    out: ELFOutput | None, alive: Tensor | None, r: _Exit, e: int, dtype: torch.dtype
+) -> ELFOutput:
+    """As in the reference, but in place where no gradient forbids it. dtype: of the logits."""
+    confidence = r.confidence
+    if torch.is_grad_enabled():
+        confidence = confidence.detach()
+    if confidence.dtype != torch.float32:
+        confidence = confidence.float()
+    if out is None or alive is None:
+        # Later exits write into the logits, which must not be the user's tensor.
+        copy = r.logits_are_shared and not torch.is_grad_enabled()
+        logits = r.logits.to(dtype, copy=copy)
+        exit_index = torch.full_like(r.prediction, e)
+        return ELFOutput(logits, r.prediction, confidence, exit_index, None)
+    z = r.logits.to(dtype)
+    return ELFOutput(
+        out.logits.index_copy(0, alive, z)
+        if torch.is_grad_enabled()
+        else out.logits.index_copy_(0, alive, z),
+        out.prediction.index_copy_(0, alive, r.prediction),
+        out.confidence.index_copy_(0, alive, confidence),
+        out.exit_index.index_fill_(0, alive, e),
+        None,
+    )
 
 
 def _is_fusable(head: nn.Module) -> bool:
-    """An ExitHead as it was made: no hooks to run, no classifier put in place of the linear one."""
+    """An ExitHead as it was made: without hooks, its classifier still linear."""
     return (
         type(head) is ExitHead
         and type(head.classifier) is nn.Linear
@@ -204,27 +262,9 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _in_arithmetic_of(x: Tensor, *settings: Tensor) -> tuple[Tensor, ...]:
-    """Settings as the kernels take them; who assigns to a buffer of ELF may choose any dtype."""
-    acc = torch.float64 if x.dtype == torch.float64 else torch.float32
-    return tuple(s if s.dtype == acc else s.to(acc) for s in settings)
-
-
-def _family_loss(z: Tensor, y: Tensor, family: dict[str, Any], t: Tensor, T: Tensor, code: int):
-    names = ("weight", "margins", "bias")
-    vectors = functional._class_vectors(z, **{name: family.get(name) for name in names})
-    return functional._call(
-        ops.exit_loss,
-        (z,),
-        (z, y, *vectors, family.get("gamma", 0.0), family.get("scale", 1.0),
-         family.get("label_smoothing", 0.0), t, T, code),
-        lambda: checks.target_range(y, z.shape[1]),
-    )  # fmt: skip
-
-
 def _recast(model: nn.Module, source: type[nn.Module], to: type[nn.Module]) -> nn.Module:
-    """A model that shares every submodule, parameter and buffer with `model`, with `source`
-    modules, at any depth, turned into `to`."""
+    """A model that shares every submodule, parameter and buffer with `model`. Modules of type
+    `source`, at any depth, become `to`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {checks.describe(model)}")
     if not any(type(module) is source for module in model.modules()):

@@ -5,12 +5,12 @@ is none, the plain PyTorch of `reference.py` serves. Call these through `elf_fas
 checks its arguments; the operators check only what memory safety needs.
 
 Conventions: `threshold` is [] or [C] and `temperature` [], in the arithmetic dtype of the logits
-(float32, float64 for float64); `criterion` counts along `CRITERIA`; survivors come as [N] of which
-the first `count` [] are meant and the rest hold N, so that every shape is known without waiting.
-With `early_stop` the confidence of a sample that goes on may be NaN: it was not needed, and it has
-no gradient. Where the device finds a target out of range it says so by a count of -1: nothing has
-to wait to hear of it, and whoever reads the count hears. A survivor out of range stops a device as
-it does in PyTorch.
+(float32, float64 for float64); `criterion` is a code of `criteria.TABLE`. Survivors come padded:
+[N], of which the first `count` [] are survivors and the rest hold N, so every shape is known
+without synchronising. With `early_stop` the confidence of a sample that goes on may be NaN, because
+it was not computed, and it has no gradient. A target out of range is reported as count -1, without
+synchronising; the caller who reads the count raises. A survivor out of range triggers a device
+assertion, as an index does in PyTorch.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks, reference
-from .reference import CRITERIA
+from . import checks, criteria, heads, reference
 
 _GATE = "Tensor threshold, Tensor temperature, int criterion"
 _FAMILY = (
@@ -38,10 +37,10 @@ SCHEMAS = {
     " bool early_stop, bool with_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # -> features[survivors] [n, ...]
     "compact": "(Tensor features, Tensor survivors) -> Tensor",
-    # out[k] = features[survivors[k]] for k < count (None: n), which nobody waits for; the rest of
-    # out [>= n, ...] stays as it was
+    # out[k] = features[survivors[k]] for k < count (None: n), read on the device; the other rows
+    # of out [>= n, ...] stay as they were
     "compact_into": "(Tensor(a!) out, Tensor features, Tensor survivors, Tensor? count) -> ()",
-    # -> order [n]: row j < count (None: n) now holds what was row order[j]; from there on N
+    # -> order [n]: row j < count (None: n) now holds what was row order[j]; later entries are N
     "compact_": "(Tensor(a!) features, Tensor survivors, Tensor? count) -> Tensor",
     # -> [rows, ...]
     "compact_backward": "(Tensor grad, Tensor survivors, SymInt rows) -> Tensor",
@@ -67,7 +66,7 @@ exit_loss = torch.ops.elf_fast.exit_loss.default
 exit_loss_backward = torch.ops.elf_fast.exit_loss_backward.default
 
 
-# Reference kernels. Like the native ones they look at targets and survivors before they run.
+# Reference kernels. Like the native ones they check targets and survivors before they run.
 
 
 def _padded(gate: reference.ExitGate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -85,7 +84,7 @@ def _exit_gate(logits, threshold, temperature, criterion, target, early_stop):
             logits,
             threshold,
             temperature=temperature,
-            criterion=CRITERIA[criterion],
+            criterion=criteria.by_code(criterion),
             target=target,
         )
     )
@@ -94,7 +93,7 @@ def _exit_gate(logits, threshold, temperature, criterion, target, early_stop):
 def _exit_head(
     features, weight, bias, threshold, temperature, criterion, target, early_stop, with_logits
 ):
-    pooled = reference.pool(features).to(weight.dtype, copy=True)
+    pooled = heads.pool(features).to(weight.dtype, copy=True)
     logits = torch.nn.functional.linear(pooled, weight, bias)
     gate = _exit_gate(logits, threshold, temperature, criterion, target, early_stop)
     return (logits if with_logits else logits.new_empty(0, logits.shape[1])), pooled, *gate
@@ -107,7 +106,7 @@ def _compact(features, survivors):
 
 
 def _counted(survivors, count, rows):
-    """The survivors that are meant."""
+    """The first `count` survivors (None: all), checked."""
     survivors = survivors if count is None else survivors[: int(count)]
     checks.survivors_values(survivors, rows)
     return survivors
@@ -155,7 +154,7 @@ def _exit_loss(
         label_smoothing=label_smoothing,
         threshold=threshold,
         temperature=temperature,
-        criterion=CRITERIA[criterion],
+        criterion=criteria.by_code(criterion),
     )
     x = reference.adjusted(logits, target, margins, bias, scale)
     log_sum = (x - x.amax(dim=1, keepdim=True)).exp().sum(dim=1).log()
@@ -306,9 +305,8 @@ class _GateGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_confidence, *_):
         logits, temperature = ctx.saved_tensors
-        grad = reference.statistic_grad(
-            grad_confidence, logits, temperature, CRITERIA[ctx.criterion]
-        )
+        criterion = criteria.by_code(ctx.criterion)
+        grad = reference.statistic_grad(grad_confidence, logits, temperature, criterion)
         return None, grad, *_no_gradients(5)
 
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .modes import mode
 
-__all__ = ["Batch", "SharedBatch", "batch_of", "norms_at_rest"]
+__all__ = ["Batch", "SharedBatch", "batch_norm_without_samples", "batch_of"]
 
 #: Gives the DistributedDataParallel whose forward pass is running in this process, or None. torch
 #: (2.11 and 2.14) keeps it for its own compiler, and has no public name for it.
@@ -32,11 +32,11 @@ class Batch:
         self.N = N
 
     def entering(self) -> int:
-        """As `observed`, for the first stage."""
+        """As `reaching`, for the first stage."""
         return self.N
 
-    def observed(self, n: int) -> int:
-        """Of how many samples norms take the statistics of a stage that n samples here reach."""
+    def reaching(self, n: int) -> int:
+        """Samples that normalisation sees in a stage which n local samples reach."""
         return n
 
     def mean(self, total: Tensor) -> Tensor:
@@ -47,7 +47,7 @@ class Batch:
 class SharedBatch(Batch):
     """N samples of a global batch that is spread over the R ranks of `group`, unevenly perhaps.
 
-    Every rank makes one, and asks for `observed` equally often.
+    Every rank makes one, and asks for `reaching` equally often.
 
     Args:
         N: samples on this rank; 0 is allowed.
@@ -76,7 +76,7 @@ class SharedBatch(Batch):
         # Only a rank without samples needs to know of the others, so only that one waits.
         return self.N or (int(self.size()) if self.norm_group is not None else 0)
 
-    def observed(self, n: int) -> int:
+    def reaching(self, n: int) -> int:
         if self.norm_group is None:
             return n
         count = torch.full((), n, dtype=torch.int64, device=self._device)
@@ -127,9 +127,9 @@ def _ddp_in_forward() -> DistributedDataParallel | None:
 
 
 @contextmanager
-def norms_at_rest(model: nn.Module, x: Tensor, *, observed: int) -> Iterator[Tensor]:
+def batch_norm_without_samples(model: nn.Module, x: Tensor, *, reaching: int) -> Iterator[Tensor]:
     """Yields x for a stage of `model` to run on while the context lasts. Without samples in x,
-    BatchNorm counts no batch, and SyncBatchNorm takes part only where `observed` samples of other
+    BatchNorm counts no batch, and SyncBatchNorm takes part only where `reaching` samples of other
     ranks reach the stage: where nobody's do, its running statistics would decay."""
     if len(x):
         yield x
@@ -137,11 +137,11 @@ def norms_at_rest(model: nn.Module, x: Tensor, *, observed: int) -> Iterator[Ten
 
     def rests(module: nn.Module) -> bool:
         synchronised = isinstance(module, nn.SyncBatchNorm)
-        return isinstance(module, _BatchNorm) and not (observed and synchronised)
+        return isinstance(module, _BatchNorm) and not (reaching and synchronised)
 
     device = x.device.type
     with mode(model, training=False, only=rests):
-        if observed and torch.is_autocast_enabled(device):
+        if reaching and torch.is_autocast_enabled(device):
             # SyncBatchNorm sends the statistics of half-precision samples as float32, but those of
             # no samples in the dtype of its input (torch 2.14, torch/nn/modules/_functions.py).
             with torch.autocast(device, enabled=False):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from unittest import mock
 
 import pytest
@@ -74,3 +76,15 @@ def device(request):
     named = {"cuda": _cuda_first, "emulated cuda": emulated_cuda.serving}
     with named[name]() if name in named else elf_fast.use_backend(name):
         yield device
+
+
+@pytest.fixture(scope="session")
+def demo_output(tmp_path_factory) -> tuple[Path, str]:
+    """(folder, printed text) of a demo with one seed and two epochs."""
+    from elf_fast import cli
+
+    folder = tmp_path_factory.mktemp("demo") / "out"
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert cli.main(["demo", "--output", str(folder), "--seeds", "1", "--epochs", "2"]) == 0
+    return folder, printed.getvalue()

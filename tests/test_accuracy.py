@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("sklearn")
 pytest.importorskip("torchmetrics")
 
+from elf_fast.training.loop import EpochStats, Schedule, train
 from PIL import Image
 from scipy import stats
 from torch import nn
@@ -22,7 +23,6 @@ from elf_fast.classifiers import CosineClassifier
 from elf_fast.data.digits import augment
 from elf_fast.flops import count_flops
 from elf_fast.training import demo
-from elf_fast.training.loop import EpochStats, Schedule, train
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 from benchmarks.accuracy import cifar, comparisons, paired, report, results, run, runs, trial

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..base import ELFOutput
 from ..modules import unfuse
-from ..reference import ELFOutput
 from .workload import InferenceWork
 
 #: Relative distance to a threshold within which two backends may decide differently.

@@ -8,12 +8,12 @@ the confidences of two samples. Neither changes what an exit costs.
 from __future__ import annotations
 
 import copy
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import criteria
 from ..modules import ELF
 from ..reference import statistic
 
@@ -84,18 +84,17 @@ def _decide(
 ) -> tuple[Tensor, Tensor]:
     """Sets temperature and threshold of exit e. Returns who goes on [n] and the predictions [n]."""
     model.temperatures[e] = logits.std().clamp_min(1e-6) / 2
-    value = statistic(logits, model.temperatures[e], model.criterion)
-    sign = -1.0 if model.criterion == "entropy" else 1.0  # small entropies leave
-    ordered = (sign * value).sort().values
+    criterion = criteria.find(model.criterion)
+    value = statistic(logits, model.temperatures[e], criterion)
+    ordered = value.sort(descending=not criterion.larger_is_surer).values  # the least sure first
     k = round(share * len(value))
     if k >= len(value):
-        threshold = math.inf
+        thresholds[e] = criterion.off
     elif k == 0:
-        threshold = min(sign, 0.0)  # confidence 0 or entropy 1: everybody leaves
+        thresholds[e] = criterion.everyone if criterion.is_bounded else ordered[0] - 1.0
     else:
-        threshold = float((ordered[k - 1].double() + ordered[k].double()) / 2)
-    thresholds[e] = sign * threshold
-    return sign * value < threshold, logits.argmax(1)
+        thresholds[e] = (ordered[k - 1].double() + ordered[k].double()) / 2
+    return ~criterion.passes(value, thresholds[e]), logits.argmax(1)
 
 
 def _select(x: Tensor, which: Tensor) -> Tensor:

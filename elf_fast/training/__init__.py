@@ -1,6 +1,10 @@
-"""Training, calibration and evaluation of ELF on long-tailed data.
+"""Training networks with and without exits, as `elf-fast train` does.
 
-`elf-fast train`: config -> build, distributed, ema, snapshot, log, position -> evaluate -> trainer.
-`elf-fast demo`: network, summary, throughput -> loop, figures -> report -> demo. Both: calibrate,
-checkpoint. Each file has one subject; `trainer.Trainer` and `demo.run` show how they fit together.
+`trainer` is the loop and shows how the rest fits together: `learner` makes steps, `schedule` has
+the optimiser and its rate, `processes` those of torchrun, `progress` and `resume` what a checkpoint
+holds, `results` what is measured at the end, `log` what is shown, `ema` the average of the weights.
+
+The demo has a loop of its own (`demo/loop.py`): some twenty lines as a user would write them, on
+images in memory, without files, processes or resumption. It shows ELF in a plain training loop, and
+1,340 recorded trainings of benchmarks/accuracy depend on its exact order of random draws.
 """

@@ -8,7 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from .config import TrainConfig, to_dict
+from ..runs.config import TrainConfig
+from ..runs.plain import to_dict
 
 
 class Log:
@@ -16,7 +17,7 @@ class Log:
 
     Args:
         purge_step: the next step; TensorBoard drops what an interrupted run wrote from there on.
-        active: False for all ranks but the first, whose console says nothing: they write nothing.
+        active: whether to show and write at all, as only the first process does.
     """
 
     def __init__(

@@ -1,0 +1,298 @@
+"""What `reference.ELF` and `elf_fast.ELF` share: arguments, buffers, checks, empty batches.
+
+Neither specification nor speed lives here. The two classes differ in `forward` and in how they
+compute a loss, and in nothing else.
+
+Shapes: N samples, C classes, E exits (exit E is the network's own classifier).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import checks, criteria, exit_settings, ranks
+from .criteria import Criterion, Score
+
+__all__ = ["ELFBase", "ELFOutput", "accumulated"]
+
+#: Buffers that hold settings. They are float32 whatever the network's dtype is.
+_SETTINGS = ("thresholds", "train_thresholds", "temperatures")
+
+
+class ELFOutput(NamedTuple):
+    """What `ELF` returns, in input order: each sample's values at the exit it took."""
+
+    logits: Tensor  # [N, C]
+    prediction: Tensor  # [N] int64
+    confidence: Tensor  # [N] float32
+    exit_index: Tensor  # [N] int64, 0-based
+    loss: Tensor | None  # [] or None without a target
+
+
+def accumulated(x: Tensor) -> Tensor:
+    """Arithmetic is float32, or float64 for float64 input."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+class ELFBase(nn.Module):
+    """A network with early exits. `reference.ELF` documents the arguments and what they mean."""
+
+    thresholds: Tensor
+    train_thresholds: Tensor | None
+    temperatures: Tensor
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        heads: Sequence[nn.Module],
+        *,
+        thresholds: float | Sequence[float] | Tensor = 0.9,
+        train_thresholds: float | Sequence[float] | Tensor | None = None,
+        temperatures: float | Sequence[float] | Tensor = 1.0,
+        criterion: str | Score = "confidence",
+        exit_loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+        exit_weights: float | Sequence[float] = 1.0,
+        drop_exited: bool | None = None,
+    ) -> None:
+        super().__init__()
+        stages = checks.sequence_of_modules("stages", stages)
+        heads = checks.sequence_of_modules("heads", heads)
+        if not stages:
+            raise ValueError("stages: expected at least one module, got none")
+        if len(heads) != len(stages):
+            raise ValueError(
+                f"heads: expected {len(stages)}, one per stage, got {len(heads)} heads"
+            )
+        criteria.find(criterion)
+        if exit_loss is not None and not callable(exit_loss):
+            raise TypeError(
+                "exit_loss: expected a callable (logits, target) -> losses [n], "
+                f"got {checks.describe(exit_loss)}"
+            )
+        self.stages = nn.ModuleList(stages)
+        self.heads = nn.ModuleList(heads)
+        self.criterion = criterion
+        self.exit_loss = exit_loss
+        self.drop_exited = drop_exited
+        self.exit_weights = exit_settings.exit_weights(exit_weights, len(stages))
+        given = (thresholds, train_thresholds, temperatures)
+        for name, value in zip(_SETTINGS, given, strict=True):
+            self.register_buffer(name, self._checked(name, value))
+
+    @abstractmethod
+    def forward(self, x: Tensor, target: Tensor | None = None) -> ELFOutput: ...
+
+    # Settings
+
+    def _checked(self, name: str, value: Any) -> Tensor | None:
+        """A setting as its buffer holds it."""
+        exits = len(self.stages) - 1
+        if name == "temperatures":
+            return exit_settings.temperatures(value, exits)
+        if name == "train_thresholds" and value is None:
+            return None
+        classes = exit_settings.classes_of(self.heads)
+        return exit_settings.thresholds(name, value, exits, criteria.find(self.criterion), classes)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Assigned thresholds and temperatures are checked and converted as in the constructor."""
+        if name in _SETTINGS and name in self.__dict__.get("_buffers", ()):
+            value = self._checked(name, value)
+            if value is not None:
+                value = value.to(self.thresholds.device)
+        super().__setattr__(name, value)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        """Thresholds [E-1] and [E-1, C] load into each other's place. All are checked first."""
+        state_dict = dict(state_dict)
+        for name in _SETTINGS:
+            key, held = prefix + name, getattr(self, name)
+            if held is None or not isinstance(state_dict.get(key), Tensor):
+                continue
+            try:
+                found = self._checked(name, state_dict[key])
+            except (TypeError, ValueError) as error:
+                error_msgs.append(f"{prefix}{error}")
+                state_dict[key] = held
+                continue
+            assert found is not None
+            if found.shape != held.shape:
+                self._buffers[name] = held.new_empty(found.shape)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ELFBase:
+        """Moves the settings with the network, but keeps their dtype."""
+        exact = {name: getattr(self, name) for name in _SETTINGS}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = getattr(self, name)
+            if before is not None and not before.is_meta and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    @property
+    def drops_exited(self) -> bool:
+        """Whether samples that left are dropped from the later stages, in the mode that the network
+        is in: always in evaluation, by `drop_exited` in training."""
+        if not self.training:
+            return True
+        if self.drop_exited is not None:
+            return self.drop_exited
+        return not any(
+            isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
+            for part in chain(self.stages[1:], self.heads[1:])
+            for module in part.modules()
+        )
+
+    def _active_thresholds(self) -> Tensor:
+        if self.training and self.train_thresholds is not None:
+            return self.train_thresholds
+        return self.thresholds
+
+    def _active_criterion(self) -> Criterion:
+        return criteria.find(self.criterion)
+
+    # Losses
+
+    def _family(self) -> dict[str, Any] | None:
+        """The arguments of `functional.exit_loss` that stand for the loss; None: a callable of the
+        user's, which `_called_loss` calls."""
+        if self.exit_loss is None:
+            return {}
+        as_family = getattr(self.exit_loss, "as_family", None)  # of elf_fast.losses
+        return None if as_family is None else as_family()
+
+    @abstractmethod
+    def _losses(self, z: Tensor, y: Tensor) -> Tensor:
+        """Per-sample losses [n], float32 at least, of logits [n, C] and targets [n]."""
+
+    def _called_loss(self, z: Tensor, y: Tensor) -> Tensor:
+        """`_losses` by calling `exit_loss`."""
+        assert self.exit_loss is not None
+        losses = self.exit_loss(z, y)
+        if not isinstance(losses, Tensor) or losses.shape != y.shape:
+            raise ValueError(
+                f"exit_loss: expected losses of shape [{len(y)}], one per sample "
+                f'(reduction="none"), got {checks.describe(losses)}'
+            )
+        return accumulated(losses)
+
+    # Checks
+
+    def _check_input(self, x: Tensor, target: Tensor | None) -> int:
+        """N."""
+        checks.tensor("x", x)
+        if x.dim() < 1:
+            raise ValueError(f"x: expected a batch [N, ...], got {checks.describe(x)}")
+        if target is not None:
+            checks.target_shape(target, x.shape[0], x.device)
+        return x.shape[0]
+
+    def _check_logits(self, z: Any, e: int, rows: int) -> None:
+        if not isinstance(z, Tensor) or z.dim() != 2 or z.shape[0] != rows:
+            raise ValueError(
+                f"heads[{e}]: expected logits of shape [{rows}, C], got {checks.describe(z)}"
+            )
+        self._check_classes(z.shape[1], e)
+
+    def _check_classes(self, classes: int, e: int) -> None:
+        """Of heads that do not say how many classes they have: see `exit_settings.classes_of`."""
+        for name in ("thresholds", "train_thresholds"):
+            t = getattr(self, name)
+            if t is not None and t.dim() == 2 and t.shape[1] != classes:
+                raise ValueError(
+                    f"{name}: expected [E-1, C] with C = {classes} (the classes of heads[{e}]), "
+                    f"got {list(t.shape)}"
+                )
+
+    # Rows
+
+    def _rows_to_keep(
+        self, survivors: Tensor, rows: int, reaching: int
+    ) -> tuple[Tensor, Tensor | None]:
+        """The rows [m] of the features that go on, and where the survivors [n] then stand among
+        them (None: the rows are the survivors).
+
+        In training, batch statistics need two values per channel. If only one sample goes on (over
+        all ranks under SyncBatchNorm: reaching = 1), one exited sample goes along with weight 0.
+        """
+        if self.training and reaching == 1 < rows:
+            first = torch.zeros_like(survivors)
+            return torch.cat([first, survivors.clamp_min(1)]), survivors.clamp_max(1)
+        return survivors, None
+
+    def _forward_empty(self, x: Tensor, target: Tensor | None, batch: ranks.Batch) -> ELFOutput:
+        """N = 0: empty outputs and a zero loss that still backpropagates into every parameter."""
+        z, zero = self._run_without_samples(x, batch, 0, batch.entering())
+        if target is not None:
+            zero = zero + self._losses(z, target).sum()  # which may have parameters, too
+        indices = x.new_zeros(0, dtype=torch.int64)
+        loss = None if target is None else batch.mean(zero)
+        confidence = z.new_zeros(0, dtype=torch.float32)
+        return ELFOutput(z, indices, confidence, indices.clone(), loss)
+
+    def _join_other_ranks(
+        self,
+        out: ELFOutput,
+        loss: Tensor | None,
+        x: Tensor,
+        batch: ranks.Batch,
+        first: int,
+        reaching: int,
+    ) -> tuple[ELFOutput, Tensor | None]:
+        """Runs the stages from `first` on without a sample of this process, because other ranks'
+        samples may go on. Logits and loss get a zero that backpropagates into those stages."""
+        if not batch.shared:
+            return out, loss
+        _, zero = self._run_without_samples(x, batch, first, reaching)
+        return out._replace(logits=out.logits + zero), None if loss is None else loss + zero
+
+    def _run_without_samples(
+        self, x: Tensor, batch: ranks.Batch, first: int, reaching: int
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the stages from `first` on, which no sample of this process reaches.
+
+        Returns the last exit's logits [0, C], and a zero [] that backpropagates into every
+        parameter on the way.
+
+        x is empty, unless exited samples are kept in the batch and `reaching` > 0 samples of other
+        ranks are to be normalised together with those here.
+        """
+        drop = self.drops_exited
+        zero = x.new_zeros((), dtype=torch.float32)
+        for e in range(first, len(self.stages)):
+            if drop or not reaching:
+                x = x[:0]
+            with ranks.batch_norm_without_samples(self, x, reaching=reaching) as x:
+                x = self.stages[e](x)
+                z = self.heads[e](x)
+            self._check_logits(z, e, len(x))
+            z = z[:0]
+            zero = zero + z.sum()
+            if reaching and e < len(self.stages) - 1:
+                reaching = batch.reaching(0)
+        return z, zero
+
+    def extra_repr(self) -> str:
+        return (
+            f"criterion={self.criterion!r}, thresholds={self.thresholds.tolist()}, "
+            f"exit_weights={list(self.exit_weights)}, drop_exited={self.drop_exited}"
+        )

@@ -1,0 +1,60 @@
+"""`elf-fast eval`"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .metrics import show
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "eval",
+        help="evaluate a run, the demo or a checkpoint on its test set",
+        description="Prints accuracy, exit shares and the share of FLOPs on the test part, or on "
+        "validation where there is none: the numbers that the run wrote into metrics.json, or the "
+        "demo into results.json.",
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="RUN",
+                        help="folder of a run or of the demo, a run's checkpoint, or "
+                        "weights")  # fmt: skip
+    parser.add_argument("--data-dir", metavar="FOLDER", help="where the images are now")
+    parser.add_argument("--lists", metavar="FOLDER", help="where the split lists are now")
+    parser.add_argument("--json", action="store_true", help="print all metrics as JSON")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path = arguments.checkpoint
+    moved = {"data_dir": arguments.data_dir, "lists": arguments.lists}
+    overrides = {name: folder for name, folder in moved.items() if folder is not None}
+    try:
+        metadata, part, metrics = _evaluate(path, overrides)
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if arguments.json:
+        print(json.dumps(metrics, indent=1))
+    else:
+        show(f"{path}: seed {metadata['seed']}, {part} set", metrics)
+    return 0
+
+
+def _evaluate(path: Path, overrides: dict[str, str]) -> tuple[dict[str, Any], str, dict[str, Any]]:
+    """(metadata, part, metrics), by whoever wrote the weights."""
+    from ..runs import opening
+
+    weights, metadata = opening.read(path)
+    network = metadata.get("network")
+    if network == opening.NETWORK:
+        return metadata, *opening.evaluate_run(path, weights, metadata, **overrides)
+    from ..demo import run as demo
+
+    if network == demo.NETWORK:
+        return metadata, *demo.evaluate_saved(path, weights, metadata)
+    raise UserError(
+        f"{path}: expected weights of elf-fast train or of the demo, got network {network!r}"
+    )

@@ -1,0 +1,55 @@
+"""The command `elf-fast`. Every command imports what it needs when it runs, so help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+
+from . import bench, demo, doctor, evaluate, train
+from .errors import UserError
+
+#: In the order of `elf-fast --help`.
+_COMMANDS = (demo, train, evaluate, bench, doctor)
+#: Modules of the `train` extra that the commands need.
+_EXTRA = {
+    "PIL", "matplotlib", "rich", "safetensors", "sklearn", "tensorboard", "timm", "torchmetrics",
+    "torchvision", "yaml",
+}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog="elf-fast", description="Early-exit training and inference for long-tailed data (ELF)."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands).set_defaults(run=command.run)
+    arguments = parser.parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except UserError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRA | {"wandb"}:
+            raise
+        cure = '"elf_fast[train]"' if name in _EXTRA else name
+        return _fail(f"{name} is not installed: pip install {cure}")
+    except BrokenPipeError:
+        # The reader of stdout (`| head`) is gone; Python's flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("elf-fast: stopped", file=sys.stderr)
+        return 130
+
+
+def _fail(message: str) -> int:
+    lines = (" ".join(line.split()) for line in message.splitlines())
+    print(f"elf-fast: {'; '.join(filter(None, lines))}", file=sys.stderr)
+    return 2

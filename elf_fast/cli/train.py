@@ -1,0 +1,80 @@
+"""`elf-fast train`"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from .errors import UserError
+from .flags import add_flags, from_arguments
+from .metrics import show
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "train",
+        help="train a network with early exits, or without, on long-tailed images",
+        description="Trains, chooses thresholds on validation, evaluates once on the test part and "
+        "writes weights, metrics.json, config.yaml and checkpoints into --output. Under torchrun, "
+        "trains on all of its processes. Keys of the YAML file are the flags' names with "
+        "underscores; flags go before the file, and the file before the defaults. "
+        "docs/training.md has examples.",
+        usage="elf-fast train [-c FILE] [--resume RUN] [settings]",
+    )
+    parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings as YAML")
+    parser.add_argument("--resume", type=Path, metavar="RUN",
+                        help="go on with the run in this folder, with its settings, from its "
+                        "newest good checkpoint; start one there if there is none and other flags "
+                        "say what to train")  # fmt: skip
+    add_flags(parser)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..data import DataError
+    from ..training.processes import joined
+    from ..training.trainer import NonFiniteError, Trainer
+
+    folder = arguments.resume
+    with contextlib.ExitStack() as stack:
+        try:
+            config = _settings(arguments)
+            processes = stack.enter_context(joined(config.device))
+            trainer = Trainer(config, processes)
+            if folder is not None:  # in every process, whatever it sees of the folder
+                trainer.resume()
+        except (TypeError, ValueError) as error:
+            raise UserError(str(error)) from error
+        try:
+            results = trainer.run()
+        except (NonFiniteError, DataError) as error:
+            raise UserError(str(error)) from error
+        if processes.is_first:
+            for part in ("validation", "test"):
+                if part in results:
+                    show(f"{config.output}: {part}", results[part])
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> Any:
+    """The `TrainConfig` of flags, file and the run to go on with."""
+    from ..runs.plain import from_dict, load_yaml
+    from ..training.trainer import CONFIG, resumed_config
+
+    folder = arguments.resume
+    given = load_yaml(arguments.config) if arguments.config else {}
+    flags = from_arguments(arguments)
+    if folder is not None and Path(flags.get("output", folder)) != folder:
+        raise UserError(
+            f"--output: expected {folder} or none beside --resume {folder}, got {flags['output']}"
+        )
+    given.update(flags)
+    if folder is None:
+        return from_dict(given)
+    if (folder / CONFIG).exists():
+        return resumed_config(folder, **given)
+    if not given:
+        raise UserError(f"--resume: expected the folder of a run, got {folder}")
+    return from_dict({**given, "output": str(folder)})

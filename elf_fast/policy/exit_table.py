@@ -1,0 +1,71 @@
+"""What every exit says of every sample, so that a sweep over thresholds runs the network once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..base import ELFBase
+from ..criteria import Criterion, find
+from ..modes import mode
+from ..reference import statistic
+
+
+class ExitTable(NamedTuple):
+    """The answers of E exits for N samples."""
+
+    statistic: Tensor  # [E, N] what the exit test reads
+    prediction: Tensor  # [E, N] int64
+    target: Tensor  # [N] int64
+    criterion: Criterion
+
+    @property
+    def correct(self) -> Tensor:
+        """[E, N] bool."""
+        return self.prediction == self.target
+
+    def exit_index(self, thresholds: Tensor) -> Tensor:
+        """[N] the exit that each sample takes at thresholds [E-1] or [E-1, C]."""
+        last = len(self.statistic) - 1
+        t = thresholds.to(self.statistic)
+        t = t.gather(1, self.prediction[:-1]) if t.dim() == 2 else t[:, None]
+        leaves = torch.ones_like(self.prediction, dtype=torch.bool)
+        leaves[:last] = self.criterion.passes(self.statistic[:-1], t)
+        return leaves.int().argmax(0)
+
+    @staticmethod
+    def joined(tables: Sequence[ExitTable]) -> ExitTable:
+        """One table of the samples of all."""
+        return ExitTable(
+            torch.cat([table.statistic for table in tables], 1),
+            torch.cat([table.prediction for table in tables], 1),
+            torch.cat([table.target for table in tables]),
+            tables[0].criterion,
+        )
+
+
+@torch.inference_mode()
+def exit_table(model: ELFBase, batches: Iterable[tuple[Tensor, Tensor]]) -> ExitTable:
+    """Every exit's answers for batches of images [n, ...] and targets [n]. Without batches, as a
+    process may be left, the table has N = 0."""
+    device = model.thresholds.device
+    criterion = find(model.criterion)
+    temperatures = [*model.temperatures, torch.tensor(1.0)]
+    E = len(model.stages)
+    empty = torch.empty(E, 0)
+    found = [ExitTable(empty, empty.long(), empty[0].long(), criterion)]
+    with mode(model, training=False):
+        for x, y in batches:
+            x = x.to(device, non_blocking=True)
+            logits = []
+            for stage, head in zip(model.stages, model.heads, strict=True):
+                x = stage(x)
+                logits.append(head(x))
+            pairs = zip(logits, temperatures, strict=True)
+            statistics = torch.stack([statistic(z, T, criterion) for z, T in pairs])
+            predictions = torch.stack([z.argmax(1) for z in logits])
+            found.append(ExitTable(statistics.cpu(), predictions.cpu(), y.cpu(), criterion))
+    return ExitTable.joined(found)

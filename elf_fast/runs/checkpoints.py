@@ -1,0 +1,154 @@
+"""Checkpoints of a run: folders with all that it needs to go on, written whole or not at all.
+
+step-00001200/
+    model.safetensors   weights, thresholds and temperatures; settings and class counts
+    ema.safetensors     the same of the averaged weights, if there are any
+    state.pt            optimiser, scaler, random generators, position
+    manifest.json       SHA-256 of each, so that the files are known to belong together
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import files
+from .files import CheckpointError
+
+FORMAT = "elf_fast run checkpoint 1"
+KEPT = 2  # the newest, and the one before it in case that is damaged
+WEIGHTS, AVERAGE, STATE, MANIFEST = (
+    "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
+)  # fmt: skip
+
+
+class Checkpoint(NamedTuple):
+    path: Path
+    weights: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    state: dict[str, Any]
+    metadata: dict[str, Any]
+
+
+def save(
+    folder: Path,
+    step: int,
+    weights: dict[str, Tensor],
+    average: dict[str, Tensor] | None,
+    state: dict[str, Any],
+    metadata: dict[str, Any],
+) -> Path:
+    """Writes folder/step-<step> and removes all but the newest `KEPT`.
+
+    Args:
+        state: what `torch.load(weights_only=True)` reads back: tensors, numbers, lists, dicts.
+        metadata: JSON-able.
+    """
+    path = folder / f"step-{step:08}"
+    partial = folder / f"{path.name}.partial"
+    _remove(partial)
+    partial.mkdir(parents=True)
+    files.save(partial / WEIGHTS, weights, metadata)
+    if average is not None:
+        files.save(partial / AVERAGE, average, metadata)
+    content = io.BytesIO()
+    torch.save(state, content)
+    files.write(partial / STATE, content.getvalue())
+    digests = {file.name: _sha256(file.read_bytes()) for file in sorted(partial.iterdir())}
+    described = json.dumps({"format": FORMAT, "files": digests}, indent=1)
+    files.write(partial / MANIFEST, described.encode())
+    _remove(path)  # a damaged one that the run came past again
+    os.replace(partial, path)
+    files.sync_folder(folder)
+    for old in _paths(folder)[KEPT:]:
+        _remove(old)
+    return path
+
+
+def load(path: Path) -> Checkpoint:
+    """A checkpoint as it was saved.
+
+    Raises:
+        CheckpointError: a file is missing, cut short, changed, or of another checkpoint.
+    """
+    digests = _manifest(path)
+    content = {}
+    for name, digest in digests.items():
+        try:
+            content[name] = (path / name).read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror})") from error
+        if _sha256(content[name]) != digest:
+            raise CheckpointError(
+                f"{path}: {name} is damaged, or of another checkpoint (checksum differs)"
+            )
+    weights, metadata = files.load(path / WEIGHTS)
+    average = files.load(path / AVERAGE)[0] if AVERAGE in digests else None
+    try:
+        state = torch.load(io.BytesIO(content[STATE]), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{path}: {STATE} holds what this version cannot read ({error})"
+        ) from error
+    return Checkpoint(path, weights, average, state, metadata)
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
+    """The newest good checkpoint of a run, if there is one, and why newer ones were refused."""
+    refused: list[CheckpointError] = []
+    for path in _paths(folder):
+        try:
+            return load(path), refused
+        except CheckpointError as error:
+            refused.append(error)
+    return None, refused
+
+
+def set_aside(folder: Path, good: Checkpoint | None) -> None:
+    """Renames what is newer than `good` to *.damaged, and removes what a kill left half written."""
+    for path in _paths(folder):
+        if good is not None and path == good.path:
+            break
+        damaged = path.with_name(f"{path.name}.damaged")
+        _remove(damaged)
+        path.rename(damaged)
+    for partial in folder.glob("step-*.partial"):
+        _remove(partial)
+
+
+def _manifest(path: Path) -> dict[str, str]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        digests = manifest["files"] if manifest["format"] == FORMAT else {}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise CheckpointError(f"{path}: {MANIFEST} is missing or damaged ({error!r})") from error
+    if not isinstance(digests, dict) or not {WEIGHTS, STATE} <= set(digests) <= {
+        WEIGHTS, AVERAGE, STATE
+    }:  # fmt: skip
+        raise CheckpointError(f"{path}: {MANIFEST} is not one of {FORMAT!r}")
+    return digests
+
+
+def _paths(folder: Path) -> list[Path]:
+    """Complete checkpoints, newest first."""
+    found = (p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
+    return sorted(found, reverse=True)
+
+
+def _remove(path: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(path)
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -1,0 +1,271 @@
+"""The settings of a training run: one table for the command line, YAML files and code.
+
+A field of `TrainConfig` is a flag (`batch_size` is `--batch-size`) and a key of the YAML file. Its
+annotation says what values it takes, its `_option` the help text and its place in `--help`.
+`TrainConfig` converts and checks every value where it is made, so all three ways in agree.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal, get_type_hints
+
+from .. import checks, criteria
+from ..criteria import Score
+from .values import convert
+
+#: What one exit's entry in `thresholds` may be: a number, or one number per class.
+Thresholds = float | tuple[float, ...]
+
+
+def _option(default: Any, group: str, help: str, **metadata: Any) -> Any:
+    """A setting. metadata: its metavar in the help, its limits (lowest,) or (lowest, highest), the
+    names it takes (choices), the value that the bare flag stands for (const)."""
+    return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What a run does. Equal settings give equal weights, on one kind of machine.
+
+    Raises:
+        ValueError, TypeError: naming the setting, what was expected and what came.
+    """
+
+    dataset: Literal[
+        "folder", "lists", "digits", "cifar10", "cifar100",
+        "ImageNet-LT", "Places-LT", "iNaturalist-2018",
+    ] = _option("folder", "data", "what to train on: see docs/data.md")  # fmt: skip
+    data_dir: str | None = _option(None, "data", "folder of the images", metavar="FOLDER")
+    lists: str | None = _option(
+        None, "data", "folder of the split lists of a published set, or of train.txt, val.txt and "
+        "test.txt for `lists`; data-dir if not given", metavar="FOLDER",
+    )  # fmt: skip
+    imbalance: float | None = _option(
+        None,
+        "data",
+        "make training long-tailed: the largest class over the smallest",
+        limits=(1.0,),
+    )
+    imbalance_profile: Literal["exponential", "step"] = _option(
+        "exponential", "data", "how class sizes fall from head to tail"
+    )
+    validation_fraction: float = _option(
+        0.0,
+        "data",
+        "share of every class held out of training, to choose thresholds on",
+        limits=(0.0, 1.0),
+    )
+    data_seed: int = _option(
+        0,
+        "data",
+        "of the choice of images for the tail and for validation; published CIFAR-LT: 0",
+        limits=(0,),
+    )
+    img_size: int | None = _option(
+        None,
+        "data",
+        "height and width; 224 if not given, and 32 or 16 for CIFAR and digits",
+        limits=(1,),
+    )
+    transforms: Literal["small", "large"] | None = _option(
+        None, "data", "small: shift and mirror images that have img-size already; large: random "
+        "crops of images of any size; by data set if not given",
+    )  # fmt: skip
+    skip_errors: bool = _option(False, "data", "leave out images that cannot be read")
+
+    model: str = _option("resnet50", "model", "of timm or torchvision, or cifar_resnet32")
+    model_kwargs: dict[str, Any] = dataclasses.field(
+        default_factory=dict,
+        metadata={"group": "model", "help": "options of the network, such as drop_path_rate=0.1"},
+    )
+
+    exits: tuple[str, ...] | None = _option(
+        None, "exits", "modules after which to put exits; after the first three quarters of the "
+        "network's stages if not given",
+    )  # fmt: skip
+    conv_heads: bool = _option(False, "exits", "a convolution in every head but the last")
+    criterion: str | Score = _option(  # noqa: RUF009
+        "confidence",
+        "exits",
+        "what the exit test reads; an entropy, in [0, 1], must be small to leave, so give it "
+        "--thresholds of its own, such as 0.3",
+        choices=criteria.TABLE,  # in Python also a callable: see `criteria.find`
+    )
+    thresholds: tuple[Thresholds, ...] = _option(
+        (0.9,), "exits", "of the exit test at inference: one, one per exit, or for each exit one "
+        "per class as 0.9,0.8,...; calibration moves them together",
+    )  # fmt: skip
+    train_thresholds: tuple[Thresholds, ...] | None = _option(
+        None, "exits", "the same in training; equal to --thresholds if not given"
+    )
+    exit_weights: tuple[float, ...] = _option(
+        (1.0,), "exits", "of the losses: one, or one per exit with the last"
+    )
+    drop_exited: bool | None = _option(
+        None, "exits", "in training, drop samples that left from the later stages, or keep them "
+        "there with weight 0; keep if not given where these normalise by the batch, else drop",
+    )  # fmt: skip
+    calibrate: bool = _option(
+        True, "exits", "after training, choose the threshold that is most accurate on validation, "
+        "and cheapest among equals",
+    )  # fmt: skip
+    max_flops: float | None = _option(
+        None, "exits", "share of the FLOPs of the network without exits that a threshold so chosen "
+        "may cost", limits=(0.0,),
+    )  # fmt: skip
+
+    loss: Literal[
+        "cross_entropy", "focal", "class_balanced", "ldam", "balanced_softmax", "logit_adjusted"
+    ] = _option("cross_entropy", "loss and sampling", "at every exit; ldam brings its classifier")
+    label_smoothing: float = _option(0.0, "loss and sampling", "in [0, 1]")
+    gamma: float = _option(2.0, "loss and sampling", "of focal")
+    beta: float = _option(0.9999, "loss and sampling", "of class_balanced and --drw-epoch")
+    tau: float = _option(1.0, "loss and sampling", "of logit_adjusted")
+    ldam_scale: float = _option(30.0, "loss and sampling", "of ldam")
+    drw_epoch: int | None = _option(
+        None,
+        "loss and sampling",
+        "re-weight the loss by class from this epoch on, counted from 0",
+        limits=(0,),
+    )
+    sampler: Literal["instance", "class_balanced", "square_root", "progressive"] = _option(
+        "instance", "loss and sampling", "how often an epoch shows each class"
+    )
+
+    epochs: int = _option(200, "optimisation", "passes over the training data", limits=(1,))
+    batch_size: int = _option(128, "optimisation", "per process", limits=(1,))
+    grad_accum_steps: int = _option(
+        1, "optimisation", "batches per step of the optimiser", limits=(1,)
+    )
+    opt: str = _option("sgd", "optimisation", "optimiser, as timm names them: sgd, adamw, ...")
+    lr: float = _option(0.1, "optimisation", "learning rate after the warm-up", limits=(0.0,))
+    momentum: float = _option(0.9, "optimisation", "of sgd", limits=(0.0, 1.0))
+    weight_decay: float = _option(
+        2e-4, "optimisation", "not on biases and normalisation", limits=(0.0,)
+    )
+    sched: Literal["cosine", "step"] = _option("cosine", "optimisation", "of the learning rate")
+    warmup_epochs: float = _option(
+        5.0, "optimisation", "in which the learning rate rises", limits=(0.0,)
+    )
+    min_lr: float = _option(0.0, "optimisation", "where cosine ends", limits=(0.0,))
+    decay_milestones: tuple[int, ...] = _option(
+        (160, 180), "optimisation", "epochs at which step multiplies the rate by --decay-rate"
+    )
+    decay_rate: float = _option(0.01, "optimisation", "of step", limits=(0.0, 1.0))
+    clip_grad: float | None = _option(
+        None, "optimisation", "largest norm of the gradient", limits=(0.0,)
+    )
+    model_ema: bool = _option(
+        False, "optimisation", "average the weights over steps; the average is the result"
+    )
+    model_ema_decay: float = _option(
+        0.9998, "optimisation", "of the average, per step", limits=(0.0, 1.0)
+    )
+
+    device: str | None = _option(None, "speed", "cuda if there is one, else cpu")
+    workers: int = _option(
+        4, "speed", "processes that load images, per training process", limits=(0,)
+    )
+    amp: bool = _option(False, "speed", "mixed precision")
+    amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "speed", "of mixed precision")
+    channels_last: bool = _option(False, "speed", "memory format of images and network")
+    torchcompile: str | None = _option(
+        None, "speed", "compile every stage, by inductor or the backend named",
+        metavar="BACKEND", const="inductor",
+    )  # fmt: skip
+    sync_bn: bool = _option(False, "speed", "batch statistics over all processes (GPU only)")
+
+    output: str = _option(
+        "run", "run", "folder for checkpoints, weights and results", metavar="FOLDER"
+    )
+    seed: int = _option(0, "run", "of weights, order and augmentation", limits=(0,))
+    val_interval: int = _option(1, "run", "epochs from one validation to the next", limits=(1,))
+    checkpoint_epochs: int = _option(
+        1, "run", "epochs from one checkpoint to the next", limits=(1,)
+    )
+    checkpoint_steps: int | None = _option(
+        None, "run", "steps between more checkpoints", limits=(1,)
+    )
+    log_tensorboard: bool = _option(True, "run", "write TensorBoard's files into the folder")
+    log_wandb: bool = _option(False, "run", "log to Weights & Biases")
+
+    def __post_init__(self) -> None:
+        for option in dataclasses.fields(self):
+            value = convert(option.name, getattr(self, option.name), HINTS[option.name])
+            object.__setattr__(self, option.name, value)
+            limits = option.metadata.get("limits")
+            if limits and value is not None:
+                check: Any = checks.integer if isinstance(limits[0], int) else checks.at_least
+                check(option.name, value, *limits)
+        self._check_data()
+        self._check_exits()
+        if self.drw_epoch is not None and self.drw_epoch >= self.epochs:
+            raise ValueError(
+                f"drw_epoch: expected an epoch below epochs = {self.epochs}, got {self.drw_epoch}"
+            )
+        if self.torchcompile is not None:
+            _check_compiler(self.torchcompile)
+
+    def _check_data(self) -> None:
+        if self.dataset == "digits":
+            for name in ("imbalance_profile", "validation_fraction", "transforms", "img_size"):
+                default = TrainConfig.__dataclass_fields__[name].default
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}: expected {default} for digits, got {getattr(self, name)}"
+                    )
+        elif self.data_dir is None:
+            raise ValueError(
+                f"data_dir: expected a folder of images (dataset {self.dataset}), got none"
+            )
+        if self.dataset not in _SUBSETTABLE:
+            for name, default in (("imbalance", None), ("validation_fraction", 0.0)):
+                if getattr(self, name) != default:
+                    raise ValueError(
+                        f"{name}: expected {default or 'none'} for {self.dataset}, whose lists say "
+                        f"what is in each part, got {getattr(self, name)}"
+                    )
+        if self.is_cifar and self.transforms in (None, "small") and self.img_size not in (None, 32):
+            raise ValueError(
+                f"img_size: expected 32 for {self.dataset} unless transforms is large, which "
+                f"scales, got {self.img_size}"
+            )
+
+    def _check_exits(self) -> None:
+        criterion = criteria.find(self.criterion)
+        for name in ("thresholds", "train_thresholds"):
+            for entry in getattr(self, name) or ():
+                for number in entry if isinstance(entry, tuple) else (entry,):
+                    checks.threshold_values(name, number, criterion)
+        if self.max_flops is not None and not self.calibrate:
+            raise ValueError(
+                "max_flops: expected none without calibration, which chooses the threshold, got "
+                f"{self.max_flops}"
+            )
+
+    @property
+    def has_exits(self) -> bool:
+        """`--no-exits` is an empty list of exits."""
+        return self.exits != ()
+
+    @property
+    def is_cifar(self) -> bool:
+        return self.dataset in ("cifar10", "cifar100")
+
+
+def _check_compiler(backend: str) -> None:
+    import torch
+
+    if backend not in torch.compiler.list_backends(exclude_tags=()):
+        raise ValueError(
+            "torchcompile: expected a backend of torch.compile, such as "
+            f"{', '.join(torch.compiler.list_backends())}, got {backend!r}"
+        )
+
+
+#: The annotation of every setting.
+HINTS = get_type_hints(TrainConfig)
+#: Data sets whose parts a run may cut itself.
+_SUBSETTABLE = ("folder", "digits", "cifar10", "cifar100")

@@ -1,0 +1,95 @@
+"""From the settings of a run to its images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .. import data
+from ..data.digits import IMAGE_SIZE, Digits, augment
+from .config import TrainConfig
+
+
+def load_splits(config: TrainConfig) -> data.Splits:
+    """The data set of a run.
+
+    Raises:
+        data.DataError: it is not there, or not as it should be.
+        ValueError: a setting that does not fit the data set.
+    """
+    tail: dict[str, Any] = {
+        "imbalance": config.imbalance,
+        "profile": config.imbalance_profile,
+        "validation_fraction": config.validation_fraction,
+        "seed": config.data_seed,
+    }
+    if config.dataset == "digits":
+        return _digits(config)
+    assert config.data_dir is not None
+    transforms = _transforms(config)
+    if config.is_cifar:
+        classes = int(config.dataset.removeprefix("cifar"))
+        tail["imbalance"] = config.imbalance or 1.0
+        return data.cifar_lt(config.data_dir, classes, **tail, transforms=transforms)
+    if config.dataset == "folder":
+        return data.image_folder(config.data_dir, **tail, transforms=transforms)
+    lists = Path(config.lists or config.data_dir)
+    if config.dataset == "lists":
+        train, validation, test = (lists / f"{part}.txt" for part in ("train", "val", "test"))
+        return data.from_lists(
+            config.data_dir,
+            train,
+            validation if validation.exists() else None,
+            test if test.exists() else None,
+            transforms=transforms,
+        )
+    return data.published(config.dataset, config.data_dir, lists, transforms=transforms)
+
+
+def image_size(config: TrainConfig) -> int:
+    """Height and width of the network's input, in pixels."""
+    by_dataset = {"digits": IMAGE_SIZE, "cifar10": 32, "cifar100": 32}
+    return config.img_size or by_dataset.get(config.dataset, 224)
+
+
+def blank_image(config: TrainConfig, device: torch.device) -> Tensor:
+    """An image [1, 3, H, W] of zeros, to count FLOPs with."""
+    size = image_size(config)
+    return torch.zeros(1, 3, size, size, device=device)
+
+
+def _transforms(config: TrainConfig) -> data.Transforms:
+    kind = config.transforms or ("small" if config.is_cifar else "large")
+    make = data.small_image_transforms if kind == "small" else data.image_transforms
+    return make(image_size(config))
+
+
+class _DigitImages(Dataset[tuple[Tensor, int]]):
+    """Digits with three equal channels, for networks made for colour."""
+
+    def __init__(self, digits: Digits, *, augmented: bool) -> None:
+        self.digits, self.augmented = digits, augmented
+        self.targets = digits.targets
+
+    def __len__(self) -> int:
+        return len(self.digits)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        image, target = self.digits[index]
+        if self.augmented:
+            image = augment(image[None], torch.default_generator)[0]
+        return image.expand(3, -1, -1), target
+
+
+def _digits(config: TrainConfig) -> data.Splits:
+    splits = data.long_tailed_digits(config.imbalance or 1.0, seed=config.data_seed)
+    return data.Splits(
+        train=_DigitImages(splits.train, augmented=True),
+        validation=_DigitImages(splits.validation, augmented=False),
+        test=_DigitImages(splits.test, augmented=False),
+        class_names=splits.class_names,
+    )

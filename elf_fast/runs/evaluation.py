@@ -1,0 +1,67 @@
+"""Evaluating a network on a loader, during a run and afterwards by `elf-fast eval`."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+
+from ..data import DataError, ImageLoader, LabelledImages
+from ..flops import Flops
+from ..losses import LongTailLoss
+from ..modes import mode
+from ..modules import ELF
+from ..samplers import EvaluationSampler
+from .config import TrainConfig
+
+
+def evaluation_loader(
+    config: TrainConfig, part: LabelledImages, device: torch.device
+) -> ImageLoader:
+    """Batches of every sample once, shared out over the processes."""
+    return ImageLoader(
+        part,
+        config.batch_size,
+        sampler=EvaluationSampler(len(part)),
+        workers=config.workers,
+        channels_last=config.channels_last,
+        pin_memory=device.type == "cuda",
+        skip_errors=config.skip_errors,
+    )
+
+
+def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractContextManager:
+    """The mixed precision of a run."""
+    return torch.autocast(device.type, getattr(torch, config.amp_dtype), enabled=config.amp)
+
+
+@torch.inference_mode()
+def evaluate(
+    config: TrainConfig, model: ELF, batches: ImageLoader, class_counts: list[int], flops: Flops
+) -> dict[str, Any]:
+    """The metrics (`ELFMetrics`) of the model over all processes, and how many images were
+    `skipped`.
+
+    Raises:
+        DataError: no image can be read.
+    """
+    from ..metrics import ELFMetrics  # here, because torchmetrics imports matplotlib
+
+    device = model.thresholds.device
+    assert isinstance(model.exit_loss, LongTailLoss)
+    temperatures = [*model.temperatures.tolist(), 1 / model.exit_loss.scale]
+    metrics = ELFMetrics(class_counts, flops, temperatures=temperatures).to(device)
+    with mode(model, training=False), autocast(config, device):
+        for images, targets in batches:
+            out = model(images.to(device, non_blocking=True))
+            metrics.update(out, targets.to(device, non_blocking=True))
+    found = metrics.compute()
+    if not found["samples"]:
+        raise nothing_readable(batches)
+    return {**found, "skipped": len(batches.dataset) - found["samples"]}
+
+
+def nothing_readable(batches: ImageLoader) -> DataError:
+    N = len(batches.dataset)
+    return DataError(f"expected an image that can be read, got none among {N} to evaluate on")

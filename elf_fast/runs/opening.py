@@ -1,0 +1,98 @@
+"""Opening what a run left: its folder, one of its checkpoints, or a file of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import checks
+from ..flops import count_flops
+from ..modules import ELF
+from . import checkpoints, files
+from .datasets import blank_image, load_splits
+from .evaluation import evaluate, evaluation_loader
+from .files import CheckpointError
+from .networks import network
+from .plain import from_dict
+
+#: The entry "network" in the metadata that `elf-fast train` writes beside its weights.
+NETWORK = "elf-fast train"
+CHECKPOINTS = "checkpoints"
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(weights, metadata) of a folder or a file. Metadata["network"] says who can build the
+    network: `NETWORK`, or another writer such as the demo.
+
+    Args:
+        path: a folder with weights, a run that has only checkpoints so far, one of its
+            checkpoints, or a file of weights. Averaged weights go before the others.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if not path.is_dir():
+        return files.load(path)
+    if (path / checkpoints.MANIFEST).is_file():
+        found: checkpoints.Checkpoint | None = checkpoints.load(path)
+    elif (path / checkpoints.WEIGHTS).is_file():
+        return files.load(path / checkpoints.WEIGHTS)
+    else:
+        found, refused = checkpoints.newest(path / CHECKPOINTS)
+        if found is None:
+            why = "; ".join(map(str, refused)) or "found none"
+            raise CheckpointError(f"{path}: expected a run with weights or checkpoints: {why}")
+    assert found is not None
+    return found.weights if found.average is None else found.average, found.metadata
+
+
+def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
+    """Loads the weights that were read from `path`.
+
+    Raises:
+        CheckpointError: they do not fit the model.
+    """
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: its weights do not fit the network of this version ({files.misfit(error)})"
+        ) from error
+
+
+def evaluate_run(
+    path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], **overrides: Any
+) -> tuple[str, dict[str, Any]]:
+    """("test" or "validation", metrics) of what `read` gave for the path of a run: on the test
+    part, or on validation where a data set has no test part.
+
+    Args:
+        overrides: settings that differ from the run's, such as data_dir.
+
+    Raises:
+        CheckpointError: the weights or the data do not fit.
+        ValueError, TypeError: its settings no longer fit the data, this version or this machine.
+    """
+    config = from_dict({**metadata["config"], **overrides})
+    splits = load_splits(config)
+    if splits.class_counts != metadata["class_counts"]:
+        raise CheckpointError(
+            f"{path}: expected the training data that it was made with, class_counts "
+            f"{metadata['class_counts']}, got {splits.class_counts}"
+        )
+    try:
+        device = checks.device(config.device)
+    except ValueError:  # that of the machine it was trained on
+        device = checks.device(None)
+    model = network(config, splits.class_counts)
+    load_weights(model, weights, path)
+    model.to(device)
+    part = "validation" if splits.test is None else "test"
+    images = getattr(splits, part)
+    if images is None:
+        raise CheckpointError(f"{path}: expected a test or validation part in its data, got none")
+    flops = count_flops(model, blank_image(config, device))
+    loader = evaluation_loader(config, images, device)
+    return part, evaluate(config, model, loader, splits.class_counts, flops)

@@ -1,0 +1,76 @@
+"""Settings as plain values: dicts, strict JSON and YAML, there and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from .. import checks, criteria
+from .config import HINTS, TrainConfig
+
+#: Settings of earlier versions, by their present names.
+_RENAMED = {"train_threshold": "train_thresholds"}
+#: How files name a criterion that is a function.
+_CALLABLE = "callable "
+
+
+def from_dict(values: Mapping[str, Any]) -> TrainConfig:
+    """The settings from keys and plain values, as YAML and the command line give them.
+
+    Raises:
+        ValueError, TypeError: an unknown key, or a value that does not fit.
+    """
+    found = {_RENAMED.get(name, name): value for name, value in values.items()}
+    if str(found.get("criterion")).startswith(_CALLABLE):
+        raise ValueError(
+            f"criterion: the run used {found['criterion']!r}, a function that files cannot hold; "
+            "pass it as criterion="
+        )
+    for name in found:
+        if name not in HINTS:
+            near = difflib.get_close_matches(str(name), HINTS)
+            hint = f"; near names: {', '.join(near)}" if near else ""
+            raise ValueError(f"{name}: expected a setting of elf-fast train, got none{hint}")
+    return TrainConfig(**found)
+
+
+def to_dict(config: TrainConfig) -> dict[str, Any]:
+    """All settings as plain values, which YAML and strict JSON hold; `from_dict` reads them."""
+    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    if callable(value):
+        return _CALLABLE + criteria.find(value).name
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The settings that a YAML file names.
+
+    Raises:
+        ValueError: it is no YAML, or not a table of keys and values.
+    """
+    import yaml
+
+    try:
+        values = yaml.safe_load(path.read_bytes())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: expected YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected `key: value` lines, got {checks.describe(values)}")
+    return values
+
+
+def to_yaml(config: TrainConfig) -> str:
+    import yaml
+
+    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,104 @@
+"""The network that trains, and the steps of its optimiser."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..base import ELFOutput
+from ..losses import DeferredReweighting
+from ..modules import ELF
+from ..runs.config import TrainConfig
+from ..runs.evaluation import autocast
+from . import schedule
+from .ema import Average
+from .processes import Processes
+
+
+class Learner:
+    """A network on its device with optimiser, loss scaler and weight average.
+
+    Attributes:
+        model: the network that trains. average: of its weights, or None.
+        optimizer, scaler: torch's. The scaler does nothing but for float16.
+
+    Raises:
+        ValueError: settings that this device or the optimiser refuses.
+    """
+
+    def __init__(self, config: TrainConfig, model: ELF, processes: Processes) -> None:
+        self.config, self.device = config, processes.device
+        memory_format = torch.channels_last if config.channels_last else torch.preserve_format
+        model = _synchronised(model, config, processes)
+        self.model: ELF = model.to(self.device).to(memory_format=memory_format)
+        self.average = Average(self.model, config.model_ema_decay) if config.model_ema else None
+        self.optimizer = schedule.optimizer(config, self.model)
+        scaled = config.amp and config.amp_dtype == "float16"
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        if config.torchcompile is not None:
+            for stage in self.model.stages:
+                stage.compile(backend=config.torchcompile)
+        self._module: nn.Module = self.model
+        if processes.world_size > 1:
+            self._module = DistributedDataParallel(
+                self.model, device_ids=[self.device] if self.device.type == "cuda" else None
+            )
+
+    @property
+    def result(self) -> ELF:
+        """The network that counts: the averaged one if there is one."""
+        return self.model if self.average is None else self.average.model
+
+    @property
+    def lr(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    @lr.setter
+    def lr(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
+
+    def forward(self, images: Tensor, targets: Tensor) -> ELFOutput:
+        with autocast(self.config, self.device):
+            return self._module(images, targets)
+
+    def backward(self, loss: Tensor) -> None:
+        self.scaler.scale(loss).backward()
+
+    def update(self) -> None:
+        """One step of the optimiser on the gradients gathered since the last."""
+        if self.config.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_grad)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        if self.average is not None:
+            self.average.update(self.model)
+
+    def synchronised(self, wanted: bool) -> contextlib.AbstractContextManager:
+        """Whether the gradients of the batches inside are averaged over the processes."""
+        if isinstance(self._module, DistributedDataParallel) and not wanted:
+            return self._module.no_sync()
+        return contextlib.nullcontext()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Gives a loss with deferred weights those of an epoch, in the average's copy, too."""
+        for model in (self.model, self.result):
+            if isinstance(model.exit_loss, DeferredReweighting):
+                model.exit_loss.set_epoch(epoch)
+
+    def is_finite(self) -> bool:
+        return all(bool(w.isfinite().all()) for w in self.model.parameters())
+
+
+def _synchronised(model: ELF, config: TrainConfig, processes: Processes) -> ELF:
+    """The model, its BatchNorm synchronised over processes if the settings ask for it."""
+    if not config.sync_bn or processes.world_size == 1:
+        return model
+    if processes.device.type != "cuda":
+        raise ValueError(f"sync_bn: expected GPUs, as torch does, got {processes.device}")
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model)

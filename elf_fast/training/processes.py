@@ -1,0 +1,69 @@
+"""The processes of a run: one, or those that torchrun started."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+
+from .. import checks
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those of the run. With one process the methods do nothing."""
+
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, on all of them."""
+        if self.world_size > 1:
+            values = values.to(self.device, copy=True)
+            distributed.all_reduce(values)
+        return values.cpu()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every process, on all of them."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            distributed.all_gather_object(values, value)
+        return values
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Gives every process the first one's buffers: batch statistics differ between them."""
+        if self.world_size > 1:
+            for buffer in model.buffers():
+                distributed.broadcast(buffer, 0)
+
+
+@contextlib.contextmanager
+def joined(device: str | None = None) -> Iterator[Processes]:
+    """Joins the process group that torchrun's environment asks for (WORLD_SIZE), if any: NCCL on
+    GPUs, one per process, and Gloo on CPUs. device: None takes a GPU if there is one.
+
+    Raises:
+        ValueError: torch lacks the device, or the environment tells only part of what it should.
+    """
+    own = checks.device(device)
+    if "WORLD_SIZE" not in os.environ:
+        yield Processes(own)
+        return
+    if own.type == "cuda":
+        own = checks.device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(own)
+    distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
+    yield Processes(own, distributed.get_rank(), distributed.get_world_size())
+    # Not after an error: the other processes may wait in a collective that this one never enters.
+    distributed.destroy_process_group()

@@ -1,0 +1,125 @@
+"""What a run measures: metrics of its parts, the calibrated threshold, and the file of results."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from ..data import DataError, ImageLoader, LabelledImages, Splits
+from ..flops import Flops
+from ..modules import ELF
+from ..policy import calibrate
+from ..policy.exit_table import ExitTable, exit_table
+from ..runs import checkpoints, files
+from ..runs.config import TrainConfig
+from ..runs.evaluation import autocast, evaluate, evaluation_loader, nothing_readable
+from ..runs.plain import to_dict
+from .processes import Processes
+
+RESULTS = "metrics.json"
+
+
+class Evaluator:
+    """Measures a run's network over all processes, and names the files that none could read."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        class_counts: list[int],
+        flops: Flops,
+        processes: Processes,
+        console: Console,
+    ) -> None:
+        self.config, self.class_counts, self.flops = config, class_counts, flops
+        self.processes, self.console = processes, console
+        self._named: set[str] = set()
+
+    def loader(self, part: LabelledImages | None) -> ImageLoader | None:
+        if part is None:
+            return None
+        return evaluation_loader(self.config, part, self.processes.device)
+
+    def metrics(self, model: ELF, loader: ImageLoader) -> dict[str, Any]:
+        """See `runs.evaluation.evaluate`."""
+        self.processes.share_buffers(model)
+        try:
+            found = evaluate(self.config, model, loader, self.class_counts, self.flops)
+        except DataError:  # all processes raise it, so that all may talk
+            self.name_skipped(loader)
+            raise
+        self.name_skipped(loader)
+        return found
+
+    def calibrate(self, model: ELF, validation: ImageLoader) -> dict[str, Any]:
+        """Chooses the thresholds of the exits on validation, and says what they gave there."""
+        self.processes.share_buffers(model)
+        with autocast(self.config, self.processes.device):
+            own = exit_table(model, validation)
+        # Tensors alone, because a criterion of the user's need not be picklable.
+        answers = self.processes.gather((own.statistic, own.prediction, own.target))
+        table = ExitTable.joined([ExitTable(s, p, t, own.criterion) for s, p, t in answers])
+        if not len(table.target):
+            self.name_skipped(validation)
+            raise nothing_readable(validation)
+        points = calibrate.sweep(table, self.flops, thresholds=model.thresholds)
+        share = math.inf if self.config.max_flops is None else self.config.max_flops
+        chosen = calibrate.choose(points, share * self.flops.without_exits)
+        calibrate.set_threshold(model, chosen.threshold)
+        return {
+            "threshold": chosen.threshold if math.isfinite(chosen.threshold) else None,
+            "accuracy": chosen.accuracy,
+            "accuracy_exits_off": points[-1].accuracy,
+            "flops_share": chosen.flops / self.flops.without_exits,
+        }
+
+    def name_skipped(self, loader: ImageLoader) -> None:
+        """Shows the files that any process could not read, each once."""
+        if not self.config.skip_errors:
+            return
+        found = set().union(*self.processes.gather(set(loader.skipped)))
+        for path in sorted(found - self._named):
+            self.console.print(Text(f"left out, cannot be read: {path}"), soft_wrap=True)
+        self._named |= found
+
+
+def write_results(
+    model: ELF,
+    evaluator: Evaluator,
+    splits: Splits,
+    *,
+    validation: ImageLoader | None,
+    history: list[dict[str, Any]],
+    metadata: dict[str, Any],
+) -> dict[str, Any]:
+    """Calibrates on validation, evaluates once on test, and writes weights and results into the
+    run's folder. Returns the results."""
+    config, is_first = evaluator.config, evaluator.processes.is_first
+    output = Path(config.output)
+    results: dict[str, Any] = {
+        "versions": metadata["versions"],
+        "settings": to_dict(config),
+        "class_counts": evaluator.class_counts,
+        "split": {
+            name: None if (part := getattr(splits, name)) is None else len(part)
+            for name in ("train", "validation", "test")
+        },
+    }
+    if validation is not None:
+        if config.calibrate and len(model.stages) > 1:
+            results["calibration"] = evaluator.calibrate(model, validation)
+        results["validation"] = evaluator.metrics(model, validation)
+    if is_first:
+        files.save(output / checkpoints.WEIGHTS, model.state_dict(), metadata)
+    test = evaluator.loader(splits.test)
+    if test is not None:
+        results["test"] = evaluator.metrics(model, test)
+    results["history"] = history
+    if is_first:
+        described = json.dumps(results, indent=1, allow_nan=False) + "\n"
+        files.write(output / RESULTS, described.encode())
+    return results

@@ -1,0 +1,184 @@
+"""What a run writes into a checkpoint, and what it takes back from one.
+
+Weights, optimiser, progress and random generators come from the checkpoint. Thresholds,
+temperatures, the loss and the optimiser's constants follow from the settings, which may have
+changed since.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..modules import ELF
+from ..runs import checkpoints, files
+from ..runs.checkpoints import Checkpoint
+from ..runs.config import TrainConfig
+from ..runs.files import CheckpointError
+from .learner import Learner
+from .processes import Processes
+from .progress import Progress, Totals
+
+#: The entry of a checkpoint's state with the `Progress`, since format 1.
+_PROGRESS = "position"
+
+
+def save(
+    folder: Path,
+    learner: Learner,
+    progress: Progress,
+    processes: Processes,
+    *,
+    global_batch: int,
+    metadata: dict[str, Any],
+) -> None:
+    """Writes a checkpoint of the run as it is. Every process calls this; the first one writes.
+
+    Args:
+        global_batch: samples per batch over all processes.
+    """
+    totals = progress.totals.over(processes)
+    random = processes.gather(random_state(learner.device))
+    if not processes.is_first:
+        return
+    state = {
+        _PROGRESS: {**asdict(progress), "totals": asdict(totals)},
+        "global_batch": global_batch,
+        "optimizer": learner.optimizer.state_dict(),
+        "scaler": learner.scaler.state_dict(),
+        "random": random,
+    }
+    checkpoints.save(
+        folder,
+        progress.step,
+        learner.model.state_dict(),
+        None if learner.average is None else learner.average.model.state_dict(),
+        state,
+        metadata,
+    )
+
+
+def newest(folder: Path, processes: Processes, console: Console) -> Checkpoint | None:
+    """The newest good checkpoint, which all processes must see; None if none was written yet.
+    Damaged ones are named, and set aside by the first process.
+
+    Raises:
+        CheckpointError: all are damaged, or processes see different ones.
+    """
+    found, refused = checkpoints.newest(folder)
+    # Also a barrier: the first process renames files once all have read them.
+    names = processes.gather("none" if found is None else found.path.name)
+    if len(set(names)) > 1:
+        raise CheckpointError(
+            f"{folder}: expected all processes to read the same checkpoint, got "
+            f"{', '.join(names)}; the folder must be one that all of them see"
+        )
+    if refused and found is None:
+        raise CheckpointError(
+            f"{folder}: expected a good checkpoint, got none: {'; '.join(map(str, refused))}"
+        )
+    if processes.is_first:
+        checkpoints.set_aside(folder, found)
+    for error in refused:
+        console.print(f"refused: {error}", highlight=False, soft_wrap=True)
+    return found
+
+
+def restore(
+    saved: Checkpoint,
+    config: TrainConfig,
+    learner: Learner,
+    processes: Processes,
+    *,
+    global_batch: int,
+) -> Progress:
+    """Loads a checkpoint into the learner, and returns how far the run was.
+
+    Raises:
+        CheckpointError: it does not fit the settings.
+    """
+    state = saved.state
+    _check_settings(saved, config, global_batch)
+    try:
+        _load_learnt(learner.model, saved.weights)
+        if learner.average is not None and saved.average is not None:
+            _load_learnt(learner.average.model, saved.average)
+        _load_optimizer(learner.optimizer, state["optimizer"])
+        if state["scaler"]:  # empty, of a run that scaled no loss
+            learner.scaler.load_state_dict(state["scaler"])
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"{saved.path}: does not fit the network and optimiser of these settings "
+            f"({files.misfit(error)})"
+        ) from error
+    # The saved sums are those of all processes: the first one takes them over.
+    sums = Totals(**state[_PROGRESS]["totals"])
+    totals = sums if processes.is_first else Totals([0] * len(sums.exits))
+    if len(state["random"]) == processes.world_size:
+        set_random_state(state["random"][processes.rank], learner.device)
+    return Progress(**{**state[_PROGRESS], "totals": totals})
+
+
+def _check_settings(saved: Checkpoint, config: TrainConfig, global_batch: int) -> None:
+    """Whether a run with these settings can go on. The message names the setting if not."""
+    state, progress = saved.state, saved.state[_PROGRESS]
+    if progress["samples"] % global_batch:
+        raise CheckpointError(
+            f"{saved.path}: {progress['samples']} samples into an epoch, expected a "
+            f"multiple of batch_size x processes = {global_batch}; resume with "
+            f"{state['global_batch']}, or another divisor"
+        )
+    if progress["epoch"] > config.epochs:
+        raise CheckpointError(
+            f"{saved.path}: expected epochs of at least {progress['epoch']}, which "
+            f"are done, got {config.epochs}"
+        )
+    for name, was, now in (
+        ("model_ema", saved.average is not None, config.model_ema),
+        ("opt", saved.metadata["config"]["opt"], config.opt),
+    ):
+        if was != now:
+            raise CheckpointError(
+                f"{saved.path}: expected {name} {was} as in the checkpoint, got {now}"
+            )
+
+
+def _load_learnt(model: ELF, saved: dict[str, Tensor]) -> None:
+    """Loads stages and heads, and leaves what follows from the settings."""
+
+    def learnt(name: str) -> bool:
+        return name.startswith(("stages.", "heads."))
+
+    settled = {name: value for name, value in model.state_dict().items() if not learnt(name)}
+    model.load_state_dict({**settled, **{k: v for k, v in saved.items() if learnt(k)}})
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Loads what the optimiser has gathered. Momentum and weight decay stay as the settings say;
+    the learning rate follows its schedule."""
+    settled: list[dict[str, Any]] = [
+        {key: group[key] for key in ("momentum", "weight_decay") if key in group}
+        for group in optimizer.param_groups
+    ]
+    optimizer.load_state_dict(saved)
+    for group, values in zip(optimizer.param_groups, settled, strict=True):
+        group.update(values)
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of the generators that training draws from in this process."""
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def set_random_state(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)

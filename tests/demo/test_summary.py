@@ -1,0 +1,69 @@
+"""The table and the sentences made from results."""
+
+from __future__ import annotations
+
+import json
+
+from elf_fast.demo import summary
+
+
+def _results(ours, theirs, ratio=(1.5, 2.0, 2.5)):
+    def test(overall, shares, flops_share):
+        return {"overall": overall, "many": None, "medium": 0.9, "few": overall,
+                "exit_shares": shares, "exit_shares_by_class": [shares, shares],
+                "flops_share": flops_share}  # fmt: skip
+
+    rates = {"full": 100, "reference": 150, "elf_fast": 200, "reference_off": 90,
+             "elf_fast_off": 95}  # fmt: skip
+    ratios = {"elf_fast/full": ratio, "elf_fast/reference": [0.9, 1.0, 1.1],
+              "elf_fast_off/full": [0.94, 0.95, 0.96]}  # fmt: skip
+    return {
+        "class_counts": [50, 2],
+        "settings": {"loss_name": "cross-entropy", "drop_exited": False},
+        "split": {"train": 52, "validation": 4, "test": 8},
+        "throughput": [
+            {
+                "batch_size": 16,
+                "images_per_second": {name: [0, rate, 0] for name, rate in rates.items()},
+                "ratios": ratios,
+            }
+        ],
+        "runs": [
+            {"seed": i, "threshold": 0.5, "seconds": {"without_exits": 1.0, "elf": 2.0},
+             "test": {"elf": test(a, [0.5, 0.25, 0.25], 0.4),
+                      "never": test(a, [0.0, 0.0, 1.0], 1.04),
+                      "without_exits": test(b, [1.0], 1.0)}}
+            for i, (a, b) in enumerate(zip(ours, theirs, strict=True))
+        ],
+    }  # fmt: skip
+
+
+def test_losing_is_said_in_so_many_words():
+    text = " ".join(summary.sentences(_results([0.80, 0.81, 0.79], [0.9, 0.9, 0.9])))
+    assert "uses 40% of the FLOPs" in text
+    assert "LOSES accuracy overall: -10.0 ± 1.0 points, paired over 3 seeds." in text
+    assert "Where ELF loses accuracy: few (-10.0 ± 1.0 points)." in text
+    text = " ".join(summary.sentences(_results([0.9], [0.8], ratio=(0.6, 0.7, 0.8))))
+    assert "at 0.70x (SLOWER; 0.60 to 0.80) of the full network's speed" in text
+    assert "1.00x (level; 0.90 to 1.10) of the reference's" in text
+    assert "at 0.95x (SLOWER; 0.94 to 0.96) of the full network's" in text
+    assert "One seed says little" in text
+
+
+def test_a_gain_inside_the_scatter_is_called_a_tie():
+    text = " ".join(summary.sentences(_results([0.95, 0.90, 0.88], [0.9, 0.92, 0.9])))
+    assert "gains accuracy overall" in text and "read it as a tie" in text
+    text = " ".join(summary.sentences(_results([0.95, 0.96, 0.95], [0.9, 0.9, 0.9])))
+    assert "gains accuracy overall" in text and "tie" not in text
+    assert "loses accuracy in none of the groups" in text
+
+
+def test_the_table_has_an_entry_per_model_and_no_number_for_an_empty_group():
+    headings, rows = summary.table(_results([0.8, 0.9], [0.7, 0.8]))
+    cells = {label.strip(): values for label, values in rows}
+    assert len(headings) == 4 and all(len(values) == 3 for values in cells.values())
+    assert cells["test accuracy, %"] == ["75.0 ± 7.1", "85.0 ± 7.1", "85.0 ± 7.1"]
+    assert cells["many (0 classes, over 100 images)"] == ["none"] * 3
+    assert cells["left at exit 1 / 2 / 3, %"] == ["", "0 / 0 / 100", "50 / 25 / 25"]
+    assert cells["ELF, elf_fast"] == ["", "95", "200"]
+    json.dumps(rows)

@@ -1,0 +1,50 @@
+"""The table of what every exit says."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from elf_fast import criteria
+from elf_fast.demo import network
+from elf_fast.demo.loop import batches, predict
+from elf_fast.policy.exit_table import ExitTable, exit_table
+
+
+def length(logits: torch.Tensor) -> torch.Tensor:
+    """A criterion of a user's: large logits are sure."""
+    return logits.norm(dim=1)
+
+
+@pytest.mark.parametrize("criterion", [*criteria.TABLE, length])
+@pytest.mark.parametrize("per_class", [False, True])
+def test_the_table_leaves_where_the_model_leaves(digits, trained, criterion, per_class):
+    model = copy.deepcopy(trained)
+    model.criterion = criterion
+    images, targets = digits.validation.images, digits.validation.targets
+    table = exit_table(model, batches(digits.validation))
+    # Between two samples: no tie for rounding to settle.
+    middle = table.statistic[:-1].sort(dim=1).values[:, 99:101].mean(dim=1)
+    thresholds = middle
+    if per_class:
+        off = criteria.find(criterion).off
+        thresholds = middle[:, None].repeat(1, 10)
+        thresholds[:, 1] = off
+    model.thresholds = thresholds
+    out = predict(model, images, batch_size=64)
+    assert torch.equal(table.exit_index(model.thresholds), out.exit_index)
+    correct = table.correct.gather(0, out.exit_index[None])[0]
+    assert torch.equal(correct, out.prediction == targets)
+    assert set(out.exit_index.tolist()) == {0, 1, 2}
+
+
+def test_tables_of_processes_join_also_an_empty_one(digits):
+    model = network.with_exits(10)
+    whole = exit_table(model, batches(digits.validation, 50))
+    parts = list(batches(digits.validation, 50))
+    tables = [exit_table(model, [part]) for part in parts] + [exit_table(model, [])]
+    assert tables[-1].statistic.shape == (3, 0)
+    joined = ExitTable.joined(tables)
+    assert all(torch.equal(a, b) for a, b in zip(joined[:3], whole[:3], strict=True))

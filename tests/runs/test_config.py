@@ -1,0 +1,133 @@
+"""The settings of a run: conversion, checks, YAML."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from run_cases import DIGITS
+
+from elf_fast.runs import plain
+from elf_fast.runs.config import TrainConfig
+
+pytest.importorskip("yaml")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"exits": ("layer1",), "thresholds": (0.5, math.inf), "lr": 1e-5},
+        {"exits": ()},
+        {"thresholds": ((0.5, 0.9), (0.4, math.inf))},
+    ],
+)
+def test_settings_survive_yaml(changes, tmp_path):
+    settings = replace(DIGITS, **changes)
+    (tmp_path / "a.yaml").write_text(plain.to_yaml(settings))
+    assert plain.from_dict(plain.load_yaml(tmp_path / "a.yaml")) == settings
+    strict = json.dumps(plain.to_dict(settings), allow_nan=False)
+    assert plain.from_dict(json.loads(strict)) == settings
+
+
+def test_yaml_takes_numbers_as_people_write_them(tmp_path):
+    (tmp_path / "a.yaml").write_text("dataset: digits\nlr: 1e-3\nexits: layer1\nmin_lr: 0\n")
+    assert plain.from_dict(plain.load_yaml(tmp_path / "a.yaml")) == TrainConfig(
+        dataset="digits", lr=1e-3, exits=("layer1",), min_lr=0.0
+    )
+
+
+@pytest.mark.parametrize(
+    "values, error, message",
+    [
+        ({"epoch": 3}, ValueError, "epoch: expected a setting .*; near names: epochs"),
+        ({"epochs": 2.5}, TypeError, "epochs: expected an integer, got 2.5"),
+        ({"epochs": "many"}, TypeError, "epochs: expected an integer, got 'many'"),
+        ({"epochs": True}, TypeError, "epochs: expected an integer, got True"),
+        ({"lr": "fast"}, TypeError, "lr: expected a number, got 'fast'"),
+        ({"lr": None}, TypeError, "lr: expected a number, got None"),
+        ({"lr": -1.0}, ValueError, "lr: expected a finite number >= 0.0, got -1.0"),
+        ({"amp": "yes"}, TypeError, "amp: expected true or false, got 'yes'"),
+        ({"model": 3}, TypeError, "model: expected a text, got 3"),
+        ({"loss": "ce"}, ValueError, "loss: expected one of cross_entropy, .*, got 'ce'"),
+        ({"thresholds": [0.5, "x"]}, TypeError, "thresholds: expected a number, got 'x'"),
+        ({"decay_milestones": [True]}, TypeError, "decay_milestones: expected an integer, got Tr"),
+        ({"model_kwargs": ["a"]}, ValueError, "model_kwargs: expected KEY=VALUE, got 'a'"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected an integer >= 1, got 0"),
+        ({"momentum": 2}, ValueError, r"momentum: expected a number in \[0.0, 1.0\], got 2.0"),
+        ({"model_kwargs": None}, ValueError, "model_kwargs: expected KEY=VALUE, got None"),
+        ({"model_kwargs": ["a=[1"]}, ValueError, r"KEY=VALUE with a YAML value, got 'a=\[1'"),
+        ({"dataset": "folder"}, ValueError, "data_dir: expected a folder of images .*, got none"),
+        ({"max_flops": 0.5, "calibrate": False}, ValueError, "max_flops: expected none without"),
+        ({"drw_epoch": 9, "epochs": 9}, ValueError,
+         "drw_epoch: expected an epoch below epochs = 9, got 9"),
+        ({"dataset": "Places-LT", "data_dir": "x", "imbalance": 9}, ValueError,
+         "imbalance: expected none for Places-LT"),
+        ({"dataset": "lists", "data_dir": "x", "validation_fraction": 0.1}, ValueError,
+         "validation_fraction: expected none for lists, whose lists say"),
+        ({"dataset": "cifar10", "data_dir": "x", "img_size": 64}, ValueError,
+         "img_size: expected 32 for cifar10 .* got 64"),
+        ({"transforms": "small"}, ValueError, "transforms: expected None for digits, got small"),
+        ({"thresholds": 7.0}, ValueError, r"thresholds: expected values in \[0, 1\], .* got 7.0"),
+        ({"train_thresholds": [[0.5, math.nan]]}, ValueError, "train_thresholds: .* got nan"),
+        ({"criterion": "entropy", "thresholds": math.inf}, ValueError, "or -inf to switch"),
+        ({"criterion": "max"}, ValueError, "criterion: expected one of confidence, .* got 'max'"),
+        ({"torchcompile": "c"}, ValueError, "torchcompile: expected a backend of"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_are_named(values, error, message):
+    with pytest.raises(error, match=message):
+        plain.from_dict({"dataset": "digits", **values})
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    (tmp_path / "a.yaml").write_bytes(b"data_dir: \xff\n")
+    with pytest.raises(ValueError, match="a.yaml: expected YAML: unacceptable character"):
+        plain.load_yaml(tmp_path / "a.yaml")
+
+
+@pytest.mark.parametrize(
+    "given, kept",
+    [
+        ({"thresholds": 0.5}, {"thresholds": (0.5,)}),
+        ({"thresholds": [0.5, "inf"]}, {"thresholds": (0.5, math.inf)}),
+        ({"thresholds": [[0.5, 0.6], "0.7,0.8"]}, {"thresholds": ((0.5, 0.6), (0.7, 0.8))}),
+        ({"train_threshold": 0.3}, {"train_thresholds": (0.3,)}),  # its name in earlier versions
+        ({"exits": []}, {"exits": ()}),
+        ({"output": Path("a") / "b"}, {"output": "a/b"}),
+        ({"lr": 1}, {"lr": 1.0}),
+    ],
+)
+def test_values_become_those_of_the_annotation(given, kept):
+    settings = plain.from_dict({"dataset": "digits", **given})
+    for name, value in kept.items():
+        assert getattr(settings, name) == value and type(getattr(settings, name)) is type(value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"loss": "cross_entropi"}, {"sampler": "balanced"}, {"sched": "linear"}, {"model_kwargs": 3},
+     {"epochs": 0}, {"amp_dtype": "int8"}],
+)  # fmt: skip
+def test_settings_made_in_python_are_checked_like_those_of_a_file(changes):
+    (name,) = changes
+    with pytest.raises((ValueError, TypeError), match=f"{name}: expected "):
+        TrainConfig(dataset="digits", **changes)
+    with pytest.raises((ValueError, TypeError), match=f"{name}: expected "):
+        replace(DIGITS, **changes)
+
+
+def surest(logits):
+    return logits.amax(dim=1)
+
+
+def test_a_criterion_that_is_a_function_is_asked_for_again(tmp_path):
+    settings = replace(DIGITS, criterion=surest, thresholds=(5.0,))
+    (tmp_path / "a.yaml").write_text(plain.to_yaml(settings))
+    saved = plain.load_yaml(tmp_path / "a.yaml")
+    with pytest.raises(ValueError, match="criterion: the run used 'callable surest'"):
+        plain.from_dict(saved)
+    assert plain.from_dict({**saved, "criterion": surest}) == settings
