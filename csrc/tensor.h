@@ -20,15 +20,6 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The numbers that the schema's `criterion` stands for (elf_fast/reference.py: CRITERIA).
-enum class Criterion : int64_t { confidence = 0, margin = 1, entropy = 2 };
-
-inline Criterion checked_criterion(int64_t criterion) {
-  STD_TORCH_CHECK(criterion >= 0 && criterion <= 2, "criterion: expected 0, 1 or 2, got ",
-                  criterion);
-  return static_cast<Criterion>(criterion);
-}
-
 // Arithmetic is float32, or float64 for float64 input.
 template <class T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;

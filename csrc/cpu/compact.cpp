@@ -12,7 +12,7 @@
 #include <algorithm>
 
 #include "../samples.h"
-#include "tensor.h"
+#include "threads.h"
 
 namespace elf_fast {
 namespace {

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "gate.h"
+#include "survivors.h"
 
 namespace elf_fast {
 

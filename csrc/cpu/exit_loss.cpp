@@ -8,7 +8,7 @@
 // sum out; backward: logits once in, gradient once out.
 #include <algorithm>
 
-#include "gate.h"
+#include "survivors.h"
 
 namespace elf_fast {
 namespace {

@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../criterion.h"
 #include "../tensor.h"
 #include "isa.h"
 

@@ -258,8 +258,8 @@ struct GatedRow {
 // Rows with NaN or infinite logits, and rows whose a max is beyond 2^16.
 // NaN anywhere: the statistic is NaN. An infinite maximum: softmax's limit, all mass spread evenly
 // over the maxima. Otherwise -infinity stands for a class of probability 0.
-template <class A, class T>
-GatedRow<A> careful_gate(const T* z, int64_t C, A a, Criterion criterion) {
+template <Criterion kCriterion, class A, class T>
+GatedRow<A> careful_gate(const T* z, int64_t C, A a) {
   A* finite = scratch_row<A>(C);
   A m = -INFINITY;
   for (int64_t c = 0; c < C; ++c) {
@@ -273,14 +273,16 @@ GatedRow<A> careful_gate(const T* z, int64_t C, A a, Criterion criterion) {
     const A drop = flat ? (finite[c] == m ? 0 : -INFINITY) : a * (finite[c] - m);
     finite[c] = drop < A(-1000) ? A(-1000) : drop;
   }
-  if (criterion == Criterion::entropy) {
-    const ExpSums<A> sums = exp_sums<true>(finite, C, A(1), A(0));
+  constexpr bool kEntropy = kCriterion == Criterion::entropy;
+  const ExpSums<A> sums = exp_sums<kEntropy>(finite, C, A(1), A(0));
+  if constexpr (kEntropy) {
     return {entropy_of(sums.sum, sums.weighted, C), prediction};
+  } else if constexpr (kCriterion == Criterion::margin) {
+    return {(1 - std::exp2(row_top<true>(finite, C).second)) / sums.sum, prediction};
+  } else {
+    static_assert(kCriterion == Criterion::confidence);
+    return {1 / sums.sum, prediction};
   }
-  const A total = exp_sums<false>(finite, C, A(1), A(0)).sum;
-  const A second =
-      criterion == Criterion::margin ? std::exp2(row_top<true>(finite, C).second) : A(0);
-  return {(1 - second) / total, prediction};
 }
 
 // 2^(a (z - max)) with the rounding of sums_and_next_top(): the errors of the two then cancel.
@@ -308,13 +310,14 @@ ELF_INLINE GatedRow<A> gate_row(const T* z, int64_t C, A a, const Top<A>& top,
     if constexpr (kCriterion == Criterion::entropy) {
       statistic = entropy_of(row.sums.sum, row.sums.weighted, C);
     } else {
+      static_assert(kCriterion == Criterion::confidence || kCriterion == Criterion::margin);
       A peak = peak_power(a, top.max);
       if constexpr (kCriterion == Criterion::margin) peak -= power_of_two(a, top.second, top.max);
       statistic = peak / row.sums.sum;
     }
     if (!std::isnan(statistic)) return {statistic, row.prediction};
   }
-  return careful_gate<A>(z, C, a, kCriterion);
+  return careful_gate<kCriterion, A>(z, C, a);
 }
 
 // As gate_row for the criterion `confidence`, but on one row, and one that cannot reach `threshold`
@@ -332,5 +335,5 @@ ELF_INLINE GatedRow<A> gate_row_until(const T* z, int64_t C, A a, const A* thres
     if (sum > limit) return {static_cast<A>(NAN), prediction};
     if (std::isfinite(sum)) return {1 / sum, prediction};
   }
-  return careful_gate<A>(z, C, a, Criterion::confidence);
+  return careful_gate<Criterion::confidence, A>(z, C, a);
 }

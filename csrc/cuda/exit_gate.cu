@@ -52,6 +52,7 @@ __device__ A statistic(const RowState<A>& r, int C, A a) {
   if constexpr (kCriterion == Criterion::confidence) return A(1) / r.s;
   if (C == 1) return kCriterion == Criterion::margin ? A(1) : A(0);
   if constexpr (kCriterion == Criterion::margin) return (A(1) - power_of_2(a * (r.u - r.m))) / r.s;
+  static_assert(kCriterion <= Criterion::entropy);
   const A bits = log2(r.s) - r.u / r.s;
   return bits > A(0) ? bits / log2(static_cast<A>(C)) : A(0);
 }
@@ -62,6 +63,7 @@ __device__ A statistic_of_ties(int ties, int C) {
   if constexpr (kCriterion == Criterion::confidence) return A(1) / static_cast<A>(ties);
   if (C == 1) return kCriterion == Criterion::margin ? A(1) : A(0);
   if constexpr (kCriterion == Criterion::margin) return ties > 1 ? A(0) : A(1);
+  static_assert(kCriterion <= Criterion::entropy);
   return log2(static_cast<A>(ties)) / log2(static_cast<A>(C));
 }
 
@@ -95,7 +97,7 @@ __device__ void finish_row(const GateArguments<A>& g, const Settings<A>& setting
   }
   if (lane != 0) return;
   const A t = g.threshold.stride == 0 ? settings.threshold : g.threshold[r.index];
-  bool leaves = kCriterion == Criterion::entropy ? value <= t : value >= t;
+  bool leaves = passes<kCriterion>(value, t);
   unsigned char flag = 0;
   if (g.target != nullptr) {
     const int64_t y = g.target[n];
@@ -257,11 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exit_gate(const Tensor& logits, const
     g.count = data<int64_t>(count);
     g.slot = arrival_slot(device);
     const T* z = data<const T>(rows);
-    switch (kind) {
-      case Criterion::confidence: return launch_gate<Criterion::confidence>(device, z, g, pieces);
-      case Criterion::margin: return launch_gate<Criterion::margin>(device, z, g, pieces);
-      case Criterion::entropy: return launch_gate<Criterion::entropy>(device, z, g, pieces);
-    }
+    for_criterion(kind, [&](auto k) { launch_gate<k()>(device, z, g, pieces); });
   });
   return {confidence, prediction, survivors, count};
 }

@@ -5,6 +5,7 @@
 // a row is looked at again by `careful`.
 #pragma once
 
+#include "../criterion.h"
 #include "../tensor.h"
 
 namespace elf_fast {
