@@ -50,8 +50,8 @@ def _of_target(vector, y, valid, HAS: tl.constexpr, default: tl.constexpr, like)
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0. For x > -1/2, where the difference would lose digits, it sums the Taylor
-    series (truncation error 1e-17 at -1/2)."""
+    """exp(x) - 1 for x <= 0. For x > -1/2 the difference would lose digits, so the Taylor series is
+    used; its truncation error is 1e-17 at -1/2."""
     series = tl.zeros(x.shape, x.dtype) + 1.0
     for k in tl.static_range(15, 1, -1):
         series = 1.0 + series * x * (1.0 / k)

@@ -35,7 +35,7 @@ def _statistic(m, s, u, C, inverse_T, CRITERION: tl.constexpr):
         classes = tl.maximum(C, 2).to(s.dtype)
         value = tl.where(C == 1, 0.0, (tl.log(s) - u / s) / tl.log(classes))
     else:
-        tl.static_assert(CRITERION == row_state.CONFIDENCE)
+        tl.static_assert(CRITERION == row_state.CONFIDENCE, "a criterion without a formula")
         value = 1.0 / s
     return tl.where(m != m, float("nan"), value)
 

@@ -1,4 +1,5 @@
-// Rows [begin, end) of exit_gate: statistic, prediction and the goes-on flag of each.
+// Rows [begin, end) of exit_gate. Writes each row's statistic, prediction and flag: 1 if the sample
+// survives, 0 if it exits.
 
 template <Criterion kCriterion, class T, class A>
 void gate_rows_as(const T* z, int64_t stride, int64_t begin, int64_t end, int64_t C,
