@@ -1,4 +1,4 @@
-// Batches of samples [N, ...] whose samples are blocks of memory: what compaction moves.
+// Batches [N, ...] whose samples are each one block of memory; compaction copies such samples.
 #pragma once
 
 #include <algorithm>
@@ -9,13 +9,13 @@
 
 namespace elf_fast {
 
-// Bytes of one sample and the strides of a dense batch of them.
 struct Samples {
-  int64_t count, bytes, pitch;  // pitch: bytes from one sample to the next
-  std::vector<int64_t> sizes, dense_strides;
+  int64_t count, bytes, pitch;         // bytes of one sample; bytes from one sample to the next
+  std::vector<int64_t> sizes;          // [N, ...]
+  std::vector<int64_t> dense_strides;  // of a batch whose samples have no gaps between them
 };
 
-// True when the dimensions 1.. of t, in some order, fill one block of memory without gaps.
+// Whether the dimensions 1.. of t, in some order, fill one block of memory without gaps.
 inline bool sample_is_dense(const Tensor& t) {
   if (t.is_contiguous()) return true;
   std::vector<std::pair<int64_t, int64_t>> stride_size;
@@ -50,7 +50,7 @@ inline Tensor with_dense_samples(const Tensor& t) {
   return sample_is_dense(t) ? t : torch::stable::contiguous(t);
 }
 
-// `count` samples like those of t, one after the other.
+// A batch of `count` samples laid out like those of t, without gaps between them.
 inline Tensor empty_batch(const Samples& like, int64_t count, const Tensor& t) {
   std::vector<int64_t> sizes = like.sizes;
   sizes[0] = count;
@@ -64,7 +64,7 @@ inline Samples checked_samples(const Tensor& features) {
   return samples_of(features);
 }
 
-// `out` must have room for n samples in the layout of the features.
+// Checks that `out` has room for n samples in the layout of the features.
 inline void check_room(const Tensor& out, const Samples& to, const Tensor& features,
                        const Samples& from, int64_t n) {
   STD_TORCH_CHECK(out.scalar_type() == features.scalar_type() && out.dim() == features.dim() &&

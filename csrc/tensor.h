@@ -1,5 +1,5 @@
-// Helpers over PyTorch's stable ABI that CPU and CUDA operators share: types, allocation, checks
-// and dtype dispatch.
+// Helpers for CPU and CUDA operators on PyTorch's stable ABI: types, allocation, checks and dtype
+// dispatch.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -20,16 +20,7 @@ using torch::headeronly::Half;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// The numbers that the schema's `criterion` stands for (elf_fast/reference.py: CRITERIA).
-enum class Criterion : int64_t { confidence = 0, margin = 1, entropy = 2 };
-
-inline Criterion checked_criterion(int64_t criterion) {
-  STD_TORCH_CHECK(criterion >= 0 && criterion <= 2, "criterion: expected 0, 1 or 2, got ",
-                  criterion);
-  return static_cast<Criterion>(criterion);
-}
-
-// Arithmetic is float32, or float64 for float64 input.
+// The type of the arithmetic on T: double for double, else float.
 template <class T>
 using acc_t = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -40,7 +31,7 @@ inline ScalarType acc_type(ScalarType dtype) {
 template <class A>
 constexpr A kLog2e = static_cast<A>(1.4426950408889634);
 
-// New tensors lie on the device of `like`.
+// The new tensor is on the device of `like`.
 inline Tensor empty_strided(const int64_t* sizes, const int64_t* strides, int64_t dim,
                             ScalarType dtype, const Tensor& like) {
   int32_t device_type, device_index;
@@ -66,13 +57,13 @@ T* data(const Tensor& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-// Rows of a matrix [N, C] whose values lie next to each other; rows may be any distance apart.
+// The logits [N, C] with contiguous rows (column stride 1). The row stride may be anything.
 inline Tensor dense_rows(const Tensor& logits) {
   STD_TORCH_CHECK(logits.dim() == 2 && logits.size(1) > 0, "logits: expected [N, C] with C >= 1");
   return logits.size(1) == 1 || logits.stride(1) == 1 ? logits : torch::stable::contiguous(logits);
 }
 
-// `t` must be [n] of a dtype, without gaps unless `strided`.
+// Checks that t is [n] of the dtype and, unless `strided`, contiguous.
 inline void check_vector(const Tensor& t, const char* name, int64_t n, ScalarType dtype,
                          bool strided = false) {
   STD_TORCH_CHECK(t.scalar_type() == dtype && t.dim() == 1 && t.size(0) == n &&
@@ -81,8 +72,8 @@ inline void check_vector(const Tensor& t, const char* name, int64_t n, ScalarTyp
                   static_cast<int>(dtype));
 }
 
-// `t` must be a scalar [] or one value per class [C], in the logits' arithmetic; returns the
-// distance from one class's value to the next's.
+// Checks that t is a scalar [] or one value per class [C], of the dtype of the arithmetic. Returns
+// the stride from one class to the next, 0 for a scalar.
 inline int64_t check_setting(const Tensor& t, const char* name, int64_t C, ScalarType dtype) {
   STD_TORCH_CHECK(t.scalar_type() == dtype, name, ": dtype does not match the logits' arithmetic");
   const bool scalar = t.numel() == 1 && t.dim() == 0;
@@ -96,7 +87,7 @@ struct Tag {
   using type = T;
 };
 
-// Calls f(Tag<T>) for the floating dtypes that the kernels take.
+// Calls f(Tag<T>{}) with the type T of a floating dtype.
 template <class F>
 void for_floating(ScalarType dtype, const char* op, const F& f) {
   switch (dtype) {

@@ -1,29 +1,30 @@
-"""compact: dense batches of survivors from features [N, ...], in place or not, and the way back.
+"""compact: dense batches of the surviving samples of features [N, ...], and the gradient.
 
     compact           out[k] = features[survivors[k]]: 2 s F bytes
-    compact_into      the same into a given batch, for the first `count` survivors, which only the
-                      device knows
-    compact_          features[j] = old features[order[j]] for j < n, survivors of the tail filling
-                      the holes below n: about 2 s (1 - s) F bytes
+    compact_into      the same into a given batch, for the first `count` survivors; count is in
+                      device memory
+    compact_          features[j] = old features[order[j]] for j < n. Survivors with indices >= n
+                      move into the free rows below n: about 2 s (1 - s) F bytes
     compact_backward  out[survivors[k]] = grad[k], 0 elsewhere: (1 + s) F bytes
 
-n survivors, s = n / N, F the bytes of the features. A sample is one block of memory in either
-memory format and moves as words of up to 8 bytes. One program moves one piece of one row; it finds
-the row's place among the survivors by bisection, so no index map has to be made first. A survivor
-outside [0, N) stops the kernel with an assertion, as it does in PyTorch's own indexing.
+Here n is the number of survivors, s = n / N and F the bytes of the features. A sample is one block
+of memory in either memory format, and is copied as words of up to 8 bytes. One program copies PIECE
+words of one row. It finds the row's rank among the survivors by bisection, so no inverse index map
+is needed. A survivor outside [0, N) stops the kernel with an assertion, as in PyTorch's indexing.
+Deterministic: each word is written by one program.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-#: Words that one program moves.
+#: Words that one program copies.
 PIECE = 1024
 
 
 @triton.jit
-def _place(pieces, PIECE: tl.constexpr):
-    """The row that a program works on, and its words there."""
+def _row_and_words(pieces, PIECE: tl.constexpr):
+    """The row of a program, and the words of the row that it copies."""
     program = tl.program_id(0)
     piece = (program % pieces).to(tl.int64)
     return (program // pieces).to(tl.int64), piece * PIECE + tl.arange(0, PIECE)
@@ -31,7 +32,7 @@ def _place(pieces, PIECE: tl.constexpr):
 
 @triton.jit
 def _rank(survivors, n, row):
-    """How many of the first n survivors, which ascend, are below `row`."""
+    """How many of the first n survivors are below `row`. Survivors ascend."""
     low = n * 0
     high = n
     while low < high:
@@ -45,7 +46,7 @@ def _rank(survivors, n, row):
 
 @triton.jit
 def _number(count, n, HAS_COUNT: tl.constexpr):
-    """How many survivors are meant: all n, or `count` on the device."""
+    """The number of valid survivors: n, or `count` if given."""
     number = tl.zeros([], tl.int64) + n
     if HAS_COUNT:
         number = tl.minimum(tl.load(count), number)
@@ -57,7 +58,7 @@ def _gather(
     source, source_pitch, out, out_pitch, words, pieces, survivors, count, n, N,
     HAS_COUNT: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    k, at = _place(pieces, PIECE)
+    k, at = _row_and_words(pieces, PIECE)
     if k < _number(count, n, HAS_COUNT):
         row = tl.load(survivors + k)
         valid = (row >= 0) & (row < N)
@@ -72,14 +73,15 @@ def _fill_holes(
     batch, pitch, words, pieces, survivors, count, order, n, N,
     HAS_COUNT: tl.constexpr, PIECE: tl.constexpr,
 ):  # fmt: skip
-    j, at = _place(pieces, PIECE)
+    j, at = _row_and_words(pieces, PIECE)
     number = _number(count, n, HAS_COUNT)
     source = j * 0 + N
     if j < number:
         below = _rank(survivors, number, j)
         source = tl.load(survivors + below)
         if source != j:
-            # The (j - below)-th hole takes the survivor of that rank past the dense part.
+            # Row j is the (j - below)-th free row. It takes the survivor of that rank among those
+            # with indices >= number.
             rank = _rank(survivors, number, number) + j - below
             source = tl.load(survivors + tl.minimum(rank, number - 1))
             valid = (source >= number) & (source < N)
@@ -95,7 +97,7 @@ def _fill_holes(
 def _scatter(
     grad, grad_pitch, out, out_pitch, words, pieces, survivors, n, PIECE: tl.constexpr
 ):  # fmt: skip
-    row, at = _place(pieces, PIECE)
+    row, at = _row_and_words(pieces, PIECE)
     k = _rank(survivors, row * 0 + n, row)
     found = k < n
     if found:
@@ -117,7 +119,7 @@ def _is_dense(x: torch.Tensor) -> bool:
 
 
 def _empty_batch(like: torch.Tensor, rows: int) -> torch.Tensor:
-    """[rows, ...] like dense samples, one after the other."""
+    """A batch [rows, ...] of samples laid out like those of `like`, without gaps between them."""
     return torch.empty_strided(
         (rows, *like.shape[1:]),
         (max(1, like.shape[1:].numel()), *like.stride()[1:]),
@@ -127,7 +129,8 @@ def _empty_batch(like: torch.Tensor, rows: int) -> torch.Tensor:
 
 
 def _as_words(*batches: torch.Tensor):
-    """Batches of equal dense samples as words, each with its pitch; then words and pieces a row."""
+    """Each batch as a pointer to words and its pitch (words from one sample to the next); then the
+    words and the pieces per row. The batches hold dense samples of equal shape."""
     size = batches[0].element_size()
     sample = batches[0].shape[1:].numel() * size
     apart = [x.stride(0) * size for x in batches]
@@ -143,7 +146,7 @@ def _as_words(*batches: torch.Tensor):
 
 
 def _check(batch: torch.Tensor, survivors: torch.Tensor, count: torch.Tensor | None) -> int:
-    """n, if the kernels can take these."""
+    """Checks the arguments and returns n."""
     if survivors.dtype != torch.int64 or survivors.dim() != 1 or not survivors.is_contiguous():
         raise ValueError(
             f"survivors: expected contiguous int64 [n], got {survivors.dtype} "

@@ -1,20 +1,22 @@
-"""exit_head: global average pool, linear classifier and gate of features [N, D, H, W] (in either
-memory format), tokens [N, T, D] or [N, D].
+"""exit_head: global average pool, linear classifier and exit gate of features [N, D, H, W] (in
+either memory format), tokens [N, T, D] or vectors [N, D].
 
-    pooled = mean of features over positions;  z = pooled W^T + b;  then the gate on z
+    pooled = mean of features over positions;  z = pooled W^T + b;  then exit_gate(z)
 
-First kernel: pool, F read once. Second: tiles of pooled W^T on the tensor cores, whose classes go
-into the states of their rows (`gate.py`) without leaving the registers; logits are written only
-where they are asked for. Rows are split over classes until the device is full. Third: the gate.
+The first kernel pools; it reads the features once. The second computes tiles of pooled W^T on the
+tensor cores and merges each tile into the states of its rows (`row_state.py`) in registers. It
+writes logits only if they are asked for. Rows are split over classes until the device is full. The
+third kernel is the end of exit_gate (`survivors.py`).
 
-Bytes: F, W once for each block of rows (from L2 after the first), two small passes. Deterministic.
+Bytes: the features once, W once per block of rows (from the second-level cache after the first
+block), pooled [N, D] and row states. Deterministic.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import exit_gate, gate
+from . import exit_gate, row_state, survivors
 
 
 @triton.jit
@@ -23,9 +25,12 @@ def _pool(
     STRIDE_D: tl.constexpr, STRIDE_P: tl.constexpr, P: tl.constexpr, CHANNELS: tl.constexpr,
     POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Means of CHANNELS channels of one sample. Strides and the P positions are known to the
-    compiler, so that the addresses of a thread's loads differ by constants: one pair of registers
-    instead of one a load, and with them two to three times as many programs on a multiprocessor."""
+    """Means of CHANNELS channels of one sample.
+
+    The strides and P, the number of positions, are compile-time constants. The addresses of a
+    thread's loads then differ by constants and need one pair of registers instead of one pair per
+    load, so two to three times as many programs fit on a multiprocessor.
+    """
     program = tl.program_id(0)
     n = (program // d_blocks).to(tl.int64)
     first = (program % d_blocks) * CHANNELS
@@ -55,16 +60,18 @@ def _classify(
     WITH_LOGITS: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr, VECTOR: tl.constexpr,
     ROWS: tl.constexpr, CLASSES: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Logits of ROWS rows and `split_size` classes, and the states of the rows over them. WIDEN
-    multiplies as float32, which changes no product: Triton's interpreter takes bfloat16 for
-    integers. See `gate.vector` for VECTOR."""
+    """Logits of ROWS rows and `split_size` classes, and the states of the rows over these classes.
+
+    WIDEN converts the factors to float32, which changes no product. Triton's interpreter needs it,
+    because it treats bfloat16 as integers. VECTOR: see `row_state.vector_width`.
+    """
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     split = tl.program_id(1)
     inside_rows = rows < N
-    inverse_T = gate.inverse(temperature, T_IS_POINTER, states)
+    inverse_T = row_state.inverse(temperature, T_IS_POINTER, states)
     start = split * split_size
     end = tl.minimum(start + split_size, class_vectors * VECTOR)
-    m, index, s, u = gate.no_state(inverse_T + tl.zeros([ROWS], tl.float32), CRITERION)
+    m, index, s, u = row_state.no_state(inverse_T + tl.zeros([ROWS], tl.float32), CRITERION)
     for c in range(start, end, CLASSES):
         classes = c + tl.arange(0, CLASSES)
         inside = classes < end
@@ -87,16 +94,18 @@ def _classify(
             z = tl.dot(x, w, z, input_precision=PRECISION)
         if HAS_BIAS:
             z += tl.load(bias + classes, mask=inside, other=0.0).to(tl.float32)[None, :]
-        # The gate reads the logits as they are handed out, rounded to the classifier's dtype.
+        # The gate uses the logits that are returned, which are rounded to the classifier's dtype.
         rounded = z.to(weight.dtype.element_ty)
         if WITH_LOGITS:
             at = logits + rows[:, None] * (class_vectors * VECTOR) + classes[None, :]
             tl.store(at, rounded, mask=inside_rows[:, None] & inside[None, :])
-        m_b, index_b, s_b, u_b = gate.tile_state(
+        m_b, index_b, s_b, u_b = row_state.tile_state(
             rounded.to(tl.float32), classes, inside, inverse_T, CRITERION
         )
-        m, index, s, u = gate.merge(m, index, s, u, m_b, index_b, s_b, u_b, inverse_T, CRITERION)
-    gate.store_state(m, index, s, u, states, indices, rows, inside_rows, split, plane, N)
+        m, index, s, u = row_state.merge(
+            m, index, s, u, m_b, index_b, s_b, u_b, inverse_T, CRITERION
+        )
+    row_state.store_state(m, index, s, u, states, indices, rows, inside_rows, split, plane, N)
 
 
 def pool(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -110,7 +119,7 @@ def pool(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         x = (features if one_stride else features.contiguous()).flatten(2)
     N, D, P = x.shape
     pooled = x.new_empty((N, D), dtype=dtype)
-    # The tile is long where neighbours in memory are: over positions, or over channels.
+    # The long side of a tile runs over what is contiguous in memory: positions or channels.
     if x.stride(2) == 1 and P > 1:
         positions = min(256, triton.next_power_of_2(P))
         channels = max(1, min(triton.next_power_of_2(D), 4096 // positions))
@@ -122,13 +131,13 @@ def pool(features: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         _pool[(N * blocks,)](
             x, x.stride(0), pooled, D, blocks, STRIDE_D=x.stride(1), STRIDE_P=x.stride(2), P=P,
             CHANNELS=channels, POSITIONS=positions,
-            num_warps=gate.warps(channels * positions, 16),
+            num_warps=row_state.warps(channels * positions, 16),
         )  # fmt: skip
     return pooled
 
 
 def _precision() -> str:
-    """What PyTorch's own float32 products are set to."""
+    """The precision that PyTorch's own float32 matrix products are set to."""
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
@@ -143,8 +152,9 @@ def exit_head(
     early_stop: bool,
     with_logits: bool,
 ):
+    row_state.check_criterion(criterion)
     pooled = pool(features, weight.dtype)
-    if weight.dtype == torch.float64:  # for gradient checks; no tensor cores to feed
+    if weight.dtype == torch.float64:  # used by gradient checks, so speed does not matter
         logits = torch.nn.functional.linear(pooled, weight, bias)
         gated = exit_gate.exit_gate(logits, threshold, temperature, criterion, target, early_stop)
         return logits if with_logits else logits.new_empty(0, len(weight)), pooled, *gated
@@ -153,19 +163,19 @@ def exit_head(
         raise ValueError(f"weight: expected [C, {D}], got {list(weight.shape)}")
     if bias is not None:
         bias = bias.contiguous()
-        gate.check_vector(C, weight.dtype, bias=bias)
+        row_state.check_vector(C, weight.dtype, bias=bias)
     rows = max(16, min(64, triton.next_power_of_2(N)))
     classes = 64 if C > 32 else 32
     blocks, tiles = triton.cdiv(N, rows), triton.cdiv(C, classes)
     split_tiles = triton.cdiv(tiles, max(1, min(tiles, exit_gate.PROGRAMS // max(1, blocks))))
     splits = triton.cdiv(tiles, split_tiles)
-    states, indices = gate.empty_states(splits, N, weight)
+    states, indices = row_state.empty_states(splits, N, weight)
     logits = weight.new_empty((N if with_logits else 0, C))
-    vector = gate.vector(logits)
-    # A program waits for memory once for each tile of channels; larger ones of float32 would spill
-    # registers, and so would a third stage.
+    vector = row_state.vector_width(logits)
+    # A program waits for memory once per tile of channels, so tiles are as large as possible. For
+    # float32, a larger tile or a third stage would spill registers.
     channels, stages = (32, 2) if weight.dtype == torch.float32 else (64, 3)
-    T, T_is_pointer = gate.setting(temperature)
+    T, T_is_pointer = row_state.setting(temperature)
     if N:
         _classify[(blocks, splits)](
             pooled, weight, weight.stride(0), weight.stride(1), bias, T, logits, states, indices,
@@ -175,5 +185,5 @@ def exit_head(
             CLASSES=classes, CHANNELS=max(16, min(channels, triton.next_power_of_2(D))),
             num_warps=8, num_stages=stages,
         )  # fmt: skip
-    gated = gate.finish(states, indices, threshold, temperature, criterion, target, C)
+    gated = survivors.finish(states, indices, threshold, temperature, criterion, target, C)
     return logits, pooled, *gated

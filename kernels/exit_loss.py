@@ -1,24 +1,25 @@
-"""exit_loss: the long-tail loss family of logits [N, C] with its gate, and its gradient.
+"""exit_loss: the long-tail loss family of logits [N, C], its gradient, and the exit gate.
 
     x = s (z - delta_y e_y) + b,  q = softmax(x),  p = q_y
     loss = w_y (1 - p)^gamma [(1 - eps) (-log p) + eps mean_c(-log q_c)]
 
-Forward: one program per block of rows reads each logit once and keeps two states (`gate.py`), of z
-for the gate and of x for the loss; `gate.finish` does the rest. Backward: one program per block of
-rows finds the maximum of x again (the row is in cache for the second sweep) and writes
+Forward: one program per block of rows reads each logit once and keeps two states (`row_state.py`),
+that of z for the gate and that of x for the loss. `survivors.finish` computes the gate's outputs.
+Backward: one program per block of rows reads the rows twice, the second time from cache. The first
+pass finds the maximum of x, the second writes
 
     dloss/dx_c = w (F (q_c - t_c) - G (1[c = y] - q_c)),  F = (1 - p)^gamma,
     G = gamma (1 - p)^(gamma - 1) p CE,  t the smoothed target, CE the bracket above.
 
-Bytes: L forward; 2 L backward. A target outside [0, C) reads nothing out of bounds: its loss and
-gradient are NaN, and the count is -1. Deterministic.
+Bytes: L (the bytes of the logits) forward, 2 L backward. A target outside [0, C) causes no access
+out of bounds: its loss and gradient are NaN, and the count is -1. Deterministic.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from . import gate
+from . import row_state, survivors
 
 
 @triton.jit
@@ -26,7 +27,7 @@ def _adjusted(
     logits, row_vectors, stride_c, rows, inside_rows, classes, inside, y, delta, bias, scale,
     HAS_BIAS: tl.constexpr, VECTOR: tl.constexpr, like,
 ):  # fmt: skip
-    """z and x of a tile, in the arithmetic dtype that the pointer `like` points to."""
+    """z and x of a tile, in the element type of the pointer `like`."""
     z = tl.load(
         logits + rows[:, None] * row_vectors * VECTOR + classes[None, :].to(tl.int64) * stride_c,
         mask=inside_rows[:, None] & inside[None, :],
@@ -40,7 +41,7 @@ def _adjusted(
 
 @triton.jit
 def _of_target(vector, y, valid, HAS: tl.constexpr, default: tl.constexpr, like):
-    """vector[y], or the default where there is no vector."""
+    """vector[y], or the default if there is no vector."""
     value = tl.zeros(y.shape, like.dtype.element_ty) + default
     if HAS:
         value = tl.load(vector + y, mask=valid, other=default)
@@ -49,8 +50,8 @@ def _of_target(vector, y, valid, HAS: tl.constexpr, default: tl.constexpr, like)
 
 @triton.jit
 def _expm1(x):
-    """exp(x) - 1 for x <= 0. Near 0 by its series, to 1e-17 at -1/2, so that small values keep
-    their digits."""
+    """exp(x) - 1 for x <= 0. For x > -1/2 the difference would lose digits, so the Taylor series is
+    used; its truncation error is 1e-17 at -1/2."""
     series = tl.zeros(x.shape, x.dtype) + 1.0
     for k in tl.static_range(15, 1, -1):
         series = 1.0 + series * x * (1.0 / k)
@@ -88,13 +89,13 @@ def _forward(
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside_rows = rows < N
-    inverse_T = gate.inverse(temperature, T_IS_POINTER, states)
+    inverse_T = row_state.inverse(temperature, T_IS_POINTER, states)
     y = tl.load(target + rows, mask=inside_rows, other=0)
     valid = (y >= 0) & (y < C)
     delta = _of_target(margins, y, valid, HAS_MARGINS, 0.0, states)
     zero = tl.zeros([ROWS], states.dtype.element_ty)
-    m, index, s, u = gate.no_state(inverse_T + zero, CRITERION)
-    m_x, index_x, s_x, u_x = gate.no_state(zero, gate.CONFIDENCE)
+    m, index, s, u = row_state.no_state(inverse_T + zero, CRITERION)
+    m_x, index_x, s_x, u_x = row_state.no_state(zero, row_state.CONFIDENCE)
     x_y = zero
     sum_x = zero
     for c in range(0, class_vectors * VECTOR, CLASSES):
@@ -104,17 +105,21 @@ def _forward(
             logits, row_vectors, stride_c, rows, inside_rows, classes, inside, y, delta, bias,
             scale, HAS_BIAS, VECTOR, states,
         )  # fmt: skip
-        m_b, index_b, s_b, u_b = gate.tile_state(z, classes, inside, inverse_T, CRITERION)
-        m, index, s, u = gate.merge(m, index, s, u, m_b, index_b, s_b, u_b, inverse_T, CRITERION)
-        m_b, index_b, s_b, u_b = gate.tile_state(x, classes, inside, 1.0, gate.CONFIDENCE)
-        m_x, index_x, s_x, u_x = gate.merge(
-            m_x, index_x, s_x, u_x, m_b, index_b, s_b, u_b, 1.0, gate.CONFIDENCE
+        m_b, index_b, s_b, u_b = row_state.tile_state(z, classes, inside, inverse_T, CRITERION)
+        m, index, s, u = row_state.merge(
+            m, index, s, u, m_b, index_b, s_b, u_b, inverse_T, CRITERION
+        )
+        m_b, index_b, s_b, u_b = row_state.tile_state(x, classes, inside, 1.0, row_state.CONFIDENCE)
+        m_x, index_x, s_x, u_x = row_state.merge(
+            m_x, index_x, s_x, u_x, m_b, index_b, s_b, u_b, 1.0, row_state.CONFIDENCE
         )
         x_y += tl.sum(tl.where(classes[None, :] == y[:, None], x, 0.0), axis=1)
         if SMOOTHED:
             sum_x += tl.sum(tl.where(inside[None, :], x, 0.0), axis=1)
-    gate.store_state(m, index, s, u, states, indices, rows, inside_rows, tl.program_id(1), N, N)
-    # As log_softmax has it, a row with a NaN or an infinite maximum is NaN throughout.
+    row_state.store_state(
+        m, index, s, u, states, indices, rows, inside_rows, tl.program_id(1), N, N
+    )
+    # As in log_softmax, the whole row is NaN if its maximum is NaN or infinite.
     finite = (m_x == m_x) & (tl.abs(m_x) < float("inf")) & valid
     log_sum = tl.where(finite, tl.log(s_x), float("nan"))
     w = _of_target(weight, y, valid, HAS_WEIGHT, 1.0, states)
@@ -160,7 +165,7 @@ def _backward(
     g = tl.load(grad_loss + rows * grad_stride, mask=inside_rows, other=0.0) * scale * w
     P = g * (modulation + G)
     Q = -g * modulation * smoothing / C
-    # The target's own term from q_y - 1, which loses nothing near q_y = 1.
+    # The target's term is computed from q_y - 1, which keeps its digits near q_y = 1.
     at_y = g * (modulation * (q_less_1 + smoothing) + G * q_less_1) + Q
     for c in range(0, class_vectors * VECTOR, CLASSES):
         classes = c + tl.arange(0, CLASSES)
@@ -182,25 +187,25 @@ def _backward(
 def _check_family(C, dtype, weight, margins, bias):
     for name, vector in (("weight", weight), ("margins", margins), ("bias", bias)):
         if vector is not None:
-            gate.check_vector(C, dtype, **{name: vector})
+            row_state.check_vector(C, dtype, **{name: vector})
 
 
 def _launch(logits, weight, margins, bias, gamma, label_smoothing):
-    """Grid and compile-time arguments that both directions share."""
+    """Grid and compile-time arguments of the forward and the backward kernel."""
     N, C = logits.shape
-    rows, classes = gate.tile(N, C)
+    rows, classes = row_state.tile(N, C)
     return (triton.cdiv(N, rows),), {
         "HAS_WEIGHT": weight is not None, "HAS_MARGINS": margins is not None,
         "HAS_BIAS": bias is not None, "HAS_GAMMA": gamma > 0, "SMOOTHED": label_smoothing > 0,
-        "VECTOR": gate.vector(logits), "ROWS": rows, "CLASSES": classes,
-        "num_warps": gate.warps(rows * classes, 16 // logits.element_size()),
+        "VECTOR": row_state.vector_width(logits), "ROWS": rows, "CLASSES": classes,
+        "num_warps": row_state.warps(rows * classes, 16 // logits.element_size()),
     }  # fmt: skip
 
 
 def exit_loss(
     logits: torch.Tensor,  # [N, C]
     target: torch.Tensor,  # [N]
-    weight: torch.Tensor | None,  # [C], as the two below
+    weight: torch.Tensor | None,  # [C], like margins and bias
     margins: torch.Tensor | None,
     bias: torch.Tensor | None,
     gamma: float,
@@ -210,12 +215,13 @@ def exit_loss(
     temperature: torch.Tensor,  # []
     criterion: int,
 ):
+    row_state.check_criterion(criterion)
     N, C = logits.shape
-    gate.check_vector(N, torch.int64, target=target)
-    _check_family(C, gate.arithmetic(logits), weight, margins, bias)
-    states, indices = gate.empty_states(1, N, logits)
+    row_state.check_vector(N, torch.int64, target=target)
+    _check_family(C, row_state.arithmetic(logits), weight, margins, bias)
+    states, indices = row_state.empty_states(1, N, logits)
     loss, log_sum = (states.new_empty(N) for _ in range(2))
-    T, T_is_pointer = gate.setting(temperature)
+    T, T_is_pointer = row_state.setting(temperature)
     grid, shared = _launch(logits, weight, margins, bias, gamma, label_smoothing)
     if N:
         _forward[grid](
@@ -223,7 +229,7 @@ def exit_loss(
             bias, gamma, scale, label_smoothing, T, loss, log_sum, states, indices, N, C,
             C // shared["VECTOR"], CRITERION=criterion, T_IS_POINTER=T_is_pointer, **shared,
         )  # fmt: skip
-    gated = gate.finish(states, indices, threshold, temperature, criterion, target, C)
+    gated = survivors.finish(states, indices, threshold, temperature, criterion, target, C)
     return loss, log_sum, *gated
 
 
@@ -240,10 +246,10 @@ def exit_loss_backward(
     label_smoothing: float,
 ) -> torch.Tensor:
     N, C = logits.shape
-    gate.check_vector(N, torch.int64, target=target)
-    gate.check_vector(N, gate.arithmetic(logits), log_sum=log_sum)
-    gate.check_vector(N, gate.arithmetic(logits), contiguous=False, grad_loss=grad_loss)
-    _check_family(C, gate.arithmetic(logits), weight, margins, bias)
+    row_state.check_vector(N, torch.int64, target=target)
+    row_state.check_vector(N, row_state.arithmetic(logits), log_sum=log_sum)
+    row_state.check_vector(N, row_state.arithmetic(logits), contiguous=False, grad_loss=grad_loss)
+    _check_family(C, row_state.arithmetic(logits), weight, margins, bias)
     grad = logits.new_empty((N, C))
     grid, shared = _launch(logits, weight, margins, bias, gamma, label_smoothing)
     if N:

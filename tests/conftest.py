@@ -26,9 +26,9 @@ torch.set_num_threads(2)
 torch.backends.cudnn.allow_tf32 = False  # the tests' tolerances are those of float32
 
 if not torch.cuda.is_available() and backends._why_not("triton") is None:
-    from elf_fast.kernels import gate
+    from elf_fast.kernels import row_state
 
-    gate.TILE *= 16  # interpreted programs cost by their number: fewer and larger ones
+    row_state.TILE *= 16  # interpreted programs cost by their number: fewer and larger ones
 
 
 def pytest_runtest_logfinish() -> None:

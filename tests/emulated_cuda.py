@@ -1,6 +1,6 @@
-"""The CUDA C++ kernels on the CPU: their own source, compiled as C++ against `cuda_on_cpu/`.
+"""The CUDA C++ kernels on the CPU: csrc/cuda compiled as C++ against `cuda_on_cpu/`.
 
-The library registers its operators for CUDA as always; inside `serving()` CPU tensors go there.
+The library registers its operators for CUDA, as usual. `serving()` dispatches CPU tensors to them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from elf_fast import backend
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Another copy of csrc/, for tests of the tests.
+#: The folder of the sources. test_mutations.py sets it to a changed copy of csrc/.
 SOURCES = Path(os.environ.get("EMULATED_CUDA_SOURCES", ROOT / "csrc"))
 TORCH = Path(torch.__file__).parent
 FLAGS = """-x c++ -std=c++20 -O1 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wno-unknown-pragmas
@@ -32,7 +32,7 @@ def compiler() -> str | None:
 
 
 def build(folder: Path) -> Path:
-    """A library of all cuda/*.cu for CPU tensors."""
+    """Compiles all cuda/*.cu into one library and returns its path."""
     objects = []
     for source in sorted((SOURCES / "cuda").glob("*.cu")):
         objects.append(str(folder / f"{source.stem}.o"))
@@ -58,7 +58,7 @@ def _load() -> None:
 
 @contextlib.contextmanager
 def serving() -> Iterator[None]:
-    """Serve CPU tensors from the emulated kernels inside the block."""
+    """Serves CPU tensors with the emulated kernels inside the block."""
     _load()
     with contextlib.ExitStack() as stack:
         library = torch.library.Library("elf_fast", "IMPL")

@@ -1,11 +1,11 @@
-"""What the GPU kernels compile to: registers, shared memory, spills and wide memory accesses, read
-from their machine code. Triton's kernels are compiled here, those in CUDA C++ are taken from the
-built library. No GPU is needed.
+"""Registers, shared memory, spills and wide memory accesses of the GPU kernels, read from their
+machine code. Triton kernels are compiled here; CUDA C++ kernels are read from the built library. No
+GPU is needed.
 
     python tests/gpu_code.py update              rewrites gpu_budget.json
-    python tests/gpu_code.py triton --arch 90    prints what the Triton kernels compile to
+    python tests/gpu_code.py triton --arch 90    prints the numbers of the Triton kernels
 
-test_gpu_code.py holds the kernels to that budget.
+test_gpu_code.py checks that the kernels stay within the budget.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BUDGET = Path(__file__).with_name("gpu_budget.json")
 LIBRARY = ROOT / "elf_fast/_native_cuda.so"
 
-#: Compute capabilities that the budget speaks of.
+#: Compute capabilities in the budget.
 ARCHITECTURES = (80, 90, 100)
 
 #: Share by which registers and shared memory may exceed their budget.
@@ -46,8 +46,8 @@ class Code:
     """One kernel on one architecture. `spills` counts the instructions that access local memory."""
 
     registers: int = 0
-    shared: int = 0  # bytes; of CUDA C++ the static ones, and from sm_90 on 1024 of the system's
-    wide_loads: int = 0  # instructions that read 16 bytes or more a thread from global memory
+    shared: int = 0  # bytes; CUDA C++: static ones, plus 1024 that sm_90 and later reserve
+    wide_loads: int = 0  # instructions that read 16 bytes or more per thread from global memory
     wide_stores: int = 0
     stack: int = 0  # bytes
     spills: int = 0
@@ -55,13 +55,13 @@ class Code:
 
 COLUMNS = ("registers", "shared", "wide_loads", "wide_stores")
 
-#: Code by kernel.
+#: Code by name of the kernel.
 Codes = dict[str, Code]
 
 
 @dataclass
 class Budget:
-    """The numbers of COLUMNS by kernel and architecture, and the compilers that gave them."""
+    """The numbers of COLUMNS by kernel and architecture, and the compilers that produced them."""
 
     made_with: dict[str, str | None]
     triton: dict[str, dict[str, list[int]]]
@@ -75,7 +75,7 @@ def load_budget() -> Budget:
 
 
 def save_budget(budget: Budget) -> None:
-    """One line a kernel."""
+    """Writes one line per kernel."""
     parts = ['"columns": ' + json.dumps(COLUMNS)]
     parts.append('"made_with": ' + json.dumps(budget.made_with, sort_keys=True))
     for part in ("cuda", "triton"):
@@ -96,7 +96,7 @@ def spilled(codes: Codes, arch: int) -> list[str]:
 
 
 def over_budget(codes: Codes, arch: int, budget: dict[str, dict[str, list[int]]]) -> list[str]:
-    """A line for each number that the budget does not allow."""
+    """A line for each number beyond the budget, and for each kernel that only one side has."""
     key, lines = str(arch), []
     update = "if that is meant, run: python tests/gpu_code.py update"
     for kernel in sorted({*codes, *(k for k, of_arch in budget.items() if key in of_arch)}):
@@ -117,14 +117,14 @@ def over_budget(codes: Codes, arch: int, budget: dict[str, dict[str, list[int]]]
 
 
 def tool(name: str) -> str:
-    """A binary utility: Triton brings those that toolkits may lack."""
+    """The path of a CUDA binary utility. Triton includes those that a toolkit may lack."""
     spec = importlib.util.find_spec("triton")
     brought = Path(spec.origin).parent / f"backends/nvidia/bin/{name}" if spec else Path(name)
     return str(brought) if brought.exists() else name
 
 
 def machine_code(cubin: bytes) -> dict[str, bytes]:
-    """Instructions by function: the sections `.text.<function>` of an ELF file."""
+    """Machine code by function: the sections `.text.<function>` of an ELF file."""
     (start,) = struct.unpack_from("<Q", cubin, 40)
     size, count, of_names = struct.unpack_from("<HHH", cubin, 58)
     headers = [struct.unpack_from("<IIQQQQ", cubin, start + i * size) for i in range(count)]
@@ -138,8 +138,11 @@ def machine_code(cubin: bytes) -> dict[str, bytes]:
 
 
 def read_code(cubins: list[bytes], arch: int) -> list[Codes]:
-    """Code by mangled function of each cubin. The disassembler takes longer to start than to read
-    any of them, so it gets all their instructions at once."""
+    """For each cubin, Code by mangled function name.
+
+    All instructions go to the disassembler in one call, because its start takes longer than its
+    work on one cubin.
+    """
     found: list[Codes] = []
     instructions, ends = b"", []
     with tempfile.TemporaryDirectory() as folder:
@@ -179,8 +182,10 @@ def output(*command: str | Path, cwd: str | None = None) -> str:
 
 
 def triton_calls() -> Iterator[tuple[str, Callable[..., object], tuple]]:
-    """Calls whose kernels are compiled: what they are, function and arguments. Their tensors have
-    no memory, and the host knows thresholds and temperatures."""
+    """Calls whose kernels are compiled: description, function and arguments.
+
+    Tensors are on the meta device, except that most thresholds and temperatures are on the CPU.
+    """
     from kernels import compact, exit_gate, exit_head, exit_loss
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -239,7 +244,7 @@ def triton_calls() -> Iterator[tuple[str, Callable[..., object], tuple]]:
 
 
 def triton_code(arch: int) -> Codes:
-    """Compiles what `triton_calls` would launch on a device of that architecture."""
+    """Compiles the kernels that `triton_calls` would launch on a device of this architecture."""
     os.environ.pop("TRITON_INTERPRET", None)  # read by the decorators of the kernels
     sys.path.insert(0, str(ROOT))
     import triton
@@ -256,7 +261,7 @@ def triton_code(arch: int) -> Codes:
         launches.append((kernel, args, kwargs))
 
     def compiled(kernel: JITFunction, args: tuple, kwargs: dict[str, Any]) -> Any:
-        """As JITFunction.run does it, less the device."""
+        """Does what JITFunction.run does, but without a device."""
         bind = create_function_from_signature(kernel.signature, kernel.params, backend)
         bound, specialization, options = bind(*args, **kwargs)
         options, *signature = kernel._pack_args(backend, kwargs, bound, specialization, options)
@@ -290,7 +295,7 @@ def triton_code(arch: int) -> Codes:
 
 
 def cuda_code() -> dict[int, Codes]:
-    """Code in the built library, by architecture and function."""
+    """Code in the built library by architecture and function name."""
     with tempfile.TemporaryDirectory() as folder:
         output(tool("cuobjdump"), "-xelf", "all", LIBRARY, cwd=folder)
         cubins = [(file.name, file.read_bytes()) for file in Path(folder).glob("*.cubin")]
@@ -306,14 +311,14 @@ def cuda_code() -> dict[int, Codes]:
 
 
 def nvcc_release() -> str | None:
-    """Of the nvcc on PATH, which built the library."""
+    """The release of the nvcc on PATH, which built the library."""
     if shutil.which("nvcc") is None:
         return None
     return re.search(r"release (\d+\.\d+)", output("nvcc", "--version"))[1]
 
 
 def demangled(*functions: str) -> list[str]:
-    """Without arguments and namespaces."""
+    """Demangled names without arguments and namespaces."""
     names = output(shutil.which("cu++filt") or "c++filt", "-p", *functions)
     return re.sub(r"\(anonymous namespace\)::|elf_fast::", "", names).splitlines()
 

@@ -1,6 +1,6 @@
-"""The stand-in for CUDA runs right kernels right and catches what a GPU may hide.
+"""The stand-in for CUDA runs correct kernels correctly and detects errors that a GPU may not show.
 
-Mutants of a case in cuda_on_cpu/selftest.cpp lack one synchronisation or misuse a primitive.
+A mutant of a case in cuda_on_cpu/selftest.cpp lacks one synchronisation or misuses a primitive.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 
 @pytest.fixture(scope="module")
 def selftest(tmp_path_factory):
-    """selftest(case, mutant, seed): the lines that it prints."""
+    """A function (case, mutant, seed) that runs the program and returns the lines it prints."""
     program = tmp_path_factory.mktemp("shim") / "selftest"
     command = ["g++", *FLAGS, f"-I{SHIM}", str(SHIM / "selftest.cpp"), "-o", str(program)]
     subprocess.run(command, check=True, timeout=300)
@@ -81,7 +81,7 @@ def test_no_misuse_no_report(selftest):
 
 
 def test_parts_of_warps_and_early_exits(selftest):
-    everyone = 1000 * 20 + 100000  # the barriers: 20 votes, and all agree
+    everyone = 1000 * 20 + 100000  # 20 votes in __syncthreads_count, all in __syncthreads_and
     minimum, maximum, votes = -15, 31, 0b10101010
     expected = [everyone + minimum] * 16 + [everyone + maximum] * 16 + [everyone + votes, votes] * 4
     assert selftest("allowed")[0].split() == [str(value) for value in expected]

@@ -1,6 +1,6 @@
-"""GPU kernels as machine code: no spills, and registers, shared memory and 16-byte accesses within
-gpu_budget.json. Numbers belong to a compiler: with another Triton or nvcc than the budget's, only
-the spills are looked at."""
+"""The machine code of the GPU kernels has no spills, and its registers, shared memory and 16-byte
+accesses are within gpu_budget.json. The numbers hold for one compiler version: with another Triton
+or nvcc than the budget's, only spills are checked."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gpu_code import ARCHITECTURES, Code, Codes
 
 BUDGET = gpu_code.load_budget()
 
-#: Reads and writes 16 bytes a thread, and an array that only memory can hold.
+#: Loads and stores 16 bytes per thread, and indexes an array that registers cannot hold.
 KNOWN = """
 .version 7.0
 .target sm_80
@@ -45,7 +45,7 @@ KNOWN = """
 
 
 def triton_code(arch: int) -> Codes:
-    """In a process of its own: in this one Triton may be interpreting."""
+    """Compiles in a new process, because in this one Triton may run its interpreter."""
     command = [sys.executable, gpu_code.__file__, "triton", "--arch", str(arch)]
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(command, env=env, capture_output=True, text=True)

@@ -1,4 +1,5 @@
-"""Tests of the tests: broken CUDA C++ kernels, which the emulated run of test_ops.py must find."""
+"""Tests of the tests: the emulated run of test_ops.py must fail for deliberately broken CUDA C++
+kernels."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from pathlib import Path
 import emulated_cuda
 import pytest
 
-#: By what is broken: file, its text, what takes its place, and the tests that must fail.
+#: Each mutation by its description: file, text, replacement, and the test that must fail.
 MUTATIONS = {
     "a barrier is missing between writing the counts of the warps and adding them up": (
         "survivors.cuh",
@@ -42,12 +43,13 @@ def test_a_broken_kernel_is_found(broken, tmp_path):
     kernel = sources / "cuda" / file
     assert kernel.read_text().count(text) == 1
     kernel.write_text(kernel.read_text().replace(text, instead))
-    # Flags that were not written yet may by chance hold what will be written: other orders of the
-    # threads have other luck.
+    # A flag that is read too early may hold the right value by chance. Other seeds run the threads
+    # in other orders.
     assert any(is_found(sources, tests, seed) for seed in range(3))
 
 
 def is_found(sources: Path, tests: str, seed: int) -> bool:
+    """Whether a test fails with these sources."""
     suite = Path(__file__).with_name("test_ops.py")
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", suite, "-k", f"emulated and {tests}"],
@@ -59,8 +61,8 @@ def is_found(sources: Path, tests: str, seed: int) -> bool:
         capture_output=True,
         text=True,
     )
-    # A process that writes out of bounds may also just die. A kernel that does not compile is
-    # no finding: that is an error of the fixture.
+    # A negative return code: a write out of bounds may crash the process. A mutation that does not
+    # compile is an error of the fixture, not a failed test, so the assertion reports it.
     passed = done.returncode == 0
     assert passed or done.returncode < 0 or "1 failed" in done.stdout, done.stdout[-2000:]
     return not passed

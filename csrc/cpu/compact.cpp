@@ -1,23 +1,24 @@
-// compact: dense batches of survivors from features [N, ...], and the way back.
+// compact: dense batches of the surviving samples of features [N, ...], and the gradient.
 //
 //   compact           out[k] = features[survivors[k]]: 2 s F bytes
 //   compact_into      the same into a given batch, for the first `count` survivors
-//   compact_          features[j] = old features[order[j]] for j < n, where survivors of the tail
-//                     fill the holes below n: about 2 s (1 - s) F bytes
+//   compact_          features[j] = old features[order[j]] for j < n. Survivors with indices >= n
+//                     move into the free rows below n: about 2 s (1 - s) F bytes
 //   compact_backward  grad_in[survivors[k]] = grad[k], 0 elsewhere: (1 + s) F bytes
 //
-// with n survivors, s = n / N and F the bytes of the features. A sample is one block of memory in
-// either memory format, so channels-last features move as fast as contiguous ones and stay so.
-// Threads take runs of rows or, of long ones, of pieces.
+// Here n is the number of survivors, s = n / N and F the bytes of the features. A sample is one
+// block of memory in either memory format. It is copied as it is, so channels-last features are as
+// fast as contiguous ones and keep their format. Each thread takes a range of rows or, if rows are
+// long, of 64 KB pieces of rows. Deterministic: each byte is written by one thread.
 #include <algorithm>
 
 #include "../samples.h"
-#include "tensor.h"
+#include "threads.h"
 
 namespace elf_fast {
 namespace {
 
-// The survivors that are meant: all, or the first `count` of them.
+// The valid survivors: all, or the first `count` of them.
 struct Survivors {
   const int64_t* rows;  // [n], ascending, below N
   int64_t n;
@@ -43,8 +44,8 @@ Survivors checked_survivors(const Tensor& survivors, const std::optional<Tensor>
   return {rows, n};
 }
 
-// Calls f(row, offset, length) on every row of `bytes` bytes, long rows in pieces: threads share
-// even a few of them evenly.
+// Calls f(row, offset, length) for rows of `bytes` bytes, split into pieces of at most 64 KB, so
+// that threads get equal shares even of a few long rows.
 template <class F>
 void over_pieces(int64_t rows, int64_t bytes, const F& f) {
   constexpr int64_t kPiece = 1 << 16;
@@ -93,7 +94,7 @@ Tensor compact_(Tensor features, const Tensor& survivors, std::optional<Tensor> 
   Tensor order_tensor = empty_vector(survivors.size(0), ScalarType::Long, survivors);
   int64_t* order = data<int64_t>(order_tensor);
   std::fill(order + n, order + survivors.size(0), batch.count);
-  // rows[0, staying) lie below n already; rows[staying, n) move into the holes, in order.
+  // rows[0, staying) are below n and stay. rows[staying, n) move into the free rows, in order.
   const int64_t staying = std::lower_bound(rows, rows + n, n) - rows;
   std::vector<int64_t> holes;
   holes.reserve(static_cast<size_t>(n - staying));

@@ -1,11 +1,13 @@
-// exit_gate: softmax statistics, argmax, confidence test and survivor indices of logits [N, C].
+// exit_gate: softmax statistic, argmax, exit test and survivor indices of logits [N, C].
 //
-//   p = softmax(z / T);  statistic = max p | top-1 minus top-2 | entropy / log C
-//   a sample goes on unless the statistic passes the threshold of its predicted class and, where a
-//   target is given, the prediction is right.
+//   p = softmax(z / T);  statistic = max p | max p - second largest p | entropy(p) / log C
+//   A sample exits if its statistic passes the threshold of its predicted class and, where a target
+//   is given, its prediction is right. Otherwise it survives.
 //
-// Threads take runs of rows; one thread then scans N flags into ascending indices. Memory traffic:
-// logits once, and 8 to 28 bytes a row written. Deterministic: no result depends on the threads.
+// Each thread takes a range of rows and writes a flag per row. One thread then turns the N flags
+// into ascending indices. Bytes: the logits are read once. 20 bytes per row are written (24 for
+// float64); the scan reads and writes the 8 of the survivors again. Deterministic: no result
+// depends on the number of threads.
 #include "exit_gate.h"
 
 namespace elf_fast {

@@ -1,15 +1,16 @@
-// Rows [begin, end) of exit_gate: statistic, prediction and the goes-on flag of each.
+// Rows [begin, end) of exit_gate. Writes each row's statistic, prediction and flag: 1 if the sample
+// survives, 0 if it exits.
 
 template <Criterion kCriterion, class T, class A>
 void gate_rows_as(const T* z, int64_t stride, int64_t begin, int64_t end, int64_t C,
                   const GateTest<A>& test, A* confidence, int64_t* prediction, int64_t* goes_on) {
   const auto write = [&](int64_t n, const GatedRow<A>& row) ELF_LAMBDA {
     const A t = test.threshold[row.prediction * test.threshold_stride];
-    const bool passes = kCriterion == Criterion::entropy ? row.statistic <= t : row.statistic >= t;
+    const bool sure = passes<kCriterion>(row.statistic, t);
     const bool right = test.target == nullptr || test.target[n] == row.prediction;
     confidence[n] = row.statistic;
     prediction[n] = row.prediction;
-    goes_on[n] = !(passes && right);
+    goes_on[n] = !(sure && right);
   };
   if (kCriterion == Criterion::confidence && test.early_stop) {
     for (int64_t n = begin; n < end; ++n)
@@ -30,15 +31,7 @@ void gate_rows_as(const T* z, int64_t stride, int64_t begin, int64_t end, int64_
 template <class T, class A>
 void gate_rows(const T* z, int64_t stride, int64_t begin, int64_t end, int64_t C,
                const GateTest<A>& test, A* confidence, int64_t* prediction, int64_t* goes_on) {
-  switch (test.criterion) {
-    case Criterion::confidence:
-      return gate_rows_as<Criterion::confidence>(z, stride, begin, end, C, test, confidence,
-                                                 prediction, goes_on);
-    case Criterion::margin:
-      return gate_rows_as<Criterion::margin>(z, stride, begin, end, C, test, confidence, prediction,
-                                             goes_on);
-    case Criterion::entropy:
-      return gate_rows_as<Criterion::entropy>(z, stride, begin, end, C, test, confidence,
-                                              prediction, goes_on);
-  }
+  for_criterion(test.criterion, [&](auto criterion) {
+    gate_rows_as<criterion()>(z, stride, begin, end, C, test, confidence, prediction, goes_on);
+  });
 }

@@ -1,10 +1,11 @@
-// exit_head: global average pool, linear classifier and gate in one op.
+// exit_head: global average pool, linear classifier and exit gate in one operator.
 //
 //   pooled = mean of features over positions;  logits = pooled W^T + b;  then exit_gate(logits)
 //
-// features: [N, D, H, W] in either memory format, tokens [N, T, D], or [N, D]. The pool reads the
-// features once; large products are PyTorch's own (a matrix library beats ours there); the gate
-// then finds the logits in cache. The product runs in the classifier's dtype.
+// features: [N, D, H, W] in either memory format, tokens [N, T, D], or vectors [N, D]. Bytes: the
+// pool reads the features once; the gate finds the logits in cache. The product is computed in the
+// classifier's dtype: small ones here, large ones by PyTorch, whose matrix library is faster there.
+// Pool and small products are deterministic: each output is computed by one thread.
 #include "exit_gate.h"
 
 #include <array>
@@ -47,8 +48,8 @@ Tensor pool(const Tensor& features) {
   return pooled;
 }
 
-// Multiplications. A matrix library takes longer to get going than so many take here
-// (docs/cpu-kernels.md).
+// Number of multiplications up to which the product is computed here: a cold call of a matrix
+// library takes longer (docs/cpu-kernels.md).
 constexpr int64_t kSmallProduct = int64_t{1} << 21;
 
 bool is_small(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {

@@ -1,6 +1,6 @@
 // Samples [begin, end) of exit_head: means over positions, and small matrix products.
 
-// Sum of P neighbouring values, P small enough for a vector to be mostly padding.
+// Sum of P contiguous values, in scalar arithmetic. For small P a vector would be mostly padding.
 template <class T, class A>
 ELF_INLINE A short_sum(const T* x, int64_t P) {
   A s = 0;
@@ -8,7 +8,7 @@ ELF_INLINE A short_sum(const T* x, int64_t P) {
   return s;
 }
 
-// Channels first: x [N, D, P], D means of P neighbouring values each.
+// Channels first: x [N, D, P]. Each mean is over P contiguous values.
 template <class T, class A = acc_t<T>>
 void pool_channels_first(const T* x, int64_t begin, int64_t end, int64_t D, int64_t P, T* pooled) {
   const A share = A(1) / static_cast<A>(P);
@@ -21,7 +21,7 @@ void pool_channels_first(const T* x, int64_t begin, int64_t end, int64_t D, int6
   }
 }
 
-// The means of kVectors * kLanes channels of one sample, x [P, D] from the first of them.
+// Means of kVectors * kLanes neighbouring channels of one sample [P, D]. x points to the first.
 template <int kVectors, class T>
 ELF_INLINE void pool_columns(const T* x, int64_t P, int64_t D, float share, T* out) {
   vf s[kVectors] = {};
@@ -30,8 +30,8 @@ ELF_INLINE void pool_columns(const T* x, int64_t P, int64_t D, float share, T* o
   for (int u = 0; u < kVectors; ++u) store(out + u * kLanes, s[u] * share);
 }
 
-// Channels last, or tokens: x [N, P, D], sums run down the positions, a few vectors of D at a time.
-// The last D % kLanes channels come with the kLanes - 1 before them again, written twice alike.
+// Channels last, or tokens: x [N, P, D]. Sums over positions, for one or four vectors of channels
+// at a time. The last vector of a row may overlap the one before; both write the same values.
 template <class T>
 void pool_channels_last(const T* x, int64_t begin, int64_t end, int64_t P, int64_t D, T* pooled) {
   const float share = 1.0f / static_cast<float>(P);
@@ -62,8 +62,8 @@ inline void pool_channels_last(const double* x, int64_t begin, int64_t end, int6
     }
 }
 
-// out[r, k] = x[r] . w[k] + b[k] for kRows samples, x [kRows, D], and kClasses classes,
-// w [kClasses, D]; rows of `out` lie C apart. Sums are float32.
+// out[r, k] = x[r] . w[k] + b[k] for samples x [kRows, D] and classes w [kClasses, D]. The row
+// stride of `out` is C. Sums are float32.
 template <int kRows, int kClasses, class T>
 ELF_INLINE void product_tile(const T* x, const T* w, const T* b, int64_t D, int64_t C, T* out) {
   vf s[kRows][kClasses] = {};
@@ -77,7 +77,8 @@ ELF_INLINE void product_tile(const T* x, const T* w, const T* b, int64_t D, int6
     }
   }
   if (d < D) {
-    // Both are masked: an infinite weight in a lane that is read twice would give NaN.
+    // Both factors are masked. The tail repeats values, and 0 times a repeated infinite weight
+    // would be NaN.
     const auto last = [&](const T* row)
                           ELF_LAMBDA { return select(tail_lanes(D), load_tail(row, D), vf{}); };
     for (int k = 0; k < kClasses; ++k)
@@ -89,17 +90,17 @@ ELF_INLINE void product_tile(const T* x, const T* w, const T* b, int64_t D, int6
           static_cast<T>(horizontal_sum(s[r][k]) + (b ? static_cast<float>(b[k]) : 0.0f));
 }
 
-// The classes of kRows samples.
+// All classes of kRows samples.
 template <int kRows, class T>
 ELF_INLINE void product_rows(const T* x, const T* w, const T* b, int64_t D, int64_t C, T* out) {
-  constexpr int kClasses = kLanes == 16 ? 4 : 2;  // as many sums as the registers hold
+  constexpr int kClasses = kLanes == 16 ? 4 : 2;  // the most whose sums fit in registers
   int64_t c = 0;
   for (; c + kClasses <= C; c += kClasses)
     product_tile<kRows, kClasses>(x, w + c * D, b ? b + c : b, D, C, out + c);
   for (; c < C; ++c) product_tile<kRows, 1>(x, w + c * D, b ? b + c : b, D, C, out + c);
 }
 
-// logits [N, C] = x [N, D] w [C, D]^T + b [C] (or none).
+// logits [N, C] = x [N, D] w [C, D]^T + b [C]. b may be null.
 template <class T>
 void linear_rows(const T* x, int64_t begin, int64_t end, int64_t D, const T* w, const T* b,
                  int64_t C, T* logits) {

@@ -1,14 +1,15 @@
-// exit_loss: the long-tail loss family of one exit together with its gate, logits [N, C].
+// exit_loss: the long-tail loss family of logits [N, C], its gradient, and the exit gate.
 //
 //   x = s (z - delta_y e_y) + b,  q = softmax(x),  p = q_y
 //   loss = w_y (1 - p)^gamma [(1 - eps) (-log p) + eps mean_c(-log q_c)]
 //
-// Cross-entropy, focal, class-balanced, LDAM, balanced softmax and logit adjustment are members.
-// The gate reads z itself, not x. Forward: logits once from memory, 8 bytes a row of loss and log
-// sum out; backward: logits once in, gradient once out.
+// Members: cross-entropy, focal, class-balanced, LDAM, balanced softmax and logit adjustment. The
+// gate uses z, not x. Each thread takes a range of rows. Bytes: forward reads the logits once and
+// writes 8 bytes per row for the loss and the log of the sum, besides the gate's outputs. Backward
+// reads the logits once and writes the gradient once. Deterministic.
 #include <algorithm>
 
-#include "gate.h"
+#include "survivors.h"
 
 namespace elf_fast {
 namespace {
@@ -69,7 +70,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_loss(
     int64_t* prediction = data<int64_t>(gate.prediction);
     int64_t* goes_on = data<int64_t>(gate.survivors);
     over_rows(N, C, [&](int64_t begin, int64_t end) {
-      // The gate's rows stay in cache for the loss: blocks of at most 64 KB.
+      // Blocks of at most 64 KB: the loss finds the rows that the gate has read in cache.
       const int64_t block = std::max<int64_t>(1, (int64_t{1} << 16) / (C * int64_t{sizeof(T)}));
       for (int64_t from = begin; from < end; from += block) {
         const int64_t to = std::min(end, from + block);

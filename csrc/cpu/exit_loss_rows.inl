@@ -1,8 +1,8 @@
-// Rows of exit_loss and of its backward. Notation as in exit_loss.cpp.
+// Rows [begin, end) of exit_loss and of its gradient. Notation as in exit_loss.cpp.
 
 #include "exit_gate_rows.inl"
 
-// x [C] = s z + b - s delta_y e_y in `scratch`, or z itself where that is the same.
+// x [C] = s z + b - s delta_y e_y.
 template <class A>
 ELF_INLINE void adjust_row(const double* z, int64_t C, int64_t y, const LossFamily<A>& f, A* x) {
   for (int64_t c = 0; c < C; ++c) x[c] = f.scale * z[c] + (f.bias ? f.bias[c] : A(0));
@@ -22,8 +22,8 @@ ELF_INLINE void adjust_row(const T* z, int64_t C, int64_t y, const LossFamily<fl
   if (f.margins) x[y] -= f.scale * f.margins[y];
 }
 
-// With m the row's maximum: log sum exp(x - m), and -log q_y = (m - x_y) + log_sum. Relative to m,
-// because the difference of two large numbers would lose what a confident row is about.
+// m: the row's maximum. log_sum: log sum exp(x - m). nll: -log q_y = (m - x_y) + log_sum. Sums are
+// relative to m, because log sum exp(x) - x_y would lose the digits of a small -log q_y.
 template <class A>
 struct LogSum {
   A m, log_sum, nll;
@@ -37,11 +37,12 @@ ELF_INLINE LogSum<A> log_sum_exp(const T* x, int64_t C, int64_t y) {
     const A log_sum = std::log(sum);
     return {m, log_sum, (m - static_cast<A>(x[y])) + log_sum};
   }
-  return {m, static_cast<A>(NAN), static_cast<A>(NAN)};  // what log_softmax gives
+  return {m, static_cast<A>(NAN), static_cast<A>(NAN)};  // as in log_softmax
 }
 
-// What a row's loss and its gradient share. With p = exp(-nll), F = (1 - p)^gamma and the smoothed
-// cross-entropy CE = (1 - eps) nll + eps mean_c(-log q_c):
+// Terms of both the loss and the gradient of a row. With p = exp(-nll), F = (1 - p)^gamma (member
+// `modulation`), t the smoothed target and the smoothed cross-entropy
+// CE = (1 - eps) nll + eps mean_c(-log q_c):
 //   loss = w F CE
 //   dloss/dx_c = w (F (q_c - t_c) - G (1[c = y] - q_c)),  G = gamma (1 - p)^(gamma - 1) p CE
 template <class A>
@@ -86,7 +87,7 @@ void loss_rows(const T* z, int64_t stride, int64_t begin, int64_t end, int64_t C
   }
 }
 
-// out[c] = P q_c + Q with q = exp(x - m - log_sum), in one pass over the row.
+// out[c] = P q_c + Q with q = exp(x - m - log_sum).
 template <class T>
 ELF_INLINE void write_gradient(const float* x, int64_t C, const LogSum<float>& sums, float P,
                                float Q, T* out) {
@@ -119,7 +120,8 @@ void loss_backward_rows(const T* z, int64_t stride, int64_t begin, int64_t end, 
     const A Q = -g * r.modulation * f.smoothing / static_cast<A>(C);
     T* out = grad + n * C;
     write_gradient(x, C, sums, P, Q, out);
-    // The target's own term from q_y - 1 = expm1(-nll), which loses nothing near q_y = 1.
+    // The target's term is computed from q_y - 1 = expm1(-nll), which keeps its digits near q_y
+    // = 1.
     const A q_less_1 = std::expm1(-sums.nll);
     out[y] = static_cast<T>(g * (r.modulation * (q_less_1 + f.smoothing) + r.G * q_less_1) + Q);
   }

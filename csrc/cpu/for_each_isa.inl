@@ -1,8 +1,10 @@
-// Compiles ELF_ROW_KERNELS (a file of templates over rows) once per instruction set, in namespaces
-// avx512, avx2 and portable. The kernels are written with the compiler's vector types, so one
-// source serves all three; only the register width and two intrinsics in vec.inl differ.
-// Everything the kernels need from the standard library is included before, outside the target
-// regions: a std:: template first instantiated inside one could be called on a lesser processor.
+// Compiles ELF_ROW_KERNELS (a file of templates over rows) once per instruction set, in the
+// namespaces avx512, avx2 and portable. The kernels use the compiler's vector types, so one source
+// serves all three. Only the register width and a few intrinsics in vec.inl differ.
+//
+// Headers of the standard library must be included before this file, outside the target regions. A
+// std:: template that is instantiated inside one may contain its instructions, and the linker may
+// keep that copy for the whole library. Processors without these instructions would then crash.
 
 #if ELF_X86
 #define ELF_LANES 16

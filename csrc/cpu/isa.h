@@ -1,5 +1,5 @@
-// The instruction set the row kernels run on: the widest this processor has, chosen once.
-// ELF_FAST_ISA=portable|avx2|avx512 narrows the choice, so that tests reach every path on one
+// The instruction set of the row kernels: the widest that this processor has, chosen once.
+// ELF_FAST_ISA=portable|avx2|avx512 selects a narrower one, so that tests can run every path on one
 // machine.
 #pragma once
 
@@ -56,7 +56,8 @@ inline Isa isa() {
 
 }  // namespace elf_fast
 
-// Calls NAME<TYPES> compiled for the running processor; see for_each_isa.inl.
+// Calls the version of a kernel that is compiled for the chosen instruction set; see
+// for_each_isa.inl.
 #if ELF_X86
 #define ELF_ON_ISA(CALL)                     \
   do {                                       \

@@ -1,4 +1,4 @@
-// What the row kernels of every instruction set share.
+// Helpers of the row kernels that do not depend on the instruction set.
 #pragma once
 
 #include <cmath>
@@ -6,6 +6,7 @@
 #include <cstring>
 #include <vector>
 
+#include "../criterion.h"
 #include "../tensor.h"
 #include "isa.h"
 
@@ -17,7 +18,8 @@ namespace elf_fast {
 template <class A>
 constexpr A kLn2 = static_cast<A>(0.6931471805599453);
 
-// Normalised entropy from S = sum 2^t and W = sum t 2^t: (log2 S - W / S) / log2 C.
+// The entropy divided by log C, from S = sum 2^t and W = sum t 2^t: (log2 S - W / S) / log2 C.
+// Rounding can make it slightly negative; then the result is 0.
 template <class A>
 inline A entropy_of(A sum, A weighted, int64_t C) {
   if (C == 1) return 0;
@@ -25,7 +27,7 @@ inline A entropy_of(A sum, A weighted, int64_t C) {
   return bits > 0 ? bits / std::log2(static_cast<A>(C)) : (bits == bits ? A(0) : bits);
 }
 
-// One row of working memory per thread. Slot 0 belongs to the gate, slot 1 to the loss.
+// A buffer of at least C values per thread and slot. The gate uses slot 0, the loss slot 1.
 template <class A, int kSlot = 0>
 inline A* scratch_row(int64_t C) {
   thread_local std::vector<A> row;

@@ -1,28 +1,30 @@
-// Softmax statistics of one row z [C], from one read of it out of memory: later passes find the
-// row in the first-level cache. Each function comes for the vectorised dtypes (float arithmetic)
-// and for double (scalar, for gradient checks).
+// Softmax statistics of one row z [C]. The row is read from memory once; later passes find it in
+// the first-level cache. Each function has a version for dtypes with float arithmetic, which is
+// vectorised, and a scalar one for double, which gradient checks use.
 //
-// Exponentials are taken to base 2: with a = log2(e) / T, exp((z - m) / T) = 2^(a (z - m)). The
-// difference first: it is exact near the maximum, where a z - a m would carry the rounding of a m.
-// Only the gate may take the single instruction fma(a, z, -shift) with shift = a m: its ratio of
-// exponentials has the same rounded shift above and below.
+// Exponentials have base 2: exp((z - m) / T) = 2^(a (z - m)) with a = log2(e) / T. The difference
+// z - m is computed first, because it is exact near the maximum; a z - a m would contain the
+// rounding error of a m. Only the gate may use the single instruction fma(a, z, -a m): it divides
+// exponentials by a sum of exponentials, and the rounding error of a m is the same factor in both.
 
 template <class T>
 struct ExpSums {
   T sum;       // sum 2^t
-  T weighted;  // sum t 2^t, for the entropy
+  T weighted;  // sum t 2^t; only the entropy needs it
 };
 
 template <class T>
 struct Top {
   T max, second;  // the two largest values
-  // Bit i: a class c with c % (2 kLanes) = i holds the maximum, in the vectors that the row fills.
+  // Bit i: the maximum is at a class c with c % (2 kLanes) = i. Does not cover the last C % kLanes
+  // classes.
   uint64_t holders;
 };
 
-// Calls f(slot, c, keep, x...) on the vectors of one row or more, which begin at class c. Slots
-// 0..kSlots - 1 take the vectors by turns, so that as many chains of additions run side by side;
-// slot kSlots takes the rest that does not fill a vector.
+// Calls f(slot, c, keep, x...) for each vector of one or more rows. x are the rows' values from
+// class c on, and `keep` the lanes that f must use. Slots 0 to kSlots - 1 alternate, so that f can
+// keep kSlots independent accumulators, whose additions overlap. Slot kSlots gets the last C %
+// kLanes classes.
 template <int kSlots, class F, class... Rows>
 ELF_INLINE void sweep(int64_t C, F f, const Rows*... z) {
   constexpr int64_t kBlock = kSlots * kLanes;
@@ -38,7 +40,7 @@ ELF_INLINE void sweep(int64_t C, F f, const Rows*... z) {
   if (C % kLanes) f(kSlots, C - C % kLanes, tail_lanes(C), load_tail(z, C)...);
 }
 
-// The largest values of a row while its vectors pass by, in the slots of sweep<2>().
+// Running maxima of a row, one per lane and slot of sweep<2>().
 template <bool kSecond>
 struct Maxima {
   vf max[3], second[3];
@@ -69,7 +71,8 @@ ELF_INLINE Top<float> top_of(const Maxima<kSecond>& m) {
   const vf max = splat(top.max);
   for (int u = 0; u < 2; ++u) top.holders |= equal_lanes(m.max[u], max) << u * kLanes;
   if constexpr (kSecond) {
-    // The maximum again if two lanes hold it; else the best of that lane's second and the others.
+    // If two lanes hold the maximum, it is the second value, too. Otherwise the second value is the
+    // largest among that lane's second and the maxima of the other lanes.
     const uint64_t rest = equal_lanes(m.max[2], max);
     const bool twice = __builtin_popcountll(top.holders) + __builtin_popcountll(rest) > 1;
     vf others[3];
@@ -118,7 +121,7 @@ template <bool kWeighted>
 ELF_INLINE void add_exp(vf t, vi keep, vf& sum, vf& weighted) {
   const vf e = select(keep, exp2_vector(t), vf{});
   sum += e;
-  // Where t is -infinity, e is 0 and so must their product be.
+  // For t = -infinity, e is 0. t is limited so that t * e is 0, too, instead of NaN.
   if constexpr (kWeighted) weighted += select(keep, vmax(t, splat(-1000.0f)), vf{}) * e;
 }
 
@@ -143,8 +146,8 @@ inline ExpSums<double> exp_sums(const double* z, int64_t C, double a, double m) 
   return sums;
 }
 
-// sum 2^(a (z - m)), given up as soon as it passes `limit`: m is the row's maximum, so the sum only
-// grows. What comes back above the limit is some partial sum.
+// sum 2^(a (z - m)), m the row's maximum. Stops as soon as the sum exceeds `limit`, because all
+// terms are positive. A result above the limit is a partial sum.
 template <class T>
 ELF_INLINE float exp_sum_until(const T* z, int64_t C, float a, float m, float limit) {
   constexpr int64_t kBlock = 8 * kLanes;
@@ -160,7 +163,8 @@ inline double exp_sum_until(const double* z, int64_t C, double a, double m, doub
   return sum;
 }
 
-// a (x - m), fused where the processor can: without it a x would be rounded on its own.
+// a (x - m), as fma(a, x, -a m) where the processor has FMA. Without FMA that form would round a x
+// as well, so the difference is used.
 ELF_INLINE vf exponent(vf x, float a, float m) {
 #if ELF_LANES >= 8
   return x * a - a * m;
@@ -169,7 +173,7 @@ ELF_INLINE vf exponent(vf x, float a, float m) {
 #endif
 }
 
-// The lowest class whose value is m (C when there is none, which only a NaN makes possible).
+// The lowest class whose value is m. C if there is none, which happens only in rows with NaN.
 template <class T>
 ELF_INLINE int64_t first_equal(const T* z, int64_t C, float m) {
   const vf value = splat(m);
@@ -184,7 +188,8 @@ ELF_INLINE int64_t first_equal(const T* z, int64_t C, float m) {
     if (hits) return c + __builtin_ctzll(hits);
   }
   if (c < C) {
-    // No false hits: what the tail repeats had none, and zeros that pad it lie past the maximum.
+    // The first hit is the right one: values that the tail repeats were compared above without a
+    // hit, and zeros that pad it come after the class that holds m.
     const uint64_t hits = equal_lanes(load_tail(z, C), value);
     if (hits) return (C >= kLanes ? C - kLanes : 0) + __builtin_ctzll(hits);
   }
@@ -199,28 +204,30 @@ inline int64_t first_equal(const double* z, int64_t C, double m) {
 
 template <class A>
 struct Swept {
-  ExpSums<A> sums;     // against 2^(a max)
+  ExpSums<A> sums;     // relative to the row's maximum
   int64_t prediction;  // the lowest class that holds the maximum
-  Top<A> next;
+  Top<A> next;         // of the next row
 };
 
-// The sums of a row whose top is known and, in the same pass, the top of the row after it. The end
-// of a row (folds of lanes, a division) so runs beside the exponentials of the next, and the class
-// of the maximum is found without a branch: its place in a block is known, so one class a block is
-// compared. A search at the row's end, whose branch is mispredicted each time, takes a tenth of the
-// whole.
+// The sums and the prediction of a row whose top is known and, in the same pass, the top of the
+// next row. Therefore the end of a row (reduction over lanes, a division) overlaps with the
+// exponentials of the next row. The class of the maximum is found without a branch: top.holders
+// tells its place in a block of two vectors, so one class per block is compared. A search after the
+// loop takes 10% of the time, because its branch is mispredicted in every row.
 template <Criterion kCriterion, class T>
 ELF_INLINE Swept<float> sums_and_next_top(const T* z, const T* next, int64_t C, float a,
                                           const Top<float>& top) {
   constexpr bool kWeighted = kCriterion == Criterion::entropy;
   constexpr bool kSecond = kCriterion == Criterion::margin;
-  // Sums of sums: thousands of equal terms, one after the other, would all be rounded the same way.
+  // Terms are added in groups of 16 per lane, then the groups' sums: in one long sum of thousands
+  // of equal terms the rounding errors would all have the same sign.
   constexpr int64_t kPiece = 16 * 2 * kLanes;
-  // Values are compared by their bits, in the integer units; a zero has two kinds of them.
+  // Values are compared by their bits, which uses idle integer units. A maximum of 0 is excluded,
+  // because -0 and 0 have different bits.
   const bool one_holder = __builtin_popcountll(top.holders) == 1 && top.max != 0;
   const int64_t lane = one_holder ? __builtin_ctzll(top.holders) : 0;
   const T max = static_cast<T>(top.max);
-  int64_t unseen = 1, blocks = 0;  // whole blocks before the maximum's
+  int64_t unseen = 1, blocks = 0;  // 1 until the maximum was found; whole blocks before it
   vf s[2] = {}, w[2] = {}, sum{}, weighted{};
   Maxima<kSecond> m = no_maxima<kSecond>();
   const auto visit = [&](int u, int64_t c, vi keep, vf x, vf ahead) ELF_LAMBDA {
@@ -255,11 +262,12 @@ struct GatedRow {
   int64_t prediction;
 };
 
-// Rows with NaN or infinite logits, and rows whose a max is beyond 2^16.
-// NaN anywhere: the statistic is NaN. An infinite maximum: softmax's limit, all mass spread evenly
-// over the maxima. Otherwise -infinity stands for a class of probability 0.
-template <class A, class T>
-GatedRow<A> careful_gate(const T* z, int64_t C, A a, Criterion criterion) {
+// Statistic and prediction of rows with NaN or infinite logits, and of rows with |a max| >= 2^16.
+// NaN: the statistic is NaN, the prediction the first NaN. Infinite maximum: the classes that hold
+// it share the probability equally, which is softmax's limit. Otherwise a logit of -infinity is a
+// class of probability 0.
+template <Criterion kCriterion, class A, class T>
+GatedRow<A> careful_gate(const T* z, int64_t C, A a) {
   A* finite = scratch_row<A>(C);
   A m = -INFINITY;
   for (int64_t c = 0; c < C; ++c) {
@@ -273,24 +281,28 @@ GatedRow<A> careful_gate(const T* z, int64_t C, A a, Criterion criterion) {
     const A drop = flat ? (finite[c] == m ? 0 : -INFINITY) : a * (finite[c] - m);
     finite[c] = drop < A(-1000) ? A(-1000) : drop;
   }
-  if (criterion == Criterion::entropy) {
-    const ExpSums<A> sums = exp_sums<true>(finite, C, A(1), A(0));
+  constexpr bool kEntropy = kCriterion == Criterion::entropy;
+  const ExpSums<A> sums = exp_sums<kEntropy>(finite, C, A(1), A(0));
+  if constexpr (kEntropy) {
     return {entropy_of(sums.sum, sums.weighted, C), prediction};
+  } else if constexpr (kCriterion == Criterion::margin) {
+    return {(1 - std::exp2(row_top<true>(finite, C).second)) / sums.sum, prediction};
+  } else {
+    static_assert(kCriterion == Criterion::confidence, "a criterion without a formula");
+    return {1 / sums.sum, prediction};
   }
-  const A total = exp_sums<false>(finite, C, A(1), A(0)).sum;
-  const A second =
-      criterion == Criterion::margin ? std::exp2(row_top<true>(finite, C).second) : A(0);
-  return {(1 - second) / total, prediction};
 }
 
-// 2^(a (z - max)) with the rounding of sums_and_next_top(): the errors of the two then cancel.
+// 2^(a (z - max)) with the same rounding as in sums_and_next_top(), so that the errors cancel in
+// the ratio.
 ELF_INLINE float power_of_two(float a, float z, float max) {
   return exp2_vector(exponent(splat(z), a, max))[0];
 }
 
 inline double power_of_two(double a, double z, double max) { return std::exp2(a * (z - max)); }
 
-// The same for z = max: 1 but for the rounding of a max, at most 2^-8, so three terms will do.
+// power_of_two(a, max, max). It is 2^t with t the rounding error of a * max, at most 2^-8, so three
+// Taylor terms suffice.
 ELF_INLINE float peak_power(float a, float max) {
   const float t = kLn2<float> * exponent(splat(max), a, max)[0];
   return 1 + t * (1 + t / 2);
@@ -298,27 +310,29 @@ ELF_INLINE float peak_power(float a, float max) {
 
 inline double peak_power(double, double) { return 1; }
 
-// Statistic and prediction of row z under a criterion (design: the gate's section).
+// Statistic and prediction of row z.
 template <Criterion kCriterion, class A, class T>
 ELF_INLINE GatedRow<A> gate_row(const T* z, int64_t C, A a, const Top<A>& top,
                                 const Swept<A>& row) {
-  // Beyond 2^16 the rounding of a max could empty the sum.
+  // For larger maxima the rounding error of a max could make every term of the sum underflow.
   if (std::abs(a * top.max) < A(1 << 16)) {
     A statistic;
     if constexpr (kCriterion == Criterion::entropy) {
       statistic = entropy_of(row.sums.sum, row.sums.weighted, C);
     } else {
+      static_assert(kCriterion == Criterion::confidence || kCriterion == Criterion::margin,
+                    "a criterion without a formula");
       A peak = peak_power(a, top.max);
       if constexpr (kCriterion == Criterion::margin) peak -= power_of_two(a, top.second, top.max);
       statistic = peak / row.sums.sum;
     }
     if (!std::isnan(statistic)) return {statistic, row.prediction};
   }
-  return careful_gate<A>(z, C, a, kCriterion);
+  return careful_gate<kCriterion, A>(z, C, a);
 }
 
-// As gate_row for the criterion `confidence`, but on one row, and one that cannot reach `threshold`
-// is given up early; its statistic comes back as NaN, which passes no test.
+// Like gate_row for the criterion `confidence`, but stops as soon as the row cannot reach the
+// threshold. Then its statistic is NaN, which passes no test.
 template <class A, class T>
 ELF_INLINE GatedRow<A> gate_row_until(const T* z, int64_t C, A a, const A* threshold,
                                       int64_t threshold_stride) {
@@ -326,11 +340,12 @@ ELF_INLINE GatedRow<A> gate_row_until(const T* z, int64_t C, A a, const A* thres
   const int64_t prediction = first_equal(z, C, m);
   if (prediction < C && std::isfinite(m)) {
     const A t = threshold[prediction * threshold_stride];
-    // Past 1/t by more than the rounding of the sum: the full sum could not come back under it.
+    // The statistic is 1 / sum, so it cannot reach t once the sum exceeds 1 / t. The factor covers
+    // the rounding error of the sum.
     const A limit = t > 0 ? (1 + A(1e-5)) / t : A(INFINITY);
     const A sum = exp_sum_until(z, C, a, m, limit);
     if (sum > limit) return {static_cast<A>(NAN), prediction};
     if (std::isfinite(sum)) return {1 / sum, prediction};
   }
-  return careful_gate<A>(z, C, a, Criterion::confidence);
+  return careful_gate<Criterion::confidence, A>(z, C, a);
 }

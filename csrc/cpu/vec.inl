@@ -1,4 +1,4 @@
-// Vectors of ELF_LANES floats, their loads and stores from each dtype, and 2^x.
+// Vectors of ELF_LANES floats: loads from and stores to each dtype, reductions, and 2^x.
 
 constexpr int kLanes = ELF_LANES;
 typedef float vf __attribute__((vector_size(kLanes * 4)));
@@ -8,8 +8,8 @@ typedef uint16_t vh __attribute__((vector_size(kLanes * 2)));
 
 ELF_INLINE vf splat(float x) { return vf{} + x; }
 
-// a > b ? a : b in every lane, b where one is NaN. Compilers make a compare and a blend of that
-// expression, at twice the price of the instruction that does the same.
+// a > b ? a : b per lane; b if one of them is NaN. The intrinsics are here because compilers turn
+// the expression into a compare and a blend, which cost twice as much as the max instruction.
 ELF_INLINE vf vmax(vf a, vf b) {
 #if ELF_LANES == 16
   return (vf)_mm512_max_ps((__m512)a, (__m512)b);
@@ -40,8 +40,9 @@ ELF_INLINE vf load(const BFloat16* p) {
   return (vf)(__builtin_convertvector(h, vu) << 16);
 }
 
-// binary16 -> binary32, where there is no instruction for it: move the exponent and mantissa up,
-// scale by 2^112 (exact, subnormals included), put the exponent of infinities and NaN back.
+// binary16 -> binary32. Without an instruction for it: shift exponent and mantissa into place and
+// multiply by 2^112, which is exact for subnormals, too. Then set the exponent of infinities and
+// NaN.
 ELF_INLINE vf load(const Half* p) {
 #if ELF_LANES == 16
   return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -65,7 +66,7 @@ ELF_INLINE void store(T* p, vf v) {
   for (int i = 0; i < kLanes; ++i) p[i] = static_cast<T>(v[i]);
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// Rounds to nearest, ties to even. NaN stays NaN.
 ELF_INLINE void store(BFloat16* p, vf v) {
   const vu bits = (vu)v;
   const vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -74,9 +75,9 @@ ELF_INLINE void store(BFloat16* p, vf v) {
   std::memcpy(p, &h, sizeof h);
 }
 
-// The first `n` < kLanes values, with zeros in the other lanes; reads nothing past them. A mask
-// spares waiting for narrow stores that a wide load takes back: a row of ten classes takes 19 ns
-// instead of 66.
+// The first n < kLanes values, and zeros in the other lanes. Reads nothing past them. AVX-512 uses
+// masked loads: with narrow stores and a wide load of the same bytes, store forwarding fails, and a
+// row of ten classes takes 66 ns instead of 19.
 template <class T>
 ELF_INLINE vf load_first(const T* p, int n) {
   T values[kLanes] = {};
@@ -91,19 +92,20 @@ ELF_INLINE vf load_first(const T* p, int n) {
   return load(values);
 }
 
-// The last C % kLanes values of a row, in the lanes tail_lanes(C). A row of at least kLanes values
-// is read again from C - kLanes, so nothing past its end is touched.
+// The lanes of load_tail(z, C) that hold the last C % kLanes values of a row.
 ELF_INLINE vi tail_lanes(int64_t C) {
   const int rest = static_cast<int>(C % kLanes);
   return C >= kLanes ? lane_index() >= vi{} + (kLanes - rest) : lane_index() < vi{} + rest;
 }
 
+// A vector with the last C % kLanes values of a row. It starts at C - kLanes if the row is long
+// enough, so it repeats values of the vector before and reads nothing past the end of the row.
 template <class T>
 ELF_INLINE vf load_tail(const T* z, int64_t C) {
   return C >= kLanes ? load(z + C - kLanes) : load_first(z, static_cast<int>(C));
 }
 
-// Folds the lanes by halves: 16 -> 8 -> 4 -> 2 -> 1.
+// Combines all lanes, halving their number in each step: 16 -> 8 -> 4 -> 2 -> 1.
 template <class Combine>
 ELF_INLINE float fold(vf v, Combine combine) {
 #if ELF_LANES == 16
@@ -133,7 +135,7 @@ ELF_INLINE float horizontal_max(vf v) {
   return fold(v, [](auto a, auto b) { return a > b ? a : b; });
 }
 
-// One bit a lane, the lowest for lane 0: where a and b are equal.
+// Bit i is 1 if a and b are equal in lane i.
 ELF_INLINE uint64_t equal_lanes(vf a, vf b) {
 #if ELF_LANES == 16
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_EQ_OQ);
@@ -147,9 +149,10 @@ ELF_INLINE uint64_t equal_lanes(vf a, vf b) {
 #endif
 }
 
-// 2^t: t = n + f with |f| <= 1/2, times a polynomial of degree 5 in f, the minimax one among those
-// with 2^0 = 1 (relative error 9.2e-8, 1.9e-7 with float32 rounding). Overflow gives infinity, NaN
-// gives NaN, -infinity about 0 (exactly 0 with AVX-512: scalef(NaN, -infinity) is 0).
+// 2^t = 2^n p(f), where t = n + f with n an integer and |f| <= 1/2. p has degree 5 and is the
+// minimax polynomial of 2^f among those with p(0) = 1. Relative error: 9.2e-8, and 1.9e-7 with
+// float32 rounding. Overflow gives infinity, and NaN gives NaN. -infinity gives about 0; exactly 0
+// with AVX-512, because scalef(NaN, -infinity) is 0.
 ELF_INLINE vf exp2_vector(vf t) {
 #if ELF_LANES == 16
   const vf n = (vf)_mm512_roundscale_ps((__m512)t, 0x08);

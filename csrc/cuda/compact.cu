@@ -1,21 +1,25 @@
-// compact: dense batches of survivors from features [N, ...], and the way back.
+// compact: dense batches of the surviving samples of features [N, ...], and the gradient.
 //
 //   compact           out[k] = features[survivors[k]]: 2 s F bytes
-//   compact_into      the same into a given batch, for the first `count` survivors, read here
-//   compact_          features[j] = old features[order[j]] for j < count, survivors of the tail
-//                     filling the holes below count: about 2 s (1 - s) F bytes
+//   compact_into      the same into a given batch, for the first `count` survivors; the kernel
+//   reads
+//                     count
+//   compact_          features[j] = old features[order[j]] for j < count. Survivors with indices
+//                     >= count move into the free rows below count: about 2 s (1 - s) F bytes
 //   compact_backward  grad_in[survivors[k]] = grad[k], 0 elsewhere: (1 + s) F bytes
 //
-// with n survivors, s = n / N and F the bytes of the features. A sample is one block of memory in
-// either memory format. A warp moves 2 KB of one row at a time, 16 bytes a lane and four loads in
-// flight (128 KB a multiprocessor), and a grid that fills the device walks over all of them. Where
-// a row's place among the survivors is asked for, the warp bisects with 32 probes at a time: 2
-// rounds for 1024 survivors, 3 for 32768, instead of a map that would have to be made first. In
-// place most rows may stay, and the search is all the work there is: a warp then searches once for
-// up to 16 KB of a row.
+// Here n is the number of survivors, s = n / N and F the bytes of the features. A sample is one
+// block of memory in either memory format. A warp copies 2 KB of a row at a time: 16 bytes per
+// load, four loads per lane in flight (128 KB per multiprocessor). The grid fills the device, and
+// its warps loop over all pieces.
 //
-// Deterministic: every byte is written by one lane. In place, sources lie at or past row `count`
-// and destinations before it. A survivor outside [0, N) stops the kernel with an assertion.
+// compact_ and compact_backward need a row's rank among the survivors. A warp finds it by a search
+// with 32 probes per round: 2 rounds for 1024 survivors, 3 for 32768. This needs no inverse index
+// map. In compact_ most rows may stay where they are, and the search is then the only work. So a
+// warp searches once for up to 16 KB of a row.
+//
+// Deterministic: every byte is written by one lane. In compact_, rows are read from index `count`
+// on and written below it. A survivor outside [0, N) stops the kernel with an assertion.
 #include <torch/headeronly/macros/Macros.h>
 
 #include "../samples.h"
@@ -25,13 +29,13 @@ namespace elf_fast {
 namespace {
 
 constexpr int kBlock = 256;
-constexpr int kLoads = 4;            // words of a lane in flight
-constexpr int kPiece = 32 * kLoads;  // words that a warp moves at a time
+constexpr int kLoads = 4;            // loads in flight per lane, one word each
+constexpr int kPiece = 32 * kLoads;  // words that a warp copies at a time
 constexpr unsigned kWholeWarp = 0xffffffffu;
 
 enum class Kind { gather, fill_holes, scatter };
 
-// Blocks that a multiprocessor has the registers for.
+// Blocks per multiprocessor; the number of registers limits them.
 template <Kind kKind>
 constexpr int kResident = kKind == Kind::fill_holes ? 6 : 8;
 
@@ -40,16 +44,17 @@ struct Move {
   char* to;
   int64_t from_pitch, to_pitch;  // bytes from one sample to the next
   int64_t words;                 // in a sample
-  int64_t stretch;               // of them that a warp moves in one visit: whole pieces
-  unsigned stretches;            // of a row
+  int64_t stretch;               // words that a warp copies per visit, a multiple of kPiece
+  unsigned stretches;            // visits per row
   const int64_t* survivors;      // [n], ascending
   int64_t n;
-  const int64_t* count;  // how many of them are meant, or null: all
-  int64_t N;             // rows that survivors may name
+  const int64_t* count;  // number of valid survivors; null: n
+  int64_t N;             // survivors are below N
   int64_t* order;        // [n], fill_holes only
 };
 
-// How many of survivors [n] are below `row`; the whole warp asks for the same.
+// How many of survivors [n] are below `row`. All lanes of the warp must call this with the same
+// arguments.
 __device__ int rank(const int64_t* survivors, int n, int64_t row) {
   const int lane = threadIdx.x % 32;
   int low = 0;  // the answer lies in [low, low + n]
@@ -65,7 +70,8 @@ __device__ int rank(const int64_t* survivors, int n, int64_t row) {
   return low;
 }
 
-// The row that row k of the result comes from; -1: nothing is to be moved.
+// The source row of row k of the result. -1: there is none (scatter writes 0), or row k stays as it
+// is (fill_holes).
 template <Kind kKind>
 __device__ int64_t source_of(const Move& m, int number, int64_t k, bool first) {
   if constexpr (kKind == Kind::gather) {
@@ -81,7 +87,8 @@ __device__ int64_t source_of(const Move& m, int number, int64_t k, bool first) {
       const int below = rank(m.survivors, number, k);
       row = k;
       if (m.survivors[below] != k) {
-        // The (k - below)-th hole takes the survivor of that rank past the dense part.
+        // Row k is the (k - below)-th free row. It takes the survivor of that rank among those with
+        // indices >= number.
         const int64_t at = rank(m.survivors, number, number) + k - below;
         row = m.survivors[at < number ? at : number - 1];
         CUDA_KERNEL_ASSERT_MSG(row >= number && row < m.N,
@@ -126,12 +133,12 @@ __global__ void __launch_bounds__(kBlock) move_rows(Move m) {
 template <Kind kKind, class W>
 void launch_words(const OnDeviceOf& device, Move m, int64_t bytes, int64_t rows) {
   m.words = bytes / static_cast<int64_t>(sizeof(W));
-  // A row without bytes is visited for its place in the order.
+  // A row without bytes is visited, too, because its entry of `order` must be written.
   const int64_t pieces = m.words > 0 ? (m.words + kPiece - 1) / kPiece : 1;
   STD_TORCH_CHECK(rows * pieces < (int64_t{1} << 31), "features: expected fewer than 2^31 pieces ",
                   "of ", kPiece * sizeof(W), " bytes, got ", rows * pieces);
   const int64_t fill = int64_t{kResident<kKind>} * device.multiprocessors();
-  int64_t each = 1;  // pieces in a visit: as many as leave no warp without one
+  int64_t each = 1;  // pieces per visit: as many as still give every warp a visit
   if (kKind == Kind::fill_holes)
     each = std::clamp<int64_t>(rows * pieces / (fill * (kBlock / 32)), 1, 8);
   m.stretch = each * kPiece;
@@ -141,7 +148,7 @@ void launch_words(const OnDeviceOf& device, Move m, int64_t bytes, int64_t rows)
                 move_rows<kKind, W>, m);
 }
 
-// Moves whole words, as wide as sample size, pitches and addresses allow.
+// Copies in the widest words that divide the sample size, the pitches and the addresses.
 template <Kind kKind>
 void launch_move(const OnDeviceOf& device, const Move& m, int64_t bytes, int64_t rows) {
   if (rows == 0 || (bytes == 0 && kKind != Kind::fill_holes)) return;
@@ -154,7 +161,7 @@ void launch_move(const OnDeviceOf& device, const Move& m, int64_t bytes, int64_t
   return launch_words<kKind, uint8_t>(device, m, bytes, rows);
 }
 
-// Checks survivors and count; the rest of a Move is the caller's.
+// Checks survivors and count and sets them in a Move. The caller sets the rest.
 Move move_of(const Tensor& survivors, const std::optional<Tensor>& count, const Tensor& features) {
   check_survivors(survivors, count);
   check_same_device(survivors, "survivors", features);

@@ -1,4 +1,5 @@
-// The device and stream of an operator's tensors, and launches on them.
+// The device and stream of an operator's tensors, kernel launches, and settings as kernel
+// arguments.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,7 +11,7 @@
 
 namespace elf_fast {
 
-// Makes the device of a tensor the current one for as long as it lives.
+// Makes the device of a tensor the current device until the end of the object's life.
 class OnDeviceOf {
  public:
   explicit OnDeviceOf(const Tensor& t) : index_(t.get_device_index()) {
@@ -55,11 +56,12 @@ inline void check_same_device(const Tensor& t, const char* name, const Tensor& a
                   ": expected it on the device of the other tensors");
 }
 
-// A setting as kernels take it: a number that the host knows, or values that only the device does.
+// A threshold or temperature as a kernel argument: a number, if it is in host memory, or a pointer
+// to values in device memory.
 template <class A>
 struct Setting {
-  const A* values;  // null: `value` holds for every class
-  int64_t stride;
+  const A* values;  // null: use `value` for every class
+  int64_t stride;   // from one class to the next
   A value;
 
   __device__ A operator[](int64_t c) const {

@@ -1,16 +1,19 @@
-// exit_gate: softmax statistics, argmax, confidence test and survivor indices of logits [N, C].
+// exit_gate: softmax statistic, argmax, exit test and survivor indices of logits [N, C].
 //
-//   p = softmax(z / T);  statistic = max p | top-1 minus top-2 | entropy / log C
+//   p = softmax(z / T);  statistic = max p | max p - second largest p | entropy(p) / log C
 //
-// One launch. A row is read once by 4 lanes, a warp or, where rows are long and too few to give
-// every warp one, a block; the fewest are cut into pieces, one per block. The last block to arrive
-// merges pieces and scans one flag a row into survivors. To arrive takes a block about as long as
-// to read a row, so many rows are walked over by a grid that just fills the device. Early stop is
-// not used: a row's maximum, which it needs, is known only when all bytes are read, and bytes are
-// what this kernel waits for.
+// One launch. Each row is read once, by 4 lanes if it is short, by a warp, or by a block if rows
+// are long and there are too few of them for all warps. If there are still fewer rows, each is
+// split into pieces, one per block. The last block to finish merges the pieces and turns the flags
+// of the rows into survivors. A block's arrival (one atomic) costs about as much as reading one
+// row, so the grid just fills the device and each block handles many rows.
 //
-// Bytes: L + 17 a row written (confidence, prediction, flag) and 9 a row by the scan.
-// Deterministic: merges in a fixed order, no atomics but the arrival count.
+// Early stop is not used. It needs the row's maximum, which is known only after the whole row has
+// been read, and reading is what limits this kernel.
+//
+// Bytes: L (the bytes of the logits) read, 17 per row written (confidence, prediction, flag; 21 for
+// float64), and 9 per row for the scan (flag read, survivor written).
+// Deterministic: states are merged in a fixed order. The only atomic counts arrivals.
 #include "device.h"
 #include "survivors.cuh"
 
@@ -21,7 +24,8 @@
 namespace elf_fast {
 namespace {
 
-// Blocks that a multiprocessor holds, at least: 64 registers a thread, or 128 for float64.
+// Minimum number of blocks per multiprocessor. It limits a thread to 64 registers, or 128 for
+// float64.
 template <class A>
 constexpr int kResident = std::is_same_v<A, double> ? 2 : 4;
 
@@ -35,14 +39,14 @@ struct GateArguments {
   A* confidence;          // [N]
   int64_t* prediction;    // [N]
   unsigned char* flags;   // [N], see survivors.cuh
-  RowState<A>* pieces;    // [N, gridDim.y], where rows are cut
+  RowState<A>* pieces;    // [N, gridDim.y] if rows are split
   int64_t* survivors;     // [N]
   int64_t* count;         // []
-  unsigned slot;          // of kArrived
+  unsigned slot;          // index into kArrived
 };
 
-// Blocks that have arrived, one counter for every grid that may be running: zero when the library
-// loads, and left at zero by every grid.
+// Numbers of blocks that have arrived, one counter for each grid that may be running. All are zero
+// when the library is loaded, and each grid leaves its counter at zero.
 constexpr unsigned kSlots = 1u << 18;
 constexpr unsigned kStreamSlots = 1u << 12;
 __device__ unsigned kArrived[kSlots];
@@ -52,20 +56,22 @@ __device__ A statistic(const RowState<A>& r, int C, A a) {
   if constexpr (kCriterion == Criterion::confidence) return A(1) / r.s;
   if (C == 1) return kCriterion == Criterion::margin ? A(1) : A(0);
   if constexpr (kCriterion == Criterion::margin) return (A(1) - power_of_2(a * (r.u - r.m))) / r.s;
+  static_assert(kCriterion <= Criterion::entropy, "a criterion without a formula");
   const A bits = log2(r.s) - r.u / r.s;
   return bits > A(0) ? bits / log2(static_cast<A>(C)) : A(0);
 }
 
-// The statistic where the maximum is infinite: all mass evenly on the classes that have it.
+// The statistic if the maximum is infinite: the classes that have it share the probability equally.
 template <Criterion kCriterion, class A>
 __device__ A statistic_of_ties(int ties, int C) {
   if constexpr (kCriterion == Criterion::confidence) return A(1) / static_cast<A>(ties);
   if (C == 1) return kCriterion == Criterion::margin ? A(1) : A(0);
   if constexpr (kCriterion == Criterion::margin) return ties > 1 ? A(0) : A(1);
+  static_assert(kCriterion <= Criterion::entropy, "a criterion without a formula");
   return log2(static_cast<A>(ties)) / log2(static_cast<A>(C));
 }
 
-// What all rows share, asked for before the first row is: memory takes as long to answer.
+// Values for all rows. They are loaded before the first row, so that the two latencies overlap.
 template <class A>
 struct Settings {
   A a;          // log2(e) / T
@@ -75,7 +81,8 @@ struct Settings {
       : a(kLog2e<A> / g.temperature[0]), threshold(g.threshold[0]) {}
 };
 
-// Statistic, prediction and flag of row n from its state, by kLanes lanes that all call this.
+// Writes statistic, prediction and flag of row n from its state. All of the row's kLanes lanes must
+// call this.
 template <Criterion kCriterion, int kLanes, class T, class A>
 __device__ void finish_row(const GateArguments<A>& g, const Settings<A>& settings, const T* row,
                            int64_t n, RowState<A> r, int lane, unsigned mask) {
@@ -95,7 +102,7 @@ __device__ void finish_row(const GateArguments<A>& g, const Settings<A>& setting
   }
   if (lane != 0) return;
   const A t = g.threshold.stride == 0 ? settings.threshold : g.threshold[r.index];
-  bool leaves = kCriterion == Criterion::entropy ? value <= t : value >= t;
+  bool leaves = passes<kCriterion>(value, t);
   unsigned char flag = 0;
   if (g.target != nullptr) {
     const int64_t y = g.target[n];
@@ -107,7 +114,7 @@ __device__ void finish_row(const GateArguments<A>& g, const Settings<A>& setting
   g.flags[n] = leaves ? flag : flag | kGoesOn;
 }
 
-// kLanes lanes a row.
+// kLanes lanes per row. Each group of lanes handles rows n, n + rows, n + 2 rows, ...
 template <Criterion kCriterion, int kLanes, class T, class A>
 __global__ void __launch_bounds__(kBlock, kResident<A>)
     gate_by_lanes(const T* logits, GateArguments<A> g) {
@@ -127,7 +134,7 @@ __global__ void __launch_bounds__(kBlock, kResident<A>)
     scan_flags(g.flags, static_cast<unsigned>(g.N), g.survivors, g.count);
 }
 
-// A block a row, or with gridDim.y > 1 a piece of one.
+// One block per row or, with gridDim.y > 1, per piece of a row.
 template <Criterion kCriterion, class T, class A>
 __global__ void __launch_bounds__(kBlock, kResident<A>)
     gate_by_blocks(const T* logits, GateArguments<A> g) {
@@ -137,7 +144,7 @@ __global__ void __launch_bounds__(kBlock, kResident<A>)
   const T* row = logits + n * g.stride;
   const Settings<A> settings(g);
   const A a = settings.a;
-  // Pieces are multiples of 64 classes: whole 16-byte words where the rows are aligned.
+  // Pieces are multiples of 64 classes, so they are whole 16-byte words if the rows are aligned.
   const int words = (g.C + 63) / 64;
   const int begin = static_cast<int>(int64_t{words} * blockIdx.y / gridDim.y) * 64;
   const int end = static_cast<int>(int64_t{words} * (blockIdx.y + 1) / gridDim.y) * 64;
@@ -167,8 +174,9 @@ __global__ void __launch_bounds__(kBlock, kResident<A>)
   scan_flags(g.flags, static_cast<unsigned>(g.N), g.survivors, g.count);
 }
 
-// A counter that no other running grid has. Grids on one stream follow each other and share one. A
-// grid in a graph under capture may later run beside anything, so it gets one for good.
+// The index of a counter that no other running grid uses. Grids on one stream run one after another
+// and share a counter. A grid that is captured in a graph may later run at the same time as any
+// other, so it gets a counter of its own, which is never reused.
 unsigned arrival_slot(const OnDeviceOf& device) {
   static std::mutex mutex;
   static std::map<std::pair<int, cudaStream_t>, unsigned> of_stream;
@@ -196,7 +204,8 @@ void launch_gate(const OnDeviceOf& device, const T* logits, GateArguments<A> g, 
     const int64_t needed = (g.N * lanes + kBlock - 1) / kBlock;
     return dim3(static_cast<unsigned>(needed < fill ? needed : fill));
   };
-  // A warp keeps 2 KB in flight: from half as many rows as warps on, warps read as fast as blocks.
+  // A warp has 2 KB of loads in flight, so half as many rows as warps are enough for one warp per
+  // row to read as fast as one block per row.
   const bool many = g.N >= fill * kBlockWarps / 2;
   if (g.C <= 32)
     device.launch(blocks(4), kBlock, gate_by_lanes<kCriterion, 4, T, A>, logits, g);
@@ -207,7 +216,7 @@ void launch_gate(const OnDeviceOf& device, const T* logits, GateArguments<A> g, 
                   gate_by_blocks<kCriterion, T, A>, logits, g);
 }
 
-// Blocks per row: enough to fill the device, each with some loads to keep in flight.
+// Blocks per row: enough to fill the device, but each with at least kLeast classes.
 unsigned pieces_of_row(const OnDeviceOf& device, int64_t N, int64_t C) {
   constexpr int64_t kLeast = 2048;  // classes in a piece
   const int64_t fill = 2 * device.multiprocessors() / N;
@@ -257,11 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exit_gate(const Tensor& logits, const
     g.count = data<int64_t>(count);
     g.slot = arrival_slot(device);
     const T* z = data<const T>(rows);
-    switch (kind) {
-      case Criterion::confidence: return launch_gate<Criterion::confidence>(device, z, g, pieces);
-      case Criterion::margin: return launch_gate<Criterion::margin>(device, z, g, pieces);
-      case Criterion::entropy: return launch_gate<Criterion::entropy>(device, z, g, pieces);
-    }
+    for_criterion(kind, [&](auto k) { launch_gate<k()>(device, z, g, pieces); });
   });
   return {confidence, prediction, survivors, count};
 }

@@ -1,16 +1,18 @@
-// Softmax statistics of a row that can be taken piece by piece: the state of a row over some of its
-// classes, and how two states merge. Exponentials are to base 2, with a = log2(e) / T.
+// The softmax state of a row over some of its classes, and the merge of two states into one. A row
+// can so be split over loop iterations, lanes, warps and blocks. Exponentials have base 2, with a =
+// log2(e) / T.
 //
-// NaN and infinities leave a mark instead of being treated on the way: their sum is NaN or 0. Such
-// a row is looked at again by `careful`.
+// The loops have no special case for NaN and infinities. They make the sum NaN or 0, or leave no
+// class; such a row is read again by `careful`.
 #pragma once
 
+#include "../criterion.h"
 #include "../tensor.h"
 
 namespace elf_fast {
 
 constexpr unsigned kWholeWarp = 0xffffffffu;
-constexpr int kNowhere = 0x7fffffff;  // a class index above all others
+constexpr int kNowhere = 0x7fffffff;  // no class; larger than every class index
 
 template <class A>
 struct RowState {
@@ -20,7 +22,7 @@ struct RowState {
   int index;  // class of the largest logit, the lowest of equals
 };
 
-// Finite, so that a first difference z - m is never infinity minus infinity.
+// Initial maximum. It is finite, so that the first difference z - m is not infinity - infinity.
 template <class A>
 constexpr A kLowest = std::is_same_v<A, double> ? static_cast<A>(-1.7976931348623157e308)
                                                 : static_cast<A>(-3.4028234663852886e38);
@@ -37,7 +39,7 @@ __device__ __forceinline__ double largest(double x, double y) { return fmax(x, y
 __device__ __forceinline__ float smallest(float x, float y) { return fminf(x, y); }
 __device__ __forceinline__ double smallest(double x, double y) { return fmin(x, y); }
 
-// The sums of a state whose maximum rises from r.m to m.
+// Makes the sums of a state relative to the maximum m >= r.m.
 template <Criterion kCriterion, class A>
 __device__ __forceinline__ void rebase(RowState<A>& r, A m, A a) {
   const A shift = a * (r.m - m);
@@ -48,7 +50,7 @@ __device__ __forceinline__ void rebase(RowState<A>& r, A m, A a) {
   r.m = m;
 }
 
-// Takes kCount neighbouring classes from `first` on.
+// Adds the logits z of kCount neighbouring classes to a state. `first` is the first class.
 template <Criterion kCriterion, int kCount, class A>
 __device__ __forceinline__ void take(RowState<A>& r, const A (&z)[kCount], int first, A a) {
   A top = z[0];
@@ -73,12 +75,13 @@ __device__ __forceinline__ void take(RowState<A>& r, const A (&z)[kCount], int f
     const A t = a * (z[k] - r.m);
     const A e = power_of_2(t);
     r.s += e;
-    // Where t is -infinity, e is 0 and so must their product be.
+    // For t = -infinity, e is 0. t is limited so that t * e is 0, too, instead of NaN.
     if constexpr (kCriterion == Criterion::entropy) r.u += largest(t, A(-2000)) * e;
   }
 }
 
-// Both orders of a and b give the same bits, so any fixed tree of merges is deterministic.
+// The state over the classes of x and y. merge(x, y) and merge(y, x) have the same bits, so any
+// fixed tree of merges is deterministic.
 template <Criterion kCriterion, class A>
 __device__ __forceinline__ RowState<A> merge(RowState<A> x, RowState<A> y, A a) {
   const A m = largest(x.m, y.m);
@@ -94,6 +97,8 @@ __device__ __forceinline__ RowState<A> merge(RowState<A> x, RowState<A> y, A a) 
   return r;
 }
 
+// The state of the lane whose index differs in the bits of `lanes`.
+// The state of the lane whose index differs in the bits of `lanes`.
 template <Criterion kCriterion, class A>
 __device__ __forceinline__ RowState<A> shuffled(const RowState<A>& r, unsigned mask, int lanes) {
   RowState<A> other = r;
@@ -104,7 +109,7 @@ __device__ __forceinline__ RowState<A> shuffled(const RowState<A>& r, unsigned m
   return other;
 }
 
-// The state over all that kLanes neighbouring lanes of a warp hold; every one of them gets it.
+// Merges the states of kLanes neighbouring lanes. Every one of them gets the result.
 template <Criterion kCriterion, int kLanes, class A>
 __device__ __forceinline__ RowState<A> over_lanes(RowState<A> r, unsigned mask, A a) {
 #pragma unroll
@@ -113,9 +118,9 @@ __device__ __forceinline__ RowState<A> over_lanes(RowState<A> r, unsigned mask, 
   return r;
 }
 
-// State over the classes [begin, end) of a row that fall to `lane` of kLanes threads: 16 bytes a
-// load, kLoads of them in flight before the first is used, and with them the few classes before and
-// after the whole words.
+// The state over the share of `lane`, one of kLanes threads, in the classes [begin, end) of a row.
+// A load takes 16 bytes, and kLoads of them are in flight before the first is used. The few classes
+// before and after the 16-byte words are loaded one by one, at the same time.
 template <Criterion kCriterion, int kLoads, int kLanes, class T, class A>
 __device__ __forceinline__ RowState<A> state_of(const T* row, int begin, int end, int lane, A a) {
   constexpr int kWidth = 16 / sizeof(T);
@@ -156,19 +161,20 @@ __device__ __forceinline__ RowState<A> state_of(const T* row, int begin, int end
     RowState<A> one = no_state<kCriterion, A>();
     const A z[1] = {static_cast<A>(odd[k])};
     take<kCriterion>(one, z, begin + i + (i < head ? 0 : vectors * kWidth), a);
-    r = merge<kCriterion>(r, one, a);  // which knows the lower of equals
+    r = merge<kCriterion>(r, one, a);  // takes the lower class of equal maxima
   }
   return r;
 }
 
-// What infinities and NaN make of a row, by kLanes lanes that all call this.
+// The maximum of a row with infinities or NaN.
 template <class A>
 struct Careful {
-  A m;        // largest logit; NaN if one was
+  A m;        // largest logit; NaN if a logit is NaN
   int index;  // its class, the lowest of equals (of NaN, the first)
-  int ties;   // how many classes have it
+  int ties;   // number of classes with this logit
 };
 
+// All of the kLanes lanes of `mask` must call this. They share one row and get the same result.
 template <int kLanes, class A, class T>
 __device__ Careful<A> careful(const T* row, int C, int lane, unsigned mask) {
   A m = -INFINITY;

@@ -1,4 +1,5 @@
-// From one flag a row to ascending survivor indices, by the last block of a grid to arrive.
+// The scan of one flag per row into ascending survivor indices. The last block of a grid to finish
+// does it, so no second launch is needed.
 #pragma once
 
 #include "row_state.cuh"
@@ -8,12 +9,13 @@ namespace elf_fast {
 constexpr int kBlock = 256;
 constexpr int kBlockWarps = kBlock / 32;
 
-// Flags of a row, one byte.
+// Bits of a row's flag, which is one byte: the row survives; its target is out of range.
 constexpr unsigned char kGoesOn = 1, kBadTarget = 2;
 
-// Adds 1 and returns what was there. What the calling thread saw written before, whoever adds later
-// sees. __threadfence() on both sides of atomicAdd would do it, too, but as sequentially consistent
-// fences: on sm_90 two MEMBAR.SC where this takes one MEMBAR.ALL, and every block waits for them.
+// Adds 1 and returns the value before, as an acquire-release operation: a thread that adds later
+// sees all writes that this thread made or saw before. __threadfence() on both sides of atomicAdd
+// has the same effect, but these fences are sequentially consistent: on sm_90 they are two
+// MEMBAR.SC, and this is one MEMBAR.ALL. Every block waits for them.
 __device__ inline unsigned arrive(unsigned* arrived) {
 #ifdef __CUDA_ARCH__
   unsigned before;
@@ -24,8 +26,8 @@ __device__ inline unsigned arrive(unsigned* arrived) {
 #endif
 }
 
-// Whether this block is the last of the grid to call this. What every other block wrote before is
-// then visible to it. `arrived` is 0 before and after.
+// Whether this block is the last one of the grid to call this. If so, it sees everything that the
+// other blocks wrote before their calls. *arrived must be 0 before the grid starts, and is 0 after.
 __device__ inline bool is_last_block(unsigned* arrived) {
   __shared__ bool last;
   const unsigned blocks = gridDim.x * gridDim.y;
@@ -38,9 +40,11 @@ __device__ inline bool is_last_block(unsigned* arrived) {
   return last;
 }
 
-// Writes the rows that go on, ascending, and fills the rest of survivors [N] with N. One block of
-// kBlock threads. A warp takes kEach times 32 neighbouring rows, so that the lanes that write do so
-// side by side.
+// Writes the ascending indices of the surviving rows to survivors [N] and fills the rest with N.
+// *count is their number, or -1 if a target is out of range. Must be called by one block of kBlock
+// threads. Each warp takes kEach times 32 neighbouring rows, one row per lane at a time, so that
+// the writes of its lanes are adjacent. Flags of other blocks are read from the second-level cache
+// (__ldcg), because the first-level cache may hold old values.
 __device__ inline void scan_flags(const unsigned char* flags, unsigned N, int64_t* survivors,
                                   int64_t* count) {
   constexpr unsigned kEach = 16;
@@ -55,7 +59,7 @@ __device__ inline void scan_flags(const unsigned char* flags, unsigned N, int64_
 #pragma unroll
     for (unsigned k = 0; k < kEach; ++k)
       flag[k] = first + 32 * k < N ? __ldcg(flags + first + 32 * k) : 0;
-    unsigned go_on[kEach];  // a bit for each lane
+    unsigned go_on[kEach];  // one bit per lane
     unsigned n = 0;
 #pragma unroll
     for (unsigned k = 0; k < kEach; ++k) {
@@ -63,7 +67,7 @@ __device__ inline void scan_flags(const unsigned char* flags, unsigned N, int64_
       go_on[k] = __ballot_sync(kWholeWarp, flag[k] & kGoesOn);
       n += __popc(go_on[k]);
     }
-    __syncthreads();  // of_warp is free again
+    __syncthreads();  // all warps have read of_warp
     if (lane == 0) of_warp[warp] = n;
     __syncthreads();
     unsigned at = kept;

@@ -1,22 +1,24 @@
-// A stand-in for the CUDA runtime: kernels run on the CPU, to test csrc/cuda/*.cu without a GPU.
+// A stand-in for the CUDA runtime: it runs kernels on the CPU, so that csrc/cuda/*.cu can be tested
+// without a GPU.
 //
 //   g++ -x c++ -std=c++20 -O2 -fPIC -fvisibility=hidden -fno-strict-aliasing -Wno-unknown-pragmas
 //       -I tests/cuda_on_cpu -include cuda_runtime.h ... x.cu
 //
-// -include: PyTorch's DeviceGuard calls the emulation only where this header comes before its own.
-// Hidden: __shared__ variables of two libraries in one process must not become one.
+// -include: this header must come before PyTorch's, or PyTorch's DeviceGuard does not call the
+// emulation. -fvisibility=hidden: otherwise the dynamic linker merges the __shared__ variables of
+// two libraries in one process.
 //
-// Every CUDA thread of a block is a fiber that runs to its next barrier or warp primitive; then
-// another one goes on, drawn by a seeded generator (ELF_FAST_SCHEDULE_SEED). Blocks run one after
-// another in shuffled order. A missing barrier shows as a wrong or poisoned value, a wait that
-// nobody can end as an error of the launch. See shim_scheduler.h for the rules.
+// Every CUDA thread of a block is a fiber. It runs to its next barrier or warp primitive; then
+// another fiber runs, chosen by a seeded generator (ELF_FAST_SCHEDULE_SEED). Blocks run one after
+// another in shuffled order. A missing barrier gives a wrong or poisoned value. A deadlock gives an
+// error of the launch. See shim_scheduler.h for the rules.
 //
-// Not seen: races between blocks (they never overlap), a missing __threadfence, and accesses
-// outside an array but with -fsanitize=address. Absent: dynamic shared memory, cooperative and
-// cluster launches, textures.
+// Not detected: races between blocks (blocks never overlap), a missing __threadfence, and, without
+// -fsanitize=address, accesses outside an array. Not supported: dynamic shared memory, cooperative
+// and cluster launches, textures.
 #pragma once
 
-// The qualifiers come first: the headers below use none of them, sources after this one do.
+// The headers below do not use these qualifiers; sources that include this one do.
 #define __global__
 #define __device__
 #define __host__
@@ -25,14 +27,14 @@
 #define __launch_bounds__(...)
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))
-// The thread-local segment is the one place whose bounds are known at run time and that takes
-// variables of plain functions, templates and inline functions alike. A named section does not:
-// GCC refuses to mix comdat and other data in one. Each block starts with all of it poisoned, so
-// the sources may have no other thread-local variables.
+// Shared variables are in the thread-local segment, because its bounds are known at run time, and
+// it can hold variables of plain functions, templates and inline functions. A named section cannot:
+// GCC refuses to mix comdat and other data in one. The whole segment is poisoned before each block,
+// so the sources must have no other thread-local variables.
 #define __shared__ static thread_local
 
-// What needs a GPU in PyTorch, under the names of functions in shim_host.h. Its headers may have
-// declared the originals before or declare these again after.
+// PyTorch's functions that need a GPU are renamed to functions in shim_host.h. PyTorch's headers
+// may declare the originals before this point, or these names after it.
 #define torch_c10_cuda_check_msg elf_shim_check_msg
 #define torch_c10_cuda_free_error_msg elf_shim_free_error_msg
 #define __assert_fail elf_shim_assert_fail

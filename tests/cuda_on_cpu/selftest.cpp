@@ -1,5 +1,5 @@
-// selftest CASE [MUTANT]: prints what a small kernel computed, one line a launch, or its error.
-// A mutant of a case lacks one synchronisation.
+// selftest CASE [MUTANT]: runs a small kernel and prints its result, one line per launch, or its
+// error. A mutant of a case lacks one synchronisation or misuses a primitive.
 #include <cuda_runtime.h>
 
 #include <chrono>
@@ -19,9 +19,9 @@ template <class T>
 __device__ T block_sum(T x, bool barrier) {
   __shared__ T partial[32];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int lanes = min(32, static_cast<int>(blockDim.x) - 32 * warp);
+  const int lanes = min(32, static_cast<int>(blockDim.x) - 32 * warp);  // in this warp
   for (int offset = 16; offset > 0; offset /= 2) {
-    const bool both = lane + offset < lanes;  // the last warp may lack lanes
+    const bool both = lane + offset < lanes;  // the last warp may have fewer than 32 lanes
     const T other = __shfl_down_sync(~0u, x, both ? offset : 0);
     if (both) x += other;
   }
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(1024) sum(T* out, int mutant) {
   if (threadIdx.x == 0 && out[blockIdx.x] == 0) out[blockIdx.x] = once;
 }
 
-// Each lane adds up its left neighbours' values of many rounds.
+// Each lane adds up the values of its left neighbour in many rounds.
 __global__ void exchange(int* out, int rounds, int mutant) {
   int* buffer = warp_buffer<int, 4096>();
   const int lane = threadIdx.x % 32;
@@ -78,7 +78,8 @@ __global__ void misuse(int* out, int mutant) {
   out[threadIdx.x] = __shfl_sync(~0u, lane, 3);
 }
 
-// Two halves of a warp go their own ways; counts of a block of 40 threads, 10 of which leave early.
+// Correct use: the two halves of a warp take different branches, and 4 of the 40 threads return
+// early.
 __global__ void allowed(unsigned* out) {
   const unsigned t = threadIdx.x, half = t % 32 / 16, mask = 0xFFFFu << 16 * half;
   if (t >= 32) {
@@ -130,7 +131,7 @@ __global__ void many_barriers(int rounds) {
   for (int r = 0; r < rounds; ++r) __syncthreads();
 }
 
-// False, and the error printed, when the launch failed.
+// Whether the launch succeeded. Prints its error otherwise.
 template <class... P, class... A>
 bool run(unsigned grid, unsigned block, void (*kernel)(P...), A... arguments) {
   cudaLaunchConfig_t config{};

@@ -17,7 +17,7 @@ namespace elf_shim {
 template <class T, class... Options>
 concept one_of = (std::same_as<T, Options> || ...);
 
-// What CUDA's shuffles take.
+// The types that CUDA's shuffles accept.
 template <class T>
 concept shuffled =
     one_of<T, int, unsigned, long, unsigned long, long long, unsigned long long, float, double>;
@@ -33,7 +33,7 @@ T shuffle(unsigned mask, T value, int source, const Where& where) {
 
 inline int lane() { return scheduler.running % 32; }
 
-// First lane of this lane's segment.
+// The first lane of this lane's segment of `width` lanes.
 inline int segment(int width, const Where& where) {
   if (width < 1 || width > 32 || !std::has_single_bit(static_cast<unsigned>(width)))
     fail("shuffle: expected a width that is a power of 2 up to 32, got ", width, " (",
@@ -62,7 +62,7 @@ void store(T* p, const T& value, const char* function) {
   *p = value;
 }
 
-// No other fiber runs between the load and the store.
+// Atomic, because no other fiber runs between the load and the store.
 template <class T, class F>
 T exchange(T* p, const char* function, F next) {
   polled();
@@ -119,7 +119,8 @@ T __shfl_sync(unsigned mask, T value, int source, int width = 32,
   return elf_shim::shuffle<elf_shim::Op::kShfl>(mask, value, from, where);
 }
 
-// Lanes whose source lies outside their segment keep their value; an earlier segment may be read.
+// A lane whose source is past the end of its segment keeps its value. Sources in earlier segments
+// are allowed.
 template <elf_shim::shuffled T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32,
                   elf_shim::Where where = elf_shim::Where::current()) {
@@ -163,7 +164,7 @@ inline unsigned __activemask() {
   return elf_shim::scheduler.warps[elf_shim::scheduler.running / 32].live;
 }
 
-// Ints travel sign-extended to 64 bits, so that one comparison orders them.
+// Signed values are sign-extended to 64 bits, so that 64-bit comparisons order them.
 template <elf_shim::one_of<int, unsigned> T>
 T __reduce_add_sync(unsigned mask, T value, elf_shim::Where where = elf_shim::Where::current()) {
   const auto bits = static_cast<uint64_t>(value);
@@ -182,7 +183,7 @@ T __reduce_max_sync(unsigned mask, T value, elf_shim::Where where = elf_shim::Wh
   return static_cast<T>(elf_shim::warp_wait<op>(mask, static_cast<uint64_t>(value), 0, where));
 }
 
-// Memory. Types are the ones that CUDA takes: an int64_t pointer, for one, is no atomic there.
+// Memory. Only the types that CUDA accepts: its atomics do not take int64_t, for example.
 
 template <elf_shim::one_of<int, unsigned, unsigned long long> T>
 T atomicAdd(T* p, elf_shim::as_is<T> v) {
@@ -272,7 +273,7 @@ inline float __fmaf_rn(float x, float y, float z) { return fmaf(x, y, z); }
 inline float __saturatef(float x) { return x > 0.0f ? fminf(x, 1.0f) : 0.0f; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline double rsqrt(double x) { return 1.0 / sqrt(x); }
-// Never contracted to a fused product and sum: the compiler cannot see through the empty asm.
+// The empty asm prevents the compiler from fusing a product and a sum into one operation.
 inline float __fmul_rn(float x, float y) {
   float product = x * y;
   asm("" : "+g"(product));
@@ -294,7 +295,7 @@ inline unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
   return c;
 }
 
-// CUDA's pairs of types and no others, so that a call that is ambiguous there is so here.
+// The same pairs of types as in CUDA, so that a call that is ambiguous there is ambiguous here.
 #define ELF_SHIM_MIN_MAX(R, A, B)                         \
   inline R min(A a, B b) {                                \
     const R x = static_cast<R>(a), y = static_cast<R>(b); \
@@ -314,7 +315,7 @@ ELF_SHIM_MIN_MAX_INTEGER(long, unsigned long)
 ELF_SHIM_MIN_MAX_INTEGER(long long, unsigned long long)
 #undef ELF_SHIM_MIN_MAX_INTEGER
 #undef ELF_SHIM_MIN_MAX
-// Of a number and a NaN, the number.
+// If one argument is NaN, these return the other.
 inline float min(float a, float b) { return fminf(a, b); }
 inline float max(float a, float b) { return fmaxf(a, b); }
 inline double min(double a, double b) { return fmin(a, b); }
@@ -324,12 +325,12 @@ inline double max(float a, double b) { return fmax(a, b); }
 inline double min(double a, float b) { return fmin(a, b); }
 inline double max(double a, float b) { return fmax(a, b); }
 
-// The grids of this emulation run one after another.
+// Grids run one after another here, so there is nothing to wait for.
 inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 #pragma GCC visibility pop
 
-// Assertions of kernels (CUDA_KERNEL_ASSERT).
+// Called by CUDA_KERNEL_ASSERT in kernels.
 extern "C" __attribute__((visibility("default"), noreturn)) inline void elf_shim_assert_fail(
     const char* message, const char*, unsigned, const char*) noexcept {
   elf_shim::fail(elf_shim::LaneName{elf_shim::scheduler.running}, ": assertion failed: ", message);

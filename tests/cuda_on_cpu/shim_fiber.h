@@ -1,4 +1,4 @@
-// Contexts of execution that are switched without a system call, and the stacks they run on.
+// Execution contexts of fibers, switches between them without a system call, and their stacks.
 #pragma once
 
 #include <sys/mman.h>
@@ -19,7 +19,8 @@
 #define ELF_SHIM_PORTABLE 0
 #endif
 
-// Callers must believe that a switch clobbers every register, also when they see its body.
+// Prevents the compiler from using the body of a function that switches contexts: callers must
+// assume that it clobbers all registers.
 #if defined(__clang__)
 #define ELF_SHIM_OPAQUE __attribute__((noinline))
 #else
@@ -42,11 +43,12 @@ inline void start_context(Context* context, char* stack, char* end, void (*entry
   makecontext(context, entry, 0);
 }
 #else
-using Context = void*;  // the stack pointer; on the stack lie the address to go on from, then rbp
+using Context = void*;  // the stack pointer; on the stack: the address to resume at, then rbp
 
 ELF_SHIM_OPAQUE inline void switch_context(Context* from, Context* to) {
   void* load = *to;
-  // 128: the red zone. A jump and not a return: the processor predicts it.
+  // 128: the red zone. A jump instead of a return, because the processor would mispredict the
+  // return.
   asm volatile(
       "leaq -128(%%rsp), %%rsp\n\t"
       "pushq %%rbp\n\t"
@@ -67,15 +69,15 @@ ELF_SHIM_OPAQUE inline void switch_context(Context* from, Context* to) {
 
 inline void start_context(Context* context, char*, char* end, void (*entry)()) {
   void** top = reinterpret_cast<void**>(end);
-  *--top = nullptr;  // where entry would return to; also aligns its stack as a call does
+  *--top = nullptr;  // return address of entry, never used; aligns the stack as a call does
   *--top = nullptr;
   *--top = reinterpret_cast<void*>(entry);
   *context = top;
 }
 #endif
 
-// Stacks of 64 KB over a guard page, kept for the life of the process. The last one given back is
-// the first one taken: threads that never wait share one.
+// Stacks of 64 KB with a guard page below. They are never unmapped. The stack that was given back
+// last is taken first, so threads that never wait use the same one.
 class Stacks {
  public:
   struct Stack {
@@ -87,7 +89,7 @@ class Stacks {
     Stack* stack = free_.back();
     free_.pop_back();
 #ifdef __SANITIZE_ADDRESS__
-    // Abandoned frames leave their red zones behind.
+    // Abandoned frames leave red zones of AddressSanitizer on the stack.
     __asan_unpoison_memory_region(stack->begin, static_cast<size_t>(stack->end - stack->begin));
 #endif
     return stack;
@@ -103,7 +105,8 @@ class Stacks {
     if (p == MAP_FAILED) throw std::bad_alloc();
     mprotect(p, kGuard, PROT_NONE);
     char* begin = static_cast<char*>(p) + kGuard;
-    // Ends 7 cache lines apart: at equal offsets in a page all stacks fight for one cache set.
+    // The ends of the stacks are shifted by 7 cache lines each. With equal offsets in a page, all
+    // stacks would use the same cache set.
     const size_t colour = mapped_++ * 448 % 4096;
     free_.reserve(mapped_);
     free_.push_back(&all_.emplace_back(Stack{begin, begin + kBytes - colour}));

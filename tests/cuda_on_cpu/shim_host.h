@@ -1,4 +1,4 @@
-// Host functions: launches, errors, device attributes. Work in a stream is done at once.
+// Host functions: launches, errors, device attributes. All work is done synchronously.
 #pragma once
 
 #include <cstdlib>
@@ -92,7 +92,7 @@ inline cudaError_t last_error = cudaSuccess;
 
 inline cudaError_t failed_with(cudaError_t error) { return last_error = error; }
 
-// The limits of a device of compute capability 9.0.
+// The limit of compute capability 9.0 that a launch exceeds, or null.
 inline const char* why_not(const cudaLaunchConfig_t& c) {
   const dim3 b = c.blockDim, g = c.gridDim;
   if (!(b.x && b.y && b.z && g.x && g.y && g.z)) return "a block or grid without threads";
@@ -166,7 +166,7 @@ inline cudaError_t cudaGetDeviceCount(int* count) {
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   switch (attribute) {
     case cudaDevAttrMultiProcessorCount:
-      *value = 3;  // few and odd: persistent blocks loop, and unevenly
+      *value = 3;  // few, so that blocks loop; odd, so that their numbers of rows differ
       return cudaSuccess;
     case cudaDevAttrMaxThreadsPerMultiProcessor: *value = 2048; return cudaSuccess;
     case cudaDevAttrMaxThreadsPerBlock: *value = 1024; return cudaSuccess;
@@ -211,7 +211,7 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 }
 #pragma GCC visibility pop
 
-// Visible, since PyTorch's declarations of these names are.
+// Visible, because PyTorch declares these names with default visibility.
 #define ELF_SHIM_FOR_TORCH extern "C" __attribute__((visibility("default"))) inline
 ELF_SHIM_FOR_TORCH int32_t elf_shim_check_msg(int32_t error, const char* file, const char* function,
                                               uint32_t line, bool, char** message) {

@@ -1,15 +1,15 @@
-// One block at a time, every thread of it a fiber on one OS thread.
+// Runs one block at a time. Each of its threads is a fiber, and all fibers run on one OS thread.
 //
-// A fiber runs until it has to wait: at a barrier, or at a warp primitive whose other lanes are not
-// there yet. The next one is drawn at random, mostly from the same warp, so that a warp runs far
-// ahead of the others and a lane far ahead of its warp: what a missing barrier allows, happens.
-// The last lane to reach a warp primitive computes the results of all lanes, so one primitive costs
-// one switch a lane.
+// A fiber runs until it has to wait: at a barrier, or at a warp primitive that other lanes have not
+// reached. The next fiber is drawn at random, mostly from the same warp. So warps run far ahead of
+// other warps, and lanes far ahead of their warp, and a missing barrier has an effect. The last
+// lane to reach a warp primitive computes the results of all lanes, so a primitive costs one switch
+// per lane.
 //
-// A lane that its warp waits for in vain, a barrier reached from different source lines, a lane
-// outside the mask and a launch without end are errors: the launch stops, its fibers are abandoned
-// (kernels hold trivial locals only) and the launch function returns the reason. No exception
-// crosses a fiber.
+// These are errors: a warp primitive that can never complete, threads that wait for one barrier in
+// different source lines, a lane outside its mask, and a launch that does not end. The launch
+// stops, its fibers are abandoned (locals of kernels have trivial destructors) and the launch
+// function returns the reason. No exception leaves a fiber.
 #pragma once
 
 #include <link.h>
@@ -68,7 +68,7 @@ struct Thread {
   uint3 index;
 };
 
-// Bit l of a set of lanes is lane l.
+// Sets of lanes are bit masks: bit l is lane l.
 struct Warp {
   uint32_t exists, live, ready, waiting, at_barrier;
   uint32_t mask[32];
@@ -103,7 +103,7 @@ struct Scheduler {
     return static_cast<uint32_t>(random >> 32);
   }
 
-  // Some bit of a nonzero set.
+  // A random member of a nonempty set.
   int any_of(uint32_t set) {
     const int turn = static_cast<int>(draw() >> 27);
     return (std::countr_zero(std::rotr(set, turn)) + turn) & 31;
@@ -119,14 +119,14 @@ inline Scheduler scheduler;
 
 inline constinit thread_local char thread_local_marker = 0;
 
-// The address of the marker; the compiler must not know that one byte is all there is.
+// The address of the marker. The asm hides from the compiler that only one byte is there.
 inline char* marker_address() {
   char* address = &thread_local_marker;
   asm volatile("" : "+r"(address));
   return address;
 }
 
-// The thread-local segment of this library: every __shared__ variable and the marker.
+// The thread-local segment of this library. It holds all __shared__ variables and the marker.
 struct SharedMemory {
   size_t before_marker = 0, bytes = 0;
 
@@ -160,7 +160,7 @@ void set_reason(const Parts&... parts) {
   scheduler.failed = true;
 }
 
-// Leaves the running fiber for good.
+// Switches from the running fiber to the launch function. The fiber never runs again.
 [[noreturn]] inline void abandon() {
   Context dead;
   switch_context(&dead, &scheduler.main);
@@ -190,7 +190,7 @@ inline std::ostream& operator<<(std::ostream& out, LaneName l) {
   return out << "lane " << l.thread % 32 << " of warp " << l.thread / 32;
 }
 
-// The first wait that cannot end.
+// Reports the first wait that cannot end.
 [[noreturn]] inline void fail_stuck() {
   for (int pass = 0; pass < 2; ++pass)
     for (int w = 0; w < 32; ++w) {
@@ -220,7 +220,7 @@ inline std::ostream& operator<<(std::ostream& out, LaneName l) {
 
 // Switches
 
-// The thread to run next, no longer ready; -1 when there is none.
+// Chooses the next thread to run and removes it from the ready ones. -1 if there is none.
 inline int take_next(bool from_any_warp = false) {
   Scheduler& s = scheduler;
   int w = s.running / 32;
@@ -246,7 +246,7 @@ inline void become(int t) {
   start_context(&thread.context, thread.stack->begin, thread.stack->end, fiber_main);
 }
 
-// Lets others run until this thread is ready and drawn again.
+// Runs other threads until this one is ready and chosen again.
 inline void suspend(bool to_any_warp = false) {
   const int from = scheduler.running, to = take_next(to_any_warp);
   if (to < 0) fail_stuck();
@@ -260,7 +260,8 @@ inline void yield() {
   suspend(true);
 }
 
-// A thread that polls memory gives way at times, or what it waits for would never come.
+// Called at each load and atomic. Yields from time to time, because a thread that polls memory
+// waits for another thread.
 inline void polled() {
   if (++scheduler.polls % (1 << 14) == 0) yield();
 }
@@ -296,7 +297,8 @@ inline ELF_SHIM_OPAQUE void barrier_wait(bool vote, const Where& where) {
 
 // Warp primitives
 
-// Computes the results of all lanes in mask; false while they wait for different things.
+// Computes the results of all lanes in mask. False if they wait in different primitives or with
+// different masks.
 template <Op op>
 bool complete(Warp& warp, uint32_t mask) {
   bool same = true;
@@ -337,7 +339,7 @@ bool complete(Warp& warp, uint32_t mask) {
   return true;
 }
 
-// Waits for the lanes in mask; lanes beyond the end of the block never existed and do not count.
+// Waits for the lanes in mask. Lanes past the end of the block do not exist and are ignored.
 template <Op op>
 ELF_SHIM_OPAQUE uint64_t warp_wait(uint32_t mask, uint64_t value, int source, const Where& where) {
   Scheduler& s = scheduler;
@@ -364,7 +366,8 @@ ELF_SHIM_OPAQUE uint64_t warp_wait(uint32_t mask, uint64_t value, int source, co
 
 // Threads and blocks
 
-// A fiber runs thread after thread for as long as the next one has not started yet.
+// The body of a fiber. After its thread has ended, it runs the next thread on the same stack if
+// that one has not started yet.
 inline void fiber_main() {
   Scheduler& s = scheduler;
   s.on_fiber = 1;
@@ -419,8 +422,8 @@ inline void run_block(int threads, const SharedMemory& shared) {
     }
 }
 
-// Ends a launch that uses more processor time than ELF_FAST_LAUNCH_SECONDS (20): nothing else can
-// stop a thread that polls a plain variable.
+// Ends a launch that uses more processor time than ELF_FAST_LAUNCH_SECONDS (default: 20). A thread
+// that polls a plain variable cannot be stopped otherwise.
 class Watchdog {
  public:
   Watchdog() {
@@ -432,7 +435,7 @@ class Watchdog {
       scheduler.timed_out = 1;
       if (scheduler.on_fiber) abandon();
     };
-    action.sa_flags = SA_NODEFER;  // the handler never returns, so its signal must not stay blocked
+    action.sa_flags = SA_NODEFER;  // the handler does not return, so the signal must not be blocked
     sigaction(SIGVTALRM, &action, &before_);
     sigevent event = {};
     event.sigev_notify = SIGEV_THREAD_ID;
@@ -456,7 +459,7 @@ class Watchdog {
   bool armed_ = false;
 };
 
-// Runs the grid; false, with scheduler.reason, when the emulation found an error.
+// Runs the grid. False if the emulation found an error; scheduler.reason then says which.
 inline bool run_grid(dim3 grid, dim3 block, void (*kernel)(const void*), const void* arguments) {
   static const SharedMemory shared;
   Scheduler& s = scheduler;

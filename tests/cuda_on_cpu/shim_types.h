@@ -38,7 +38,7 @@ ELF_SHIM_VECTOR4(float, float4)
 #undef ELF_SHIM_VECTOR2
 #undef ELF_SHIM_VECTOR4
 
-// Hidden: every shared library has a scheduler of its own, and its sources share it.
+// Hidden, so that each shared library has its own variables. All its sources share them.
 #pragma GCC visibility push(hidden)
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;

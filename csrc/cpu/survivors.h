@@ -1,18 +1,27 @@
-// The gate's outputs and its last step, shared by exit_gate, exit_head and exit_loss.
+// The exit test's arguments and outputs, and the scan of the rows' flags into survivor indices.
+// exit_gate, exit_head and exit_loss share them.
 #pragma once
 
-#include "tensor.h"
+#include "threads.h"
 
 namespace elf_fast {
 
-// Arguments of the confidence test, as the row kernels take them.
+inline void check_target(const Tensor& target, int64_t N, int64_t C) {
+  check_vector(target, "target", N, ScalarType::Long);
+  const int64_t* y = data<const int64_t>(target);
+  for (int64_t n = 0; n < N; ++n)
+    STD_TORCH_CHECK(y[n] >= 0 && y[n] < C, "target: expected 0 <= target < ", C, ", got ", y[n],
+                    " at index ", n);
+}
+
+// The test's arguments in the form that the row kernels take.
 template <class A>
 struct GateTest {
   A a;                 // log2(e) / temperature
   const A* threshold;  // [] or [C]
   int64_t threshold_stride;
   Criterion criterion;
-  const int64_t* target;  // [N], or null: leaving takes no correctness
+  const int64_t* target;  // [N]: a sample exits only if its prediction is right; null: no such test
   bool early_stop;
 };
 
@@ -35,7 +44,7 @@ GateTest<A> gate_test(const Tensor& threshold, const Tensor& temperature, int64_
   return test;
 }
 
-// confidence [N], prediction [N], survivors [N] of which the first `count` are written, count [].
+// confidence [N], prediction [N], survivors [N] (the first `count` are valid), count [].
 struct GateOutputs {
   Tensor confidence, prediction, survivors, count;
 
@@ -45,9 +54,9 @@ struct GateOutputs {
         survivors(empty_vector(logits.size(0), ScalarType::Long, logits)),
         count(empty_scalar(ScalarType::Long, logits)) {}
 
-  // The row kernels leave 1 (goes on) or 0 in survivors[n]; this turns the flags into ascending
-  // indices in place: index k of the output never lies past flag k of the input. The rest is
-  // filled with N, so that the same input gives the same bits.
+  // The row kernels write a flag to survivors[n]: 1 if row n survives, else 0. This replaces the
+  // flags by the ascending indices of the survivors. It works in place because output k is written
+  // after flag k has been read. The rest is filled with N, so that equal input gives equal bits.
   void scan() {
     int64_t* flags = data<int64_t>(survivors);
     const int64_t N = survivors.size(0);

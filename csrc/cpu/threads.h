@@ -1,4 +1,4 @@
-// What only the CPU operators share: checks of values, and threads over rows.
+// Distribution of rows over threads.
 #pragma once
 
 #include "../tensor.h"
@@ -6,20 +6,13 @@
 
 namespace elf_fast {
 
-inline void check_target(const Tensor& target, int64_t N, int64_t C) {
-  check_vector(target, "target", N, ScalarType::Long);
-  const int64_t* y = data<const int64_t>(target);
-  for (int64_t n = 0; n < N; ++n)
-    STD_TORCH_CHECK(y[n] >= 0 && y[n] < C, "target: expected 0 <= target < ", C, ", got ", y[n],
-                    " at index ", n);
-}
-
-// Rows per task: enough work, in elements, to pay for waking a thread.
+// Rows per task. A task must hold enough elements to outweigh the cost of waking a thread.
 inline int64_t grain(int64_t row_elements) {
   constexpr int64_t kElements = 1 << 15;
   return row_elements >= kElements ? 1 : kElements / (row_elements > 0 ? row_elements : 1);
 }
 
+// Calls f(begin, end) on ranges that together cover rows [0, N).
 template <class F>
 void over_rows(int64_t N, int64_t row_elements, const F& f) {
   const int64_t rows = grain(row_elements);
