@@ -4,13 +4,14 @@ its `SPEED` shapes, the benchmarks. Adding an operator adds its rows here."""
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from elf_fast import criteria
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -62,12 +63,12 @@ class GateCase:
             logits[1, C - 1] = logits[1, 0] = logits[1].max() + 1  # a tie: the lowest class wins
         target = torch.randint(0, C, (N,), generator=generator)
         target[::2] = logits[::2].argmax(dim=1) if N else target[::2]
-        off = -math.inf if self.criterion == "entropy" else math.inf
+        criterion = criteria.by_name(self.criterion)
         threshold: float | Tensor = {
             "scalar": 0.6,
             "per class": torch.linspace(0.0, 1.0, C),
-            "never": off,
-            "always": 1.0 if self.criterion == "entropy" else 0.0,
+            "never": criterion.off,
+            "always": criterion.everyone,
         }[self.threshold]
         if isinstance(threshold, Tensor):
             threshold = threshold.to(device)
@@ -82,11 +83,9 @@ class GateCase:
 
 def gate_cases() -> Iterator[GateCase]:
     """Every shape and dtype for every criterion; the other settings each vary once."""
-    for shape, dtype, criterion in itertools.product(
-        SHAPES, DTYPES, ("confidence", "margin", "entropy")
-    ):
+    for shape, dtype, criterion in itertools.product(SHAPES, DTYPES, criteria.TABLE):
         yield GateCase(shape, dtype, criterion, "scalar", 1.0, False, "contiguous")
-    for criterion in ("confidence", "margin", "entropy"):
+    for criterion in criteria.TABLE:
         for threshold in ("per class", "never", "always"):
             for with_target in (False, True):
                 yield GateCase(

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from elf_fast import ELF, ExitHead, cli
+from elf_fast import ELF, ExitHead, criteria
 from elf_fast.bench import command, inference, training
 from elf_fast.bench.timing import sample
 from elf_fast.bench.workload import inference_work, training_work
+from elf_fast.cli.main import parser
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import rivals
@@ -30,7 +31,7 @@ def network(criterion="confidence", **options) -> ELF:
 IMAGES = torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy"])
+@pytest.mark.parametrize("criterion", [*criteria.TABLE])
 @pytest.mark.parametrize("share, left", [(0.5, [20, 10, 10]), (0.8, [8, 6, 26]), (0.0, [40, 0, 0]),
                                          (1.0, [0, 0, 40])])  # fmt: skip
 def test_the_chosen_share_goes_on(criterion, share, left):
@@ -115,7 +116,7 @@ def test_samples_are_paired():
 
 
 def options(*arguments: str) -> argparse.Namespace:
-    return cli._parser().parse_args(["bench", *arguments])
+    return parser().parse_args(["bench", *arguments])
 
 
 def test_command(capsys):

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+from dataclasses import replace
 
 import gpu_code
 import pytest
 import torch
+from torch import nn
 
-from elf_fast import criteria, ops
+from elf_fast import ELF, ExitHead, checks, criteria, functional, ops, reference
+from elf_fast.bench import workload
+from elf_fast.cli.main import parser
+from elf_fast.flops import Flops
+from elf_fast.policy import calibrate
+from elf_fast.policy.exit_table import ExitTable, exit_table
+from elf_fast.runs.config import TrainConfig
 
 TABLE = {c.name: (c.code, c.larger_is_surer) for c in criteria.TABLE.values()}
 
@@ -54,3 +63,66 @@ def test_an_unknown_code_is_refused(name, code, rows, device):
     message = rf"criterion: expected one of the codes {codes}, got {code}$"
     with pytest.raises((ValueError, RuntimeError), match=message):
         calls[name](code)
+
+
+# A criterion that stands in the table alone
+
+
+@pytest.fixture
+def newcomer(monkeypatch):
+    """A criterion that no reference and no kernel knows, with its own range and direction."""
+    made = criteria.Criterion("newcomer", code=9, larger_is_surer=False, low=-1.0, high=2.0)
+    monkeypatch.setitem(criteria.TABLE, made.name, made)
+    return made
+
+
+def test_whoever_computes_a_statistic_refuses_a_newcomer(newcomer, device):
+    z, y = torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    weight = torch.randn(3, 3, device=device)
+    known = "criterion: expected one of (the codes 0, 1, 2, got 9|confidence, margin, entropy, whi)"
+    for call in (
+        lambda: functional.exit_gate(z, 0.5, criterion="newcomer"),
+        lambda: functional.exit_head(z, weight, None, 0.5, criterion="newcomer"),
+        lambda: functional.exit_loss(z, y, threshold=0.5, criterion="newcomer"),
+        lambda: functional.exit_loss(z, y, criterion="newcomer"),
+        lambda: reference.exit_gate(z, 0.5, criterion="newcomer"),
+        lambda: reference.statistic_grad(z[:, 0], z, 1.0, newcomer),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match=known):
+            call()
+
+
+@pytest.mark.parametrize("cls", [reference.ELF, ELF], ids=["reference", "elf_fast"])
+@pytest.mark.parametrize("head", [ExitHead, nn.Linear])
+def test_networks_calibration_and_workloads_refuse_a_newcomer(newcomer, cls, head):
+    heads = [head(6, 3), head(6, 3)]
+    model = cls([nn.Identity()] * 2, heads, criterion="newcomer", thresholds=1.5)
+    x, y = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
+    for call in (
+        lambda: model.eval()(x),
+        lambda: model.train()(x, y),
+        lambda: exit_table(model, [(x, y)]),
+        lambda: workload.inference_work(model, x, 0.5),
+    ):
+        with pytest.raises((ValueError, RuntimeError), match="criterion: expected one of"):
+            call()
+
+
+def test_whoever_needs_only_the_row_handles_a_newcomer(newcomer):
+    """Thresholds, sweeps, settings and flags."""
+    with pytest.raises(ValueError, match=r"expected values in \[-1, 2\], or -inf to switch .* 3"):
+        checks.threshold_values("threshold", 3.0, newcomer)
+    settings = TrainConfig(dataset="digits", criterion="newcomer", thresholds=(-0.5, -math.inf))
+    with pytest.raises(ValueError, match=r"thresholds: expected values in \[-1, 2\]"):
+        replace(settings, thresholds=(math.inf,))
+    assert parser().parse_args(["train", "--criterion", "newcomer"]).criterion == "newcomer"
+    table = ExitTable(
+        statistic=torch.tensor([[-0.9, 0.0, 1.9], [0.0, 0.0, 0.0]]),
+        prediction=torch.tensor([[0, 0, 0], [1, 1, 1]]),
+        target=torch.tensor([0, 0, 1]),
+        criterion=newcomer,
+    )
+    points = calibrate.sweep(table, Flops((1, 1), (0, 0)))
+    assert (points[0].threshold, points[0].flops) == (2.0, 1.0)
+    assert (points[-1].threshold, points[-1].flops) == (-math.inf, 2.0)
+    assert calibrate.choose(points).accuracy == 1.0

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.library import opcheck
 
-from elf_fast import functional, ops
+from elf_fast import criteria, functional, ops
 
 ONE = torch.tensor(1.3)
 HALF = torch.tensor(0.5)
@@ -27,7 +27,9 @@ IMAGES = torch.randn(7, 6, 3, 3, generator=torch.Generator().manual_seed(1))
 CALLS = {
     "exit_gate": lambda: (ops.exit_gate, (_logits(), HALF, ONE, 0, None, False)),
     "exit_gate margin": lambda: (ops.exit_gate, (_logits(), PER_CLASS, ONE, 1, TARGET, False)),
-    "exit_gate entropy": lambda: (ops.exit_gate, (_logits(), HALF, ONE, 2, None, False)),
+    "exit_gate entropy": lambda: (
+        ops.exit_gate, (_logits(), HALF, ONE, criteria.TABLE["entropy"].code, None, False)
+    ),
     "exit_gate early": lambda: (ops.exit_gate, (_logits(), 0 * HALF, ONE, 0, None, True)),
     "exit_head": lambda: (
         ops.exit_head,
@@ -129,7 +131,7 @@ def test_inductor_fullgraph():
     torch.testing.assert_close((x.grad, w.grad), expected)
 
 
-@pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy"])
+@pytest.mark.parametrize("criterion", [*criteria.TABLE])
 def test_gradcheck_exit_gate(criterion, device):
     def confidence(z):
         return functional.exit_gate(z, 0.5, temperature=1.3, criterion=criterion).confidence

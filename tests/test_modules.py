@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import elf_fast
-from elf_fast import ELF, ExitHead, losses, reference
+from elf_fast import ELF, ExitHead, criteria, losses, reference
+from elf_fast.bench.workload import inference_work, training_work
 
 BOTH = pytest.mark.parametrize("cls", [reference.ELF, ELF], ids=["reference", "elf_fast"])
 
@@ -26,6 +27,17 @@ class Constant(nn.Module):
 
     def forward(self, x):
         return self.table[x[:, 0].long()]
+
+
+class ScaledNorm(nn.Module):
+    """A criterion with a parameter of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, logits):
+        return self.scale * logits.norm(dim=1)
 
 
 def lookup(cls, tables, **options):
@@ -92,10 +104,47 @@ def test_per_exit_and_per_class_thresholds_and_temperatures(cls):
 
 
 @BOTH
-@pytest.mark.parametrize("criterion, t", [("margin", 0.9), ("entropy", 0.2)])
+@pytest.mark.parametrize(
+    "criterion, t",
+    [("margin", 0.9), ("entropy", 0.2), (lambda z: z.amax(dim=1), 5.9), (ScaledNorm(), 2.9)],
+    ids=["margin", "entropy", "function", "module"],
+)
 def test_criteria(cls, criterion, t):
     model = lookup(cls, [[SURE, UNSURE, SURE]] * 2, thresholds=t, criterion=criterion).eval()
     assert model(SAMPLES).exit_index.tolist() == [0, 1, 0, 0]
+    target = torch.tensor([0, 0, 1, 0])  # sample 2 is sure and wrong
+    model.train_thresholds = t
+    out = model.train()(SAMPLES, target)
+    assert out.exit_index.tolist() == [0, 1, 1, 0]
+    out.loss.backward()
+    assert model.heads[0].table.grad.abs().sum() > 0
+
+
+@BOTH
+def test_a_criterion_of_the_users_gets_logits_by_temperature_and_is_switched_off(cls):
+    seen = []
+
+    def score(z):
+        seen.append(z.detach().clone())
+        return torch.full((len(z),), math.inf)
+
+    model = lookup(cls, [[SURE, SURE, SURE]] * 2, temperatures=2.0, criterion=score)
+    model.thresholds = math.inf
+    out = model.eval()(SAMPLES)
+    assert out.exit_index.tolist() == [1] * 4  # a score of inf does not pass a threshold of inf
+    assert torch.equal(seen[0], torch.tensor([SURE] * 4) / 2)
+    model.thresholds = 1e30
+    assert model(SAMPLES).exit_index.tolist() == [0] * 4
+    model.criterion = lambda z: z
+    with pytest.raises(ValueError, match=r"criterion: expected scores of shape \[4\], one per"):
+        model(SAMPLES)
+
+
+@BOTH
+def test_under_a_criterion_of_the_users_nan_goes_on(cls):
+    tables = [[[math.nan, 0.0, 0.0], SURE, SURE]] * 2
+    model = lookup(cls, tables, criterion=lambda z: torch.ones(len(z)), thresholds=0.5).eval()
+    assert model(SAMPLES).exit_index.tolist() == [1, 0, 0, 1]
 
 
 @BOTH
@@ -136,7 +185,7 @@ def generic_head(D, C):
 
 @BOTH
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("criterion", ["confidence", "margin", "entropy"])
+@pytest.mark.parametrize("criterion", [*criteria.TABLE])
 def test_empty_batch(cls, training, criterion):
     model = cnn(cls, criterion=criterion).train(training)
     before = copy.deepcopy(model.state_dict())
@@ -285,8 +334,8 @@ def away_from_ties(model, x, y) -> torch.Tensor:
     N=st.integers(1, 40),
     exits=st.integers(1, 4),
     classes=st.integers(1, 12),
-    criterion=st.sampled_from(["confidence", "margin", "entropy"]),
-    threshold=st.floats(0.05, 0.95),
+    criterion=st.sampled_from([*criteria.TABLE]),
+    threshold=st.one_of(st.floats(0.0, 1.0), st.sampled_from(["half", "off", "everyone"])),
     per_class=st.booleans(),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -300,10 +349,14 @@ def test_drop_in(
     seed, N, exits, classes, criterion, threshold, per_class, temperature, dtype, exit_loss,
     drop_exited, training, channels_last, head,
 ):  # fmt: skip
-    """Exit index, prediction, logits, loss and every gradient agree on random networks."""
-    t = torch.full((exits - 1, classes), threshold) if per_class else threshold
+    """Exit index, prediction, logits, loss and every gradient agree on random networks. "half": at
+    each exit half of the samples leave."""
+    row = criteria.by_name(criterion)
+    t = {"half": 0.5, "off": row.off, "everyone": row.everyone}.get(threshold, threshold)
     if per_class:
-        t = (t + torch.linspace(-0.04, 0.04, classes)).clamp(0, 1)
+        t = torch.full((exits - 1, classes), t)
+        if exits > 1 and math.isfinite(t.max()):
+            t = (t + torch.linspace(-0.04, 0.04, classes)).clamp(0, 1)
     model = cnn(
         reference.ELF, exits=exits, classes=classes, norm=N > 1, head=head, seed=seed, thresholds=t,
         temperatures=temperature, criterion=criterion, drop_exited=drop_exited,
@@ -313,7 +366,14 @@ def test_drop_in(
     if channels_last:
         x = x.to(memory_format=torch.channels_last)
         model.to(memory_format=torch.channels_last)
-    assert_drop_in(model, x, torch.randint(0, classes, (N,)))
+    target = torch.randint(0, classes, (N,))
+    if threshold == "half" and N * classes == 1:
+        return  # a workload scales logits by their standard deviation
+    if threshold == "half" and training:
+        model, _, target, _ = training_work(model, x, 0.5)
+    elif threshold == "half":
+        model = inference_work(model, x, 0.5).model
+    assert_drop_in(model, x, target)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])

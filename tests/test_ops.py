@@ -17,7 +17,7 @@ from cases import (
 )
 from torch import Tensor
 
-from elf_fast import functional, ops, reference
+from elf_fast import criteria, functional, ops, reference
 
 nan, inf = math.nan, math.inf
 
@@ -42,7 +42,7 @@ def assert_same_gate(gate, truth, threshold, criterion: str) -> None:
     expected[truth.survivors] = True
     t = threshold[truth.prediction] if isinstance(threshold, Tensor) else torch.tensor(threshold)
     t = t.double().expand(N)
-    size = torch.ones_like(t) if criterion == "entropy" else t.abs()
+    size = t.abs() if criteria.by_name(criterion).larger_is_surer else torch.ones_like(t)
     tie = (truth.confidence.double() - t).abs() <= 1e-6 * size
     assert torch.equal(goes_on[~tie], expected[~tie])
     assert bool((gate.survivors[1:] > gate.survivors[:-1]).all())
@@ -88,7 +88,7 @@ def test_ties_take_the_lowest_class(C, dtype, device):
     zeros = torch.where(logits == 2.0, -0.0, -1.0)
     zeros[:, -1] = 0.0
     for values in (logits, zeros):
-        for criterion in ("confidence", "margin", "entropy"):
+        for criterion in criteria.TABLE:
             gate = functional.exit_gate(values.to(device, dtype), 0.5, criterion=criterion)
             assert torch.equal(gate.prediction.cpu(), first)
 
@@ -133,7 +133,7 @@ def test_special_values(row, top, prediction, padding, device):
     )
     assert gate.prediction[0] == prediction
     assert gate.survivors.tolist() == ([0] if top != top else [])
-    for criterion in ("margin", "entropy"):
+    for criterion in set(criteria.TABLE) - {"confidence"}:
         gate = functional.exit_gate(logits.to(device), 0.5, criterion=criterion)
         expected = reference.statistic(logits.double(), criterion=criterion)
         torch.testing.assert_close(
@@ -141,13 +141,11 @@ def test_special_values(row, top, prediction, padding, device):
         )
 
 
-@pytest.mark.parametrize(
-    "criterion, always", [("confidence", 0.0), ("margin", 0.0), ("entropy", 1.0)]
-)
-def test_nan_never_exits(criterion, always, device):
+@pytest.mark.parametrize("criterion", criteria.TABLE.values(), ids=lambda c: c.name)
+def test_nan_never_exits(criterion, device):
     logits = torch.randn(50, 100, device=device)
     logits[torch.arange(0, 50, 7), torch.arange(0, 50, 7) * 2] = nan
-    gate = functional.exit_gate(logits, always, criterion=criterion)
+    gate = functional.exit_gate(logits, criterion.everyone, criterion=criterion.name)
     assert gate.survivors.tolist() == list(range(0, 50, 7))
     assert gate.confidence.isnan().nonzero().flatten().tolist() == list(range(0, 50, 7))
 

@@ -89,12 +89,14 @@ def _decide(
     ordered = value.sort(descending=not criterion.larger_is_surer).values  # the least sure first
     k = round(share * len(value))
     if k >= len(value):
-        thresholds[e] = criterion.off
+        threshold = torch.tensor(criterion.off)
     elif k == 0:
-        thresholds[e] = criterion.everyone if criterion.is_bounded else ordered[0] - 1.0
+        everyone = criterion.everyone if criterion.is_bounded else float(ordered[0]) - 1.0
+        threshold = torch.tensor(everyone)
     else:
-        thresholds[e] = (ordered[k - 1].double() + ordered[k].double()) / 2
-    return ~criterion.passes(value, thresholds[e]), logits.argmax(1)
+        threshold = (ordered[k - 1].double() + ordered[k].double()) / 2
+    thresholds[e] = threshold
+    return ~criterion.passes(value, threshold.to(thresholds)), logits.argmax(1)
 
 
 def _select(x: Tensor, which: Tensor) -> Tensor:

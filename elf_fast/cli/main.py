@@ -20,13 +20,7 @@ _EXTRA = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="elf-fast", description="Early-exit training and inference for long-tailed data (ELF)."
-    )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in _COMMANDS:
-        command.add(commands).set_defaults(run=command.run)
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
         return arguments.run(arguments)
     except UserError as error:
@@ -47,6 +41,17 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("elf-fast: stopped", file=sys.stderr)
         return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The flags of all commands. The command's function is in the namespace, as `run`."""
+    made = argparse.ArgumentParser(
+        prog="elf-fast", description="Early-exit training and inference for long-tailed data (ELF)."
+    )
+    commands = made.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(commands).set_defaults(run=command.run)
+    return made
 
 
 def _fail(message: str) -> int:

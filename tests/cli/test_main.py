@@ -32,7 +32,7 @@ def test_a_missing_extra_is_named_with_its_cure(monkeypatch, tmp_path, capsys):
     assert 'rich is not installed: pip install "elf_fast[train]"' in message
 
 
-def test_a_reader_that_stops_early_is_norefused():
+def test_a_reader_that_stops_early_is_no_error():
     code = "import sys, elf_fast.cli; sys.exit(elf_fast.cli.main(['doctor']))"
     command = [sys.executable, "-u", "-c", code]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
