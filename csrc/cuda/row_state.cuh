@@ -98,7 +98,6 @@ __device__ __forceinline__ RowState<A> merge(RowState<A> x, RowState<A> y, A a) 
 }
 
 // The state of the lane whose index differs in the bits of `lanes`.
-// The state of the lane whose index differs in the bits of `lanes`.
 template <Criterion kCriterion, class A>
 __device__ __forceinline__ RowState<A> shuffled(const RowState<A>& r, unsigned mask, int lanes) {
   RowState<A> other = r;
