@@ -1,6 +1,6 @@
-// The softmax state of a row over some of its classes, and the merge of two states into one. A row
-// can so be split over loop iterations, lanes, warps and blocks. Exponentials have base 2, with a =
-// log2(e) / T.
+// The softmax state of a row over some of its classes, and the merge of two states into one. So a
+// row can be split over loop iterations, lanes, warps and blocks. Exponentials have base 2:
+// exp((z - m) / T) = 2^(a (z - m)) with a = log2(e) / T.
 //
 // The loops have no special case for NaN and infinities. They make the sum NaN or 0, or leave no
 // class; such a row is read again by `careful`.
