@@ -23,8 +23,8 @@ struct Top {
 
 // Calls f(slot, c, keep, x...) for each vector of one or more rows. x are the rows' values from
 // class c on, and `keep` the lanes that f must use. Slots 0 to kSlots - 1 alternate, so that f can
-// keep kSlots independent accumulators, whose additions overlap. Slot kSlots gets the last C %
-// kLanes classes.
+// keep kSlots independent accumulators, whose additions overlap. Slot kSlots gets the classes at
+// the end of the row that do not fill a vector.
 template <int kSlots, class F, class... Rows>
 ELF_INLINE void sweep(int64_t C, F f, const Rows*... z) {
   constexpr int64_t kBlock = kSlots * kLanes;

@@ -1,9 +1,8 @@
 // compact: dense batches of the surviving samples of features [N, ...], and the gradient.
 //
 //   compact           out[k] = features[survivors[k]]: 2 s F bytes
-//   compact_into      the same into a given batch, for the first `count` survivors; the kernel
-//   reads
-//                     count
+//   compact_into      the same into a given batch, for the first `count` survivors; count is in
+//                     device memory
 //   compact_          features[j] = old features[order[j]] for j < count. Survivors with indices
 //                     >= count move into the free rows below count: about 2 s (1 - s) F bytes
 //   compact_backward  grad_in[survivors[k]] = grad[k], 0 elsewhere: (1 + s) F bytes

@@ -1,6 +1,6 @@
-// The softmax state of a row over some of its classes, and the merge of two states into one. A row
-// can so be split over loop iterations, lanes, warps and blocks. Exponentials have base 2, with a =
-// log2(e) / T.
+// The softmax state of a row over some of its classes, and the merge of two states into one. So a
+// row can be split over loop iterations, lanes, warps and blocks. Exponentials have base 2:
+// exp((z - m) / T) = 2^(a (z - m)) with a = log2(e) / T.
 //
 // The loops have no special case for NaN and infinities. They make the sum NaN or 0, or leave no
 // class; such a row is read again by `careful`.
@@ -97,7 +97,6 @@ __device__ __forceinline__ RowState<A> merge(RowState<A> x, RowState<A> y, A a) 
   return r;
 }
 
-// The state of the lane whose index differs in the bits of `lanes`.
 // The state of the lane whose index differs in the bits of `lanes`.
 template <Criterion kCriterion, class A>
 __device__ __forceinline__ RowState<A> shuffled(const RowState<A>& r, unsigned mask, int lanes) {
