@@ -88,3 +88,18 @@ def demo_output(tmp_path_factory) -> tuple[Path, str]:
     with contextlib.redirect_stdout(printed):
         assert cli.main(["demo", "--output", str(folder), "--seeds", "1", "--epochs", "2"]) == 0
     return folder, printed.getvalue()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """One CPU thread for torch, so that a small run is quick and repeats bit by bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def digits():
+    """Long-tailed digits at imbalance 50."""
+    return pytest.importorskip("elf_fast.data").long_tailed_digits(50.0)

@@ -1,6 +1,5 @@
-"""Runs are small and repeat bit by bit: one thread."""
+"""What the tests of this folder share."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,11 +10,8 @@ from elf_fast import cli
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread) -> None:
+    """For every test of this folder."""
 
 
 @pytest.fixture(scope="session")

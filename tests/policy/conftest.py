@@ -1,12 +1,9 @@
-"""Runs are small and repeat bit by bit: one thread."""
-
-from collections.abc import Iterator
+"""What the tests of this folder share."""
 
 import pytest
 import torch
 
 from elf_fast import ELF
-from elf_fast.data import long_tailed_digits
 from elf_fast.data.digits import DigitSplits
 from elf_fast.demo import network
 from elf_fast.demo import run as demo
@@ -14,16 +11,8 @@ from elf_fast.demo.loop import Schedule, train
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def digits() -> DigitSplits:
-    return long_tailed_digits(50.0)
+def _one_thread(one_thread) -> None:
+    """For every test of this folder."""
 
 
 @pytest.fixture(scope="session")

@@ -1,14 +1,8 @@
-"""Runs are small and repeat bit by bit: one thread."""
-
-from collections.abc import Iterator
+"""What the tests of this folder share."""
 
 import pytest
-import torch
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def _one_thread(one_thread) -> None:
+    """For every test of this folder."""
