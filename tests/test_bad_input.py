@@ -129,7 +129,7 @@ def module_calls(cls):
         (lambda: cls([nn.Identity(), "conv"], []), TypeError,
          "stages[1]: expected an nn.Module, got 'conv' (str)"),
         (lambda: elf(cls=cls, thresholds=[0.5, 0.5]), ValueError,
-         "thresholds: expected a scalar, 1 values (one per exit but the last) or [1, C], "
+         "thresholds: expected a scalar, 1 values (one per exit but the last) or [1, 5], "
          "got shape [2]"),
         (lambda: elf(cls=cls, thresholds=nan), ValueError, "thresholds: expected values in [0, 1]"),
         (lambda: elf(cls=cls, thresholds="high"), TypeError, "thresholds: expected a scalar"),
@@ -153,7 +153,8 @@ def module_calls(cls):
         (lambda: elf(cls=cls)(X, Y.int()), TypeError, "target: expected int64 class indices"),
         (lambda: elf(cls=cls)(X, Y + 2), ValueError, "target: expected 0 <= target < 5"),
         (lambda: elf(cls=cls, thresholds=torch.rand(1, 7)).eval()(X), ValueError,
-         "thresholds: expected [E-1, C] with C = 5 (the classes of heads[0]), got [1, 7]"),
+         "thresholds: expected a scalar, 1 values (one per exit but the last) or [1, 5], one per "
+         "class, got shape [1, 7]"),
         (lambda: cls([nn.Identity()], [nn.Identity()])(X), ValueError,
          "heads[0]: expected logits of shape [4, C], got a float32 tensor of shape [4, 6, 3, 3]"),
         (lambda: elf(cls=cls, exit_loss=nn.CrossEntropyLoss())(X, Y), ValueError,
