@@ -5,20 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from benchmarks import rivals
 from elf_fast import ELF, ExitHead, cli
 from elf_fast.bench import command, inference, training
 from elf_fast.bench.timing import sample
 from elf_fast.bench.workload import inference_work, training_work
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import rivals
 
 
 def network(criterion="confidence", **options) -> ELF:

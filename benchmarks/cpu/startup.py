@@ -12,11 +12,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from figure_rows import Row
-
 from elf_fast.bench.timing import Quartiles
 
-ROOT = Path(__file__).resolve().parents[1]
+from ..row import Row
+
+ROOT = Path(__file__).resolve().parents[2]
 IMPORT = (
     "import time, torch; t = time.perf_counter(); import elf_fast; print(time.perf_counter() - t)"
 )

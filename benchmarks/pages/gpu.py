@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import performance_plots as plots
-from gpu_rows import worst
+from ..gpu.rows import worst
+from . import plots
 
 
 def page(name: str, report: dict[str, Any], folder: Path) -> list[str]:

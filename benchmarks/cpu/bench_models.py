@@ -5,14 +5,15 @@ pytest benchmarks/bench_models.py --benchmark-only
 
 from __future__ import annotations
 
-import figures_models as networks
 import pytest
-import rivals
 import torch
 
 from elf_fast.bench import inference, training
 from elf_fast.bench.workload import inference_work, training_work
 from elf_fast.modules import unfuse
+
+from .. import rivals
+from . import networks
 
 SIZES = (16, 64)
 SHARES = (0.5, 1.0)

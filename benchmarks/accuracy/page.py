@@ -1,6 +1,6 @@
 """Fills page.md with the results and writes it as docs/accuracy.md.
 
-python -m benchmarks.accuracy.report [--results FILE] [--cifar10-results FILE] [--output FILE]
+python -m benchmarks.accuracy.page [--results FILE] [--cifar10-results FILE] [--output FILE]
 """
 
 from __future__ import annotations
@@ -331,9 +331,7 @@ def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.accuracy.report", description=__doc__
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.accuracy.page", description=__doc__)
     parser.add_argument("--results", type=Path, default=results.PATH)
     parser.add_argument("--cifar10-results", type=Path, default=cifar.PATH)
     parser.add_argument("--output", type=Path, default=PAGE)

@@ -1,7 +1,7 @@
 """Writes docs/performance.md and its plots from the results of `figures.py` on CPUs
 (benchmarks/results/cpu-*.json) and of `gpu.py` (gpu-*.json).
 
-    python benchmarks/performance.py
+    python -m benchmarks.pages.performance
 """
 
 from __future__ import annotations
@@ -11,17 +11,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import performance_gpu
-import performance_plots as plots
-from figure_rows import amount
+from ..row import amount
+from . import gpu, plots
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 
 ABOUT = """# Performance
 
-Written by `python benchmarks/performance.py` from the results in `benchmarks/results/`; nothing
-here is typed by hand. Every row measures two things in one run, in turn. *Times* is what the
+Written by `python -m benchmarks.pages.performance` from the results in `benchmarks/results/`;
+nothing here is typed by hand. Every row measures two things in one run, in turn. *Times* is what the
 baseline needs over what the subject needs (median, with quartiles, over the repetitions): above 1
 the subject is better. A row with a figure in *asked* is held to it.
 
@@ -93,7 +92,7 @@ def _behind(row: dict[str, Any]) -> bool:
 def main() -> None:
     results = ROOT / "benchmarks" / "results"
     lines = [ABOUT]
-    for kind, write in (("gpu", performance_gpu.page), ("cpu", page)):
+    for kind, write in (("gpu", gpu.page), ("cpu", page)):
         for file in sorted(results.glob(f"{kind}-*.json")):
             lines += write(file.stem, json.loads(file.read_text()), DOCS)
     (DOCS / "performance.md").write_text("\n".join(lines).rstrip() + "\n")

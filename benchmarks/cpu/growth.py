@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from figure_rows import Row, compare
 
 from elf_fast import backbones, from_backbone
 from elf_fast.bench import inference
 from elf_fast.bench.timing import Quartiles
 from elf_fast.bench.workload import InferenceWork, inference_work
+
+from ..row import Row, compare
 
 #: Where the others stay while one grows.
 MIDDLE = {"N": 64, "C": 100, "exits": 2}
@@ -69,9 +70,9 @@ def memory_rows(*, full: bool) -> Iterator[Row]:
 
 
 def _peak_of_a_process(N: int, who: str) -> float:
-    command = [sys.executable, "-W", "ignore", __file__, str(N), who]
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cpu.growth", str(N), who]
     done = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parent
+        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     return float(done.stdout)
 

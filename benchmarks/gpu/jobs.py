@@ -10,9 +10,10 @@ from itertools import product
 from typing import Any
 
 import torch
-from gpu_cases import STAGES, Case, compaction, gate, head, loss
-from gpu_networks import NETWORKS, network
-from gpu_timing import Gpu
+
+from .cases import STAGES, Case, compaction, gate, head, loss
+from .networks import NETWORKS, network
+from .timing import Gpu
 
 F32, BF16 = "float32", "bfloat16"
 LAYOUTS = ("contiguous", "channels_last")

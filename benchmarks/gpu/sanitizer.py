@@ -1,7 +1,7 @@
 """The CUDA C++ kernels under NVIDIA's compute-sanitizer: every tool over one list of calls.
 
-    python benchmarks/gpu_sanitizer.py            all tools side by side; status 1 if any objects
-    python benchmarks/gpu_sanitizer.py --calls    the calls alone; without a GPU on CPU tensors
+    python -m benchmarks.gpu.sanitizer            all tools side by side; status 1 if any objects
+    python -m benchmarks.gpu.sanitizer --calls    the calls alone; without a GPU on CPU tensors
 
 Only kernels whose name holds elf_fast are instrumented. So that initcheck knows what they may read,
 every input is copied from the host as one block, never written by a kernel of torch; and every
@@ -21,7 +21,6 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -132,7 +131,7 @@ def run_tool(sanitizer: str, tool: str, *arguments: str) -> tuple[int, float]:
     process = subprocess.Popen(
         [sanitizer, "--tool", tool, *quiet, "--kernel-regex", "kns=elf_fast",
          "--error-exitcode", str(FOUND), "--print-limit", "20",
-         sys.executable, str(Path(__file__)), *arguments],
+         sys.executable, "-m", "benchmarks.gpu.sanitizer", *arguments],
         env=os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip

@@ -13,16 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from baselines import (
+from torch import Tensor
+
+from elf_fast import backend, functional, ops, reference
+
+from ..baselines import (
     forward_and_backward,
     gate_without_waiting,
     head_without_waiting,
     loss_without_waiting,
 )
-from gpu_timing import Candidate, Gpu
-from torch import Tensor
-
-from elf_fast import backend, functional, ops, reference
+from .timing import Candidate, Gpu
 
 THRESHOLD = 0.6
 #: Shape [N, ...] of the features after a stage, for N = 1.

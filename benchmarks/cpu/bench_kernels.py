@@ -7,17 +7,15 @@ Every benchmark checks its result against the reference before it is timed.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from elf_fast import functional, ops, reference
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-from baselines import plain_gate, plain_head, plain_loss, read_only
-from cases import SPEED
+from ..baselines import plain_gate, plain_head, plain_loss, read_only
+
+#: [N, C]
+SPEED = ((16, 10), (64, 100), (256, 1000), (1024, 1000))
 
 THRESHOLD = 0.9
 FEATURES = {

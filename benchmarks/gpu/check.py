@@ -30,9 +30,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_rows import figure_line, worst
+from .rows import figure_line, worst
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "build" / "gpu-check"
 
 #: Seconds for everything, and what is kept for each part while earlier ones run.
@@ -174,8 +174,8 @@ def _tests() -> list[str]:
 def parts_of(out: Path, architecture: str | None) -> dict[str, Part]:
     """By name. architecture: compute capability of the GPU ("9.0"); None: the dry run."""
     dry = architecture is None
-    python, here = sys.executable, Path(__file__).parent
-    path = {"PYTHONPATH": str(LIBRARY), "PYTHONUNBUFFERED": "1"}
+    python = sys.executable
+    path = {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{ROOT}", "PYTHONUNBUFFERED": "1"}
     install = shlex.join(
         [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--upgrade",
          "--disable-pip-version-check", "--no-cache-dir", "--target", str(LIBRARY), "."]
@@ -189,16 +189,16 @@ def parts_of(out: Path, architecture: str | None) -> dict[str, Part]:
         tests = _tests()
     pytest = [python, "-m", "pytest", "-v", "--tb=short", "-rfEs", "-p", "no:cacheprovider",
               "-o", "faulthandler_timeout=60"]  # fmt: skip
-    sanitizer = [python, str(here / "gpu_sanitizer.py"), *(["--calls"] if dry else [])]
-    figures = [python, str(here / "gpu.py"), "--output", str(out / "kernels.json"),
+    sanitizer = [python, "-m", "benchmarks.gpu.sanitizer", *(["--calls"] if dry else [])]
+    figures = [python, "-m", "benchmarks.gpu.targets", "--output", str(out / "kernels.json"),
                *(["--dry-run", "--quick", "--budget", "5"] if dry else [])]  # fmt: skip
     made = [
         Part("build", ["sh", "-c", build], KEPT["build"],
              {"TORCH_CUDA_ARCH_LIST": architecture or ""}),
         # From another folder, so that the package is the installed one.
         Part("test", [*pytest, *tests], KEPT["test"], path, LIBRARY),
-        Part("sanitizer", sanitizer, KEPT["sanitizer"], path),
-        Part("benchmarks", figures, KEPT["benchmarks"], path),
+        Part("sanitizer", sanitizer, KEPT["sanitizer"], path, LIBRARY),
+        Part("benchmarks", figures, KEPT["benchmarks"], path, LIBRARY),
     ]  # fmt: skip
     return {part.name: part for part in made}
 

@@ -1,7 +1,7 @@
-"""The figures that the GPU kernels are held to, measured in one run and printed with their limits.
+"""The targets of the GPU kernels, measured in one run.
 
-    python benchmarks/gpu.py --output benchmarks/results/NAME.json [--quick] [--budget SECONDS]
-    python benchmarks/gpu.py --show benchmarks/results/NAME.json
+    python -m benchmarks.gpu.targets --output benchmarks/results/NAME.json [--quick]
+    python -m benchmarks.gpu.targets --show benchmarks/results/NAME.json
 
 `gpu_timing.py` says how a time is taken, `gpu_jobs.py` and `gpu_cases.py` what is timed. Rows whose
 figures are asked for come first, so that a short budget drops only what informs. A row that misses
@@ -25,7 +25,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gpu_rows import Row, rows_of, show
+from .rows import Row, rows_of, show
 
 HERE = Path(__file__).resolve()
 #: Seconds that one shape may take before it counts as hung, and that the one in hand may still take
@@ -81,8 +81,9 @@ def work(output: Path, options: argparse.Namespace) -> int:
     Returns: the exit status; 1 if only a new process can go on.
     """
     import torch
-    from gpu_jobs import jobs
-    from gpu_timing import DryRun, Gpu, error_text
+
+    from .jobs import jobs
+    from .timing import DryRun, Gpu, error_text
 
     end = time.perf_counter() + options.budget
     torch.manual_seed(0)
@@ -135,7 +136,15 @@ def supervise(output: Path, options: argparse.Namespace) -> dict[str, Any]:
     flags = ["--quick"] * options.quick + ["--dry-run"] * options.dry_run
     while (left := end - time.monotonic()) > 0:
         before = read(output)
-        command = [sys.executable, str(HERE), "--output", str(output), "--worker", *flags]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu.targets",
+            "--output",
+            str(output),
+            "--worker",
+            *flags,
+        ]
         worker = subprocess.Popen([*command, "--budget", str(left)], env=os.environ | settings)
         why = _watch(worker, output, end + GRACE)
         report = read(output)

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from baselines import plain_gate, read_only
-from figure_rows import Row, compare
 from torch import Tensor
 
 from elf_fast import functional, ops, reference
+
+from ..baselines import plain_gate, read_only
+from ..row import Row, compare
 
 
 def rows(*, full: bool) -> Iterator[Row]:

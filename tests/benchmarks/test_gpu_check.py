@@ -17,9 +17,8 @@ import conftest
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import gpu
-import gpu_check
+from benchmarks.gpu import check as gpu_check
+from benchmarks.gpu import targets as gpu
 
 
 @pytest.fixture(autouse=True)
@@ -98,7 +97,7 @@ def test_parts_stay_under_nine_minutes_and_know_the_architecture(tmp_path):
     assert parts["build"].env["TORCH_CUDA_ARCH_LIST"] == "9.0"
     assert "ELF_FAST_BUILD=cuda" in parts["build"].command[-1]
     for name in gpu_check.TESTS:
-        assert (Path(__file__).parent / name).exists()
+        assert (Path(__file__).parents[1] / name).exists()
 
 
 def test_a_run_ends_where_the_device_is_lost(monkeypatch):
@@ -118,8 +117,8 @@ def test_a_run_ends_where_the_device_is_lost(monkeypatch):
 def test_a_candidate_that_loses_the_device_takes_no_other_with_it(tmp_path, monkeypatch):
     """The next process measures the shape without it."""
     pytest.importorskip("triton")
-    import gpu_jobs
-    import gpu_timing
+    from benchmarks.gpu import jobs as gpu_jobs
+    from benchmarks.gpu import timing as gpu_timing
 
     output = tmp_path / "kernels.json"
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,16 +15,14 @@ from PIL import Image
 from scipy import stats
 from torch import nn
 
+from benchmarks.accuracy import cifar, comparisons, page, paired, results, run, runs, trial
+from benchmarks.accuracy.runs import Run
 from elf_fast import losses
 from elf_fast.classifiers import CosineClassifier
 from elf_fast.data.digits import augment
 from elf_fast.flops import count_flops
 from elf_fast.training import demo
 from elf_fast.training.loop import EpochStats, Schedule, train
-
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-from benchmarks.accuracy import cifar, comparisons, paired, report, results, run, runs, trial
-from benchmarks.accuracy.runs import Run
 
 BRIEF = Schedule(epochs=1)
 
@@ -457,8 +453,8 @@ def test_all_settings_together_count_a_seed_once():
     assert by_heads["conv",] == (2, difference) and by_heads["pooled",] is None
 
 
-def rows(page: str, heading: str) -> list[list[str]]:
-    section = page[page.index(heading) :].split("\n## ")[0].split("\n\n")
+def rows(text: str, heading: str) -> list[list[str]]:
+    section = text[text.index(heading) :].split("\n## ")[0].split("\n\n")
     lines = next(part for part in section if part.startswith("| ")).splitlines()[2:]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
@@ -481,17 +477,15 @@ def test_the_page_says_what_the_results_say(tmp_path):
         results.add(r, made, path)
     for r, made in on_cifar10.items():
         results.add(r, made, cifar10)
-    report.main(
-        ["--results", str(path), "--cifar10-results", str(cifar10), "--output", str(output)]
-    )
-    page = output.read_text(encoding="utf-8")
-    assert "is reached for two losses: of 4 comparisons it holds in 3 (LDAM-DRW, cross" in page
-    assert "It is less accurate than the network without exits, beyond chance, in 1 of 4" in page
-    assert "harmless (the interval ends above -0.5) in 1 of 2 comparisons, harmful in 1" in page
-    assert "Over the 2 settings that have all seeds, dropping differs from keeping by -3." in page
-    assert "Of 2 comparisons of what else was tried with the network without exits, 2 gain" in page
-    assert "+5.0 [+4.9, +5.1] points (cross-entropy at 100; two-convolution head, kept)" in page
-    against = rows(page, "## ELF against")
+    page.main(["--results", str(path), "--cifar10-results", str(cifar10), "--output", str(output)])
+    said = output.read_text(encoding="utf-8")
+    assert "is reached for two losses: of 4 comparisons it holds in 3 (LDAM-DRW, cross" in said
+    assert "It is less accurate than the network without exits, beyond chance, in 1 of 4" in said
+    assert "harmless (the interval ends above -0.5) in 1 of 2 comparisons, harmful in 1" in said
+    assert "Over the 2 settings that have all seeds, dropping differs from keeping by -3." in said
+    assert "Of 2 comparisons of what else was tried with the network without exits, 2 gain" in said
+    assert "+5.0 [+4.9, +5.1] points (cross-entropy at 100; two-convolution head, kept)" in said
+    against = rows(said, "## ELF against")
     assert [row[:5] for row in against] == [
         ["cross-entropy", "100", "convolution", "10", "dropped"],
         ["LDAM-DRW", "50", "pool", "10", "dropped"],
@@ -500,30 +494,30 @@ def test_the_page_says_what_the_results_say(tmp_path):
     ]
     assert against[0][5:] == ["69.0%", "67.0%", "-2.0 [-2.1, -1.9]", "70%", "fails"]
     assert [row[-2:] for row in against[1:]] == [["60%", "holds"]] * 2 + [["70%", "holds"]]
-    assert rows(page, "## Dropping")[0][-1] == "some"
-    assert [[row[0], *row[3:]] for row in rows(page, "## What else")] == [
+    assert rows(said, "## Dropping")[0][-1] == "some"
+    assert [[row[0], *row[3:]] for row in rows(said, "## What else")] == [
         ["kept", "two-convolution", "10", "69.0%", "74.0%",
          "+5.0 [+4.9, +5.1]", "70%", "holds", "", "+5.0 [+4.9, +5.1]"],
         ["kept, none leaves in training", "convolution", "10", "69.0%", "70.0%",
          "+1.0 [+0.9, +1.1]", "70%", "fails", "-3.0 [-3.0, -3.0]", "+1.0 [+0.9, +1.1]"],
     ]  # fmt: skip
-    figures = rows(page, "## All figures")
-    (new,) = rows(page, "### On new seeds")
+    figures = rows(said, "## All figures")
+    (new,) = rows(said, "### On new seeds")
     assert new[3] == "20" and new[7] == "+0.5 [+0.5, +0.5]"
-    assert "kept, none leaves in training: +0.5 [+0.5, +0.5]." in page
+    assert "kept, none leaves in training: +0.5 [+0.5, +0.5]." in said
     assert len(figures) == 9  # the setting of two seeds is left out
     assert figures[0][:6] == ["LDAM-DRW", "50", "pool", "10", "without exits", "69.0 ± 6.1"]
-    assert "134 of the" in page
-    (row,) = rows(page, "## CIFAR-10-LT")
+    assert "134 of the" in said
+    (row,) = rows(said, "## CIFAR-10-LT")
     assert row[3:6] == ["3", "62.0%", "64.0%"] and row[9:12] == ["", "70%", "fails"]
 
 
 def test_one_loss_is_not_two(tmp_path):
     records = made_up((100, "ce", "conv"), {"plain": 0, "keep": 4})
-    assert "NOT reached for two losses: of 1 comparisons it holds in 1" in report.page(records, {})
+    assert "NOT reached for two losses: of 1 comparisons it holds in 1" in page.page(records, {})
 
 
 def test_a_page_of_nothing_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit):
-        report.main(["--results", str(tmp_path / "none.jsonl")])
+        page.main(["--results", str(tmp_path / "none.jsonl")])
     assert "--results: expected finished runs, found none" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 """The figures that elf_fast is held to, measured side by side and printed with their limits.
 
-    python benchmarks/figures.py [--suite inference ...] [--full] [--output results/NAME.json]
+    python -m benchmarks.cpu.targets [--suite inference ...] [--full] [--output results/NAME.json]
 
 Ratios only: each row measures two things in one run, in turn. A row that misses its figure is
 printed like the others, marked.
@@ -15,24 +15,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import figures_growth
-import figures_kernels
-import figures_models
-import figures_startup
 import torch
-from environment import environment, keep_memory
-from figure_rows import HEADING, Row
 
 from elf_fast import functional
 from elf_fast.bench.timing import sample
 
+from ..environment import environment, keep_memory
+from ..row import HEADING, Row
+from . import growth, networks, operators, startup
+
 SUITES: dict[str, Callable[..., Iterator[Row]]] = {
-    "kernels": figures_kernels.rows,
-    "inference": figures_models.inference_rows,
-    "training": figures_models.training_rows,
-    "growth": figures_growth.rows,
-    "memory": figures_growth.memory_rows,
-    "startup": figures_startup.rows,
+    "kernels": operators.rows,
+    "inference": networks.inference_rows,
+    "training": networks.training_rows,
+    "growth": growth.rows,
+    "memory": growth.memory_rows,
+    "startup": startup.rows,
 }
 
 

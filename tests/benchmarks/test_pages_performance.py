@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
-from pathlib import Path
 
 import pytest
 
 pytest.importorskip("matplotlib")
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import figure_rows
-import gpu_rows
-import performance
-import performance_gpu
-
+from benchmarks import row as figure_rows
+from benchmarks.gpu import rows as gpu_rows
+from benchmarks.pages import gpu as performance_gpu
+from benchmarks.pages import performance
 from elf_fast.bench.timing import Quartiles
 
 

@@ -10,15 +10,16 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-import figures_models as networks
-import rivals
 import torch
-from gpu_cases import Call, Case
-from gpu_timing import BYTES, Candidate, Gpu
 from torch import Tensor
 
 from elf_fast.bench import inference
 from elf_fast.bench.workload import InferenceWork, inference_work
+
+from .. import rivals
+from ..cpu import networks
+from .cases import Call, Case
+from .timing import BYTES, Candidate, Gpu
 
 NETWORKS = {
     "ResNet-50": networks.Network("torchvision/resnet50", 224, 1000),

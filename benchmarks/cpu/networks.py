@@ -7,15 +7,16 @@ import copy
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import rivals
 import torch
-from figure_rows import Pair, Row, compare
 from torch import Tensor, nn
 from torch.fx.experimental.optimization import fuse
 
 from elf_fast import ELF, backbones, from_backbone
 from elf_fast.bench import inference, training
 from elf_fast.bench.workload import inference_work, training_work
+
+from .. import rivals
+from ..row import Pair, Row, compare
 
 
 class Network(NamedTuple):
