@@ -1,8 +1,8 @@
-"""The operators beside what they replace; one group per operator and shape.
+"""Every operator and its baselines, in one group per operator and shape.
 
-    pytest benchmarks/bench_kernels.py --benchmark-only
+    python -m pytest benchmarks/cpu/bench_kernels.py --benchmark-only
 
-Every benchmark checks its result against the reference before it is timed.
+Every benchmark compares its result with the reference before it is timed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ import torch
 from elf_fast import functional, ops, reference
 
 from ..baselines import plain_gate, plain_head, plain_loss, read_only
-
-#: [N, C]
-SPEED = ((16, 10), (64, 100), (256, 1000), (1024, 1000))
+from ..inputs import LOGITS
 
 THRESHOLD = 0.9
 FEATURES = {
@@ -29,9 +27,11 @@ def logits(shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
 
 
-@pytest.mark.parametrize("who", ["elf_fast", "elf_fast early stop", "reference", "plain", "read"])
-@pytest.mark.parametrize("shape", SPEED, ids=str)
-def test_exit_gate(benchmark, shape, who):
+@pytest.mark.parametrize(
+    "candidate", ["elf_fast", "elf_fast early stop", "reference", "plain", "read"]
+)
+@pytest.mark.parametrize("shape", LOGITS, ids=str)
+def test_exit_gate(benchmark, shape, candidate):
     benchmark.group = f"exit_gate {list(shape)}"
     x = logits(shape)
     t, T = torch.tensor(THRESHOLD), torch.tensor(1.0)
@@ -45,13 +45,13 @@ def test_exit_gate(benchmark, shape, who):
     gate, expected = candidates["elf_fast"](), candidates["reference"]()
     assert torch.equal(gate.survivors, expected.survivors)
     with torch.inference_mode():
-        benchmark(candidates[who])
+        benchmark(candidates[candidate])
 
 
-@pytest.mark.parametrize("who", ["elf_fast", "elf_fast in place", "index_select"])
+@pytest.mark.parametrize("candidate", ["elf_fast", "elf_fast in place", "index_select"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", FEATURES)
-def test_compact(benchmark, name, layout, who):
+def test_compact(benchmark, name, layout, candidate):
     benchmark.group = f"compact half of {name}, {layout}"
     x = torch.randn(FEATURES[name])
     if layout == "channels_last":
@@ -64,13 +64,13 @@ def test_compact(benchmark, name, layout, who):
     }
     assert torch.equal(candidates["elf_fast"](), candidates["index_select"]())
     with torch.inference_mode():
-        benchmark(candidates[who])
+        benchmark(candidates[candidate])
 
 
-@pytest.mark.parametrize("who", ["elf_fast", "reference", "cross-entropy alone"])
-@pytest.mark.parametrize("shape", SPEED, ids=str)
-def test_exit_loss(benchmark, shape, who):
-    """Forward and backward, with the gate; the last one has no gate."""
+@pytest.mark.parametrize("candidate", ["elf_fast", "reference", "cross-entropy alone"])
+@pytest.mark.parametrize("shape", LOGITS, ids=str)
+def test_exit_loss(benchmark, shape, candidate):
+    """Forward and backward, with the gate; "cross-entropy alone" has no gate."""
     benchmark.group = f"exit_loss {list(shape)}"
     x = logits(shape).requires_grad_()
     y = torch.randint(0, shape[1], shape[:1])
@@ -85,13 +85,13 @@ def test_exit_loss(benchmark, shape, who):
         "cross-entropy alone": lambda: plain_loss(x, y),
     }
     torch.testing.assert_close(candidates["elf_fast"](), candidates["reference"]())
-    benchmark(step, candidates[who])
+    benchmark(step, candidates[candidate])
 
 
-@pytest.mark.parametrize("who", ["elf_fast", "reference", "plain"])
+@pytest.mark.parametrize("candidate", ["elf_fast", "reference", "plain"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", FEATURES)
-def test_exit_head(benchmark, name, layout, who):
+def test_exit_head(benchmark, name, layout, candidate):
     benchmark.group = f"exit_head {name}, {layout}"
     x = torch.randn(FEATURES[name])
     if layout == "channels_last":
@@ -107,4 +107,4 @@ def test_exit_head(benchmark, name, layout, who):
         torch.testing.assert_close(
             candidates["elf_fast"]().logits, candidates["reference"]().logits, rtol=1e-4, atol=1e-4
         )
-        benchmark(candidates[who])
+        benchmark(candidates[candidate])

@@ -1,31 +1,27 @@
-"""How time and memory of inference grow with N, C and the number of exits, when half of the samples
-go on after each. Memory: the peak of a process of its own, above what it held before the call."""
+"""How the time of inference grows with N, C and the number of exits, when half of the samples go on
+after each exit.
+"""
 
 from __future__ import annotations
 
-import ctypes
-import re
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from elf_fast import backbones, from_backbone
 from elf_fast.bench import inference
-from elf_fast.bench.timing import Quartiles
 from elf_fast.bench.workload import InferenceWork, inference_work
 
-from ..row import Row, compare
+from ..row import Row
+from .compare import compare
 
-#: Where the others stay while one grows.
+#: The values of the two sizes that stay while the third one grows.
 MIDDLE = {"N": 64, "C": 100, "exits": 2}
 
 
-def _work(N: int, C: int, exits: int) -> InferenceWork:
-    """ResNet-32 on 32x32 images; its 15 blocks take exits evenly."""
+def work_of(N: int, C: int, exits: int) -> InferenceWork:
+    """ResNet-32 on 32x32 images, with its exits evenly among its 15 blocks."""
     torch.manual_seed(0)
     backbone = backbones.CifarResNet(32, C).to(memory_format=torch.channels_last)
     blocks = [f"layer{i}.{j}" for i in (1, 2, 3) for j in range(5)]
@@ -41,7 +37,7 @@ def rows(*, full: bool) -> Iterator[Row]:
         "exits": (1, 2, 4, 8, 14) if full else (1, 8),
     }.items():
         for value in values:
-            work = _work(**MIDDLE | {axis: value})
+            work = work_of(**MIDDLE | {axis: value})
             candidates: dict[str, Callable[[], Any]] = inference.candidates(work)
             with torch.inference_mode():
                 yield from compare(
@@ -49,49 +45,3 @@ def rows(*, full: bool) -> Iterator[Row]:
                     [("elf_fast", name, None) for name in ("reference", "full", "oracle")],
                     seconds=10 if full else 3,
                 )  # fmt: skip
-
-
-def memory_rows(*, full: bool) -> Iterator[Row]:
-    for N in (16, 256) if full else (256,):
-        peaks = {
-            who: [_peak_of_a_process(N, who) for _ in range(5 if full else 3)]
-            for who in ("elf_fast", "reference", "full")
-        }
-        for baseline in ("reference", "full"):
-            pairs = zip(peaks[baseline], peaks["elf_fast"], strict=True)
-            needs = {"subject": peaks["elf_fast"], "baseline": peaks[baseline]}
-            row = Row(
-                "memory", "elf_fast", baseline, f"ResNet-32, s = 0.5, N = {N}, peak",
-                Quartiles.of([b / a for b, a in pairs]), None,
-                {name: Quartiles.of(values) for name, values in needs.items()}, "MB",
-            )  # fmt: skip
-            print(row.line(), flush=True)
-            yield row
-
-
-def _peak_of_a_process(N: int, who: str) -> float:
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.cpu.growth", str(N), who]
-    done = subprocess.run(
-        command, check=True, capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    return float(done.stdout)
-
-
-def _peak(N: int, who: str) -> float:
-    """MB that a call needs beyond what is held before it (Linux)."""
-    run = inference.candidates(_work(**MIDDLE | {"N": N}))[who]
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-    held = _high_water()
-    with torch.inference_mode():
-        run()
-    return (_high_water() - held) / 1e3
-
-
-def _high_water() -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"VmHWM:\s*(\d+)", status)[1])
-
-
-if __name__ == "__main__":
-    print(_peak(int(sys.argv[1]), sys.argv[2]))

@@ -1,54 +1,22 @@
-"""Figures of whole networks: inference and training steps, by the share of samples that goes on
-after each exit. Nothing is timed whose result is wrong."""
+"""Targets of whole networks: inference and training steps, by the share of samples that goes on
+after each exit. A candidate with a wrong result is not timed.
+"""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.optimization import fuse
+from torch import Tensor
 
-from elf_fast import ELF, backbones, from_backbone
+from elf_fast import ELF
 from elf_fast.bench import inference, training
 from elf_fast.bench.workload import inference_work, training_work
 
 from .. import rivals
-from ..row import Pair, Row, compare
-
-
-class Network(NamedTuple):
-    name: str  # as `backbones.create` takes it
-    size: int  # of the images
-    classes: int
-
-    def __str__(self) -> str:
-        return f"{self.name.rpartition('/')[2]}, {self.size}x{self.size}"
-
-
-SMALL = Network("cifar_resnet32", 32, 10)
-MIDDLE = Network("torchvision/resnet18", 32, 100)
-LARGE = (Network("torchvision/resnet18", 112, 1000), Network("torchvision/resnet50", 112, 1000))
-
-
-def build(network: Network, N: int) -> tuple[ELF, Tensor]:
-    """An untrained ELF and a batch, channels-last; every exit of `backbones.default_exits`."""
-    torch.manual_seed(0)
-    layout = torch.channels_last
-    backbone = backbones.create(network.name, network.classes).to(memory_format=layout)
-    x = torch.randn(N, 3, network.size, network.size).to(memory_format=layout)
-    exits = backbones.default_exits(backbone)
-    return from_backbone(backbone, exits, network.classes, example_input=x[:1]), x
-
-
-def folded(model: ELF) -> ELF:
-    """A copy of `model` as one would serve it: BatchNorm folded into the convolutions of the
-    stages. All that is timed at inference runs on these, the rivals as well."""
-    model = copy.deepcopy(model).eval()
-    model.stages = nn.ModuleList(fuse(stage) for stage in model.stages)
-    return model
+from ..inputs import LARGE, MIDDLE, SMALL, Network, build, folded
+from ..row import Row
+from .compare import Pair, compare
 
 
 def inference_rows(*, full: bool) -> Iterator[Row]:
@@ -69,7 +37,7 @@ def _inference(
     work = inference_work(model, images, share)
     candidates = dict(inference.candidates(work))
     for name, rival in {
-        "sceptic": rivals.sceptic(work),
+        "tuned PyTorch": rivals.tuned_torch(work),
         "padded": rivals.padded(work),
         "earlyon, batched": rivals.earlyon_batched(work),
         "earlyon, singly": rivals.earlyon_single(work),
@@ -77,7 +45,7 @@ def _inference(
         rivals.check(rival, work, exits=name != "earlyon, batched")
         candidates[name] = rival
     if N > 16:
-        del candidates["earlyon, singly"]  # N times its time at N = 1
+        del candidates["earlyon, singly"]  # it takes N times as long as with N = 1
     asked = N >= 64 and network is not SMALL
     efficiency: Pair = ("elf_fast", "oracle", 0.97 if asked and share < 1 else None)
     whole: Pair = ("elf_fast", "full", 0.98 if asked and share == 1.0 else None)

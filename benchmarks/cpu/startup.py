@@ -1,5 +1,6 @@
-"""What the package costs before it does anything: its import after torch's, and its build from
-source. The baselines are the times that they may take."""
+"""How long `import elf_fast` takes after `import torch`, and a build from source. The baselines are
+the times that they may take.
+"""
 
 from __future__ import annotations
 
@@ -32,6 +33,7 @@ def rows(*, full: bool) -> Iterator[Row]:
 
 
 def _import() -> float:
+    """Seconds of the import in a new process."""
     done = subprocess.run(
         [sys.executable, "-c", IMPORT], check=True, capture_output=True, text=True
     )
@@ -39,7 +41,7 @@ def _import() -> float:
 
 
 def _build(mode: str) -> float:
-    """Seconds of compiling and linking, from nothing."""
+    """Seconds of compiling and linking, without any earlier object file."""
     with tempfile.TemporaryDirectory() as folder:
         for name in ("csrc", "elf_fast", "kernels"):
             ignored = shutil.ignore_patterns("*.so", "__pycache__")

@@ -1,9 +1,12 @@
-"""What `gpu.py` times: each operator beside what a user would run instead, every candidate checked
-against the reference before it is timed. Inputs are random and differ in every set of buffers.
+"""The cases that are timed on a GPU: each operator and its baselines, on one shape.
 
-Candidates of the project are named after the backend that serves them, and run the operator, which
-never waits. "called" is the function of `elf_fast.functional` with its exact survivors, which waits
-as the reference ("eager") does; the two are timed alike."""
+Every candidate is compared with the reference before it is timed. Inputs are random and differ in
+every set of buffers.
+
+The project's candidates run the operator, which does not synchronise, and are named after the
+backend that serves them. The candidate "called" is the function of `elf_fast.functional`. It
+synchronises, to return exactly the survivors, as the reference ("eager") does.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elf_fast import backend, functional, ops, reference
+from elf_fast import backend, criteria, functional, ops, reference
 
 from ..baselines import (
     forward_and_backward,
-    gate_without_waiting,
-    head_without_waiting,
-    loss_without_waiting,
+    gate_without_sync,
+    head_without_sync,
+    loss_without_sync,
 )
 from .timing import Candidate, Gpu
 
@@ -37,7 +40,8 @@ STAGES = {
     "ResNet-50 layer4": (2048, 7, 7),
     "ViT-B": (197, 768),
 }
-#: How far a statistic may be from the truth, and how near the threshold a decision may differ.
+#: How far a statistic may be from the float64 reference. A sample whose statistic is this close to
+#: the threshold may leave or stay.
 EXACT = 1e-5
 
 Call = Callable[[int], Any]
@@ -52,7 +56,7 @@ class Case:
 
 
 def _backends(bench: Gpu, op: str) -> list[str]:
-    """The default first."""
+    """The backends that serve an operator, the default first."""
     if bench.device == "cpu" or op not in backend.CUDA_CPP:
         return ["triton"]
     return sorted(("cuda", "triton"), key=lambda b: b != backend.CUDA_DEFAULT[op][0])
@@ -64,7 +68,7 @@ def _below_autograd(op: Any, *args: Any) -> Any:
 
 
 def _compiled(f: Callable[..., Any], bench: Gpu) -> Callable[..., Any]:
-    """Compiled for one shape: a shape seen earlier would make torch.compile guess at others."""
+    """f, compiled for one shape. After a second shape torch.compile would compile for any shape."""
     torch._dynamo.reset()
     return torch.compile(f, fullgraph=True, dynamic=False, backend=bench.compiler)
 
@@ -73,7 +77,8 @@ def _beside(
     bench: Gpu, op: str, size: int, check: Callable[[Call], None], own: Call,
     others: dict[str, Call], suffix: str = "",
 ) -> Iterator[Candidate]:  # fmt: skip
-    """Every backend's operator; then the others by name, "called" on the default backend."""
+    """A candidate for `own` on every backend, then the others by name. "called" runs on the default
+    backend."""
     backends = _backends(bench, op)
     for b in backends:
         yield Candidate(op, b + suffix, own, check, size, b)
@@ -82,26 +87,30 @@ def _beside(
 
 
 def _logits(N: int, C: int, dtype: torch.dtype, device: str) -> Tensor:
-    """Rows of every sharpness, so that about half of them leave."""
+    """Logits from flat rows to sharp ones, so that about half of the rows leave."""
     sharpness = torch.linspace(0.1, 8.0, N, device=device)[:, None]
     return (torch.randn(N, C, device=device) * sharpness).to(dtype)
 
 
 def _settings(bench: Gpu) -> tuple[Tensor, Tensor]:
-    """Threshold and temperature as ELF keeps them: on the device."""
+    """Threshold and temperature, on the device as ELF has them."""
     return torch.tensor(THRESHOLD, device=bench.device), torch.tensor(1.0, device=bench.device)
 
 
 def _close(name: str, out: Tensor, truth: Tensor, tolerance: float) -> None:
-    """By norm; NaN never passes."""
+    """Compares the norm of the error with that of the truth. NaN never passes."""
     out, truth = out.double(), truth.double()
     error = float((out - truth).norm() / truth.norm().clamp_min(1e-30))
     assert out.shape == truth.shape and error <= tolerance, f"{name} is off by {error:.2e}"
 
 
 def _check_gate(out: Any, logits: Tensor, criterion: str, target: Tensor | None = None) -> None:
-    """confidence, prediction, survivors (the operators' padded with N) and, where it is given,
-    their count."""
+    """Compares the outputs of a gate with the float64 reference.
+
+    Args:
+        out: statistic, prediction, survivors (an operator pads them with N) and, from an operator,
+            their count.
+    """
     confidence, prediction, survivors, *count = out
     N, z = logits.shape[0], logits.double()
     truth = reference.exit_gate(z, THRESHOLD, criterion=criterion, target=target)
@@ -112,7 +121,9 @@ def _check_gate(out: Any, logits: Tensor, criterion: str, target: Tensor | None 
     tie = prediction != truth.prediction
     top = z.amax(dim=1)
     chosen = z.gather(1, prediction.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
-    lower = top - chosen > EXACT * top.abs().clamp_min(1.0)  # probabilities round to ties
+    lower = top - chosen > EXACT * top.abs().clamp_min(
+        1.0
+    )  # close logits can have equal probabilities
     assert not bool(lower.any()), f"{int(lower.sum())} predictions are wrong"
     goes_on, expected = (torch.zeros(N, dtype=torch.bool, device=z.device) for _ in range(2))
     goes_on[survivors], expected[truth.survivors] = True, True
@@ -131,7 +142,7 @@ def gate(
     sets = bench.sets(size)
     x = [_logits(N, C, dtype, bench.device) for _ in range(sets)]
     t, T = _settings(bench)
-    code = reference.CRITERIA.index(criterion)
+    code = criteria.TABLE[criterion].code
 
     def check(call: Call) -> None:
         for i in (0, sets - 1):
@@ -140,10 +151,10 @@ def gate(
     others: dict[str, Call] = {
         "called": lambda i: functional.exit_gate(x[i], THRESHOLD, criterion=criterion),
         "eager": lambda i: reference.exit_gate(x[i], THRESHOLD, criterion=criterion),
-        "plain": lambda i: gate_without_waiting(x[i], THRESHOLD, criterion),
+        "plain": lambda i: gate_without_sync(x[i], THRESHOLD, criterion),
     }
     if compiled:
-        f = _compiled(lambda z: gate_without_waiting(z, THRESHOLD, criterion), bench)
+        f = _compiled(lambda z: gate_without_sync(z, THRESHOLD, criterion), bench)
         others["torch.compile"] = lambda i: f(x[i])
 
     def own(i: int) -> Any:
@@ -157,6 +168,73 @@ def _features(bench: Gpu, shape: tuple[int, ...], dtype: torch.dtype, layout: st
     return x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
 
 
+@dataclass
+class _Compaction:
+    """The tensors of a compaction, the calls on them and the checks of these calls."""
+
+    x: list[Tensor]  # a set of features [N, ...] per set of buffers
+    out: list[Tensor]
+    survivors: Tensor  # [n] on the device
+
+    def __post_init__(self) -> None:
+        self.N, self.n = len(self.x[0]), len(self.survivors)
+        rest = self.survivors.new_full((self.N - self.n,), self.N)
+        self.padded = torch.cat([self.survivors, rest])
+        self.count = torch.tensor(self.n, device=self.survivors.device)
+        self.grad = [x[: self.n] for x in self.x]
+
+    def compact(self, i: int) -> Tensor:
+        return _below_autograd(ops.compact, self.x[i], self.survivors)
+
+    def compact_into(self, i: int) -> Any:
+        return _below_autograd(ops.compact_into, self.out[i], self.x[i], self.padded, self.count)
+
+    def compact_(self, i: int) -> Tensor:
+        return _below_autograd(ops.compact_, self.x[i], self.padded, self.count)
+
+    def compact_backward(self, i: int) -> Tensor:
+        return _below_autograd(ops.compact_backward, self.grad[i], self.survivors, self.N)
+
+    def index_select(self, i: int) -> Tensor:
+        return self.x[i].index_select(0, self.survivors)
+
+    def index_select_out(self, i: int) -> Tensor:
+        return torch.index_select(self.x[i], 0, self.survivors, out=self.out[i][: self.n])
+
+    def index_copy(self, i: int) -> Tensor:
+        return torch.zeros_like(self.x[i]).index_copy_(0, self.survivors, self.grad[i])
+
+    def check(self, call: Call) -> None:
+        self._check_new(call, self.x[0][self.survivors])
+
+    def check_backward(self, call: Call) -> None:
+        wanted = torch.zeros_like(self.x[0])
+        wanted[self.survivors] = self.grad[0]
+        self._check_new(call, wanted)
+
+    def _check_new(self, call: Call, wanted: Tensor) -> None:
+        """Compares a result in new memory. The NaNs are freed just before the call, so that the
+        allocator is likely to give their memory to the result: an element that the kernel does not
+        write is then NaN."""
+        poison = torch.full_like(wanted, math.nan)
+        del poison
+        assert torch.equal(call(0), wanted), "rows differ"
+
+    def check_into(self, call: Call) -> None:
+        out = self.out[0].fill_(math.nan)
+        call(0)
+        assert torch.equal(out[: self.n], self.x[0][self.survivors]), "rows differ"
+        assert bool(out[self.n :].isnan().all()), "rows past the count were written"
+
+    def check_in_place(self, call: Call) -> None:
+        x = self.x[0]
+        before = x.clone()
+        order = call(0)[: self.n]
+        assert torch.equal(order.sort().values, self.survivors), "the order is not the survivors'"
+        assert torch.equal(x[: self.n], before[order]), "rows differ"
+        assert torch.equal(x[self.n :], before[self.n :]), "rows past the survivors changed"
+
+
 def compaction(
     bench: Gpu, shape: tuple[int, ...], dtype: torch.dtype, compiled: bool, layout: str,
     share: float, features: str,
@@ -165,67 +243,25 @@ def compaction(
     n = round(share * N)
     size = math.prod(shape) * dtype.itemsize
     kept = size // N * n
-    # Few survivors touch little of a set, and rotate over more of them.
+    # A call with few survivors touches little of a set, so it needs more sets to fill the cache.
     sets = min(bench.sets(max(kept, size // N)), bench.sets(size) * 8)
     x = [_features(bench, shape, dtype, layout) for _ in range(sets)]
     survivors = torch.randperm(N)[:n].sort().values
     moved = 2 * int((survivors >= n).sum()) * (size // N)
-    survivors = survivors.to(bench.device)
-    padded = torch.cat([survivors, survivors.new_full((N - n,), N)])
-    count = torch.tensor(n, device=bench.device)
-    out = [torch.empty_like(x[0]) for _ in range(sets)]
-    grad = [x[i][:n] for i in range(sets)]
-
-    def check(call: Call) -> None:
-        wanted = x[0][survivors]
-        poison = torch.full_like(wanted, math.nan)  # in the memory that the result is likely to get
-        del poison
-        assert torch.equal(call(0), wanted), "rows differ"
-
-    def check_into(call: Call) -> None:
-        out[0].fill_(math.nan)
-        call(0)
-        assert torch.equal(out[0][:n], x[0][survivors]), "rows differ"
-        assert bool(out[0][n:].isnan().all()), "rows past the count were written"
-
-    def check_in_place(call: Call) -> None:
-        before = x[0].clone()
-        order = call(0)[:n]
-        assert torch.equal(order.sort().values, survivors), "order does not name the survivors"
-        assert torch.equal(x[0][:n], before[order]), "rows differ"
-        assert torch.equal(x[0][n:], before[n:]), "rows past the survivors changed"
-
-    def check_backward(call: Call) -> None:
-        wanted = torch.zeros_like(x[0])
-        wanted[survivors] = grad[0]
-        poison = torch.full_like(wanted, math.nan)
-        del poison
-        assert torch.equal(call(0), wanted), "rows differ"
-
-    def select_into(i: int) -> Tensor:
-        return torch.index_select(x[i], 0, survivors, out=out[i][:n])
-
-    def plain_backward(i: int) -> Tensor:
-        return torch.zeros_like(x[i]).index_copy_(0, survivors, grad[i])
-
-    gathers: dict[str, Call] = {"index_select": lambda i: x[i].index_select(0, survivors)}
-    if compiled:
-        f = _compiled(lambda z, rows: z.index_select(0, rows), bench)
-        gathers["torch.compile"] = lambda i: f(x[i], survivors)
+    on = _Compaction(x, [torch.empty_like(x[0]) for _ in x], survivors.to(bench.device))
     candidates = [
-        *_beside(bench, "compact_into", 2 * kept, check_into,
-                 lambda i: _below_autograd(ops.compact_into, out[i], x[i], padded, count),
-                 {"index_select(out=)": select_into}),
-        *_beside(bench, "compact_backward", size + kept, check_backward,
-                 lambda i: _below_autograd(ops.compact_backward, grad[i], survivors, N),
-                 {"zeros, index_copy_": plain_backward}),
-        *_beside(bench, "compact_", moved, check_in_place,
-                 lambda i: _below_autograd(ops.compact_, x[i], padded, count), {}),
+        *_beside(bench, "compact_into", 2 * kept, on.check_into, on.compact_into,
+                 {"index_select(out=)": on.index_select_out}),
+        *_beside(bench, "compact_backward", size + kept, on.check_backward, on.compact_backward,
+                 {"zeros, index_copy_": on.index_copy}),
+        *_beside(bench, "compact_", moved, on.check_in_place, on.compact_, {}),
     ]  # fmt: skip
-    if n:  # without survivors compact runs nothing that a graph could hold
-        candidates += _beside(bench, "compact", 2 * kept, check,
-                              lambda i: _below_autograd(ops.compact, x[i], survivors),
-                              gathers)  # fmt: skip
+    if n:  # without survivors compact launches no kernel, and a graph would be empty
+        others: dict[str, Call] = {"index_select": on.index_select}
+        if compiled:
+            f = _compiled(lambda z, rows: z.index_select(0, rows), bench)
+            others["torch.compile"] = lambda i: f(x[i], on.survivors)
+        candidates += _beside(bench, "compact", 2 * kept, on.check, on.compact, others)
     return Case(candidates, sets, max(kept, size // 8), {"row bytes": size // N})
 
 
@@ -237,7 +273,7 @@ def head(
     size = math.prod(shape) * dtype.itemsize
     sets = bench.sets(size)
     x = [_features(bench, shape, dtype, layout) for _ in range(sets)]
-    # Means of many positions are small; the sharpness of the logits should not be.
+    # Means over many positions are small. Larger weights give logits of the usual size.
     spread = 3.0 * math.sqrt(math.prod(shape[1:]) / D / D)
     weight = (torch.randn(C, D, device=bench.device) * spread).to(dtype)
     bias = torch.randn(C, device=bench.device, dtype=dtype)
@@ -250,7 +286,7 @@ def head(
         )
 
     def check(call: Call) -> None:
-        """Logits against float64, then the gate against the candidate's own logits."""
+        """Compares the logits with float64, and the gate with the reference on these logits."""
         logits, *rest = call(0)
         truth = reference.pool(x[0].double()) @ weight.double().T + bias.double()
         _close("logits", logits, truth, tolerance)
@@ -258,7 +294,7 @@ def head(
 
     def check_without_logits(call: Call) -> None:
         with_logits, without = own(True)(0), call(0)
-        assert without[0].shape[0] == 0, "it gave logits unasked"
+        assert without[0].shape[0] == 0, "it returned logits"
         for a, b in zip(with_logits[1:], without[1:], strict=True):
             close = torch.allclose(a, b, rtol=EXACT, atol=EXACT)
             assert close, "it differs from the result with logits"
@@ -266,12 +302,12 @@ def head(
     others: dict[str, Call] = {
         "called": lambda i: functional.exit_head(x[i], weight, bias, THRESHOLD),
         "eager": lambda i: reference.exit_head(x[i], weight, bias, THRESHOLD),
-        "plain": lambda i: head_without_waiting(x[i], weight, bias, THRESHOLD),
+        "plain": lambda i: head_without_sync(x[i], weight, bias, THRESHOLD),
     }
     if compiled:
-        f = _compiled(lambda z: head_without_waiting(z, weight, bias, THRESHOLD), bench)
+        f = _compiled(lambda z: head_without_sync(z, weight, bias, THRESHOLD), bench)
         others["torch.compile"] = lambda i: f(x[i])
-    # The weights are left out of the bytes: the figure asks for the time to read the features.
+    # The bytes do not count the weights: the target is about reading the features.
     candidates = [
         *_beside(bench, "exit_head", size, check_without_logits, own(False), {}),
         *_beside(bench, "exit_head", size, check, own(True), others, ", with logits"),
@@ -319,7 +355,7 @@ def loss(
         )
 
     def plain(z: Tensor, target: Tensor) -> Any:
-        return loss_without_waiting(z, target, THRESHOLD, **family)
+        return loss_without_sync(z, target, THRESHOLD, **family)
 
     def check(call: Call) -> None:
         value, grad_logits, *gate = call(0)
@@ -340,5 +376,5 @@ def loss(
     if compiled:
         f = _compiled(plain, bench)
         others["torch.compile"] = lambda i: forward_and_backward(f, leaves[i], y, grad)
-    # Least work: the logits read once and their gradient written once.
+    # At least the logits are read once and their gradient is written once.
     return Case([*_beside(bench, "exit_loss", 2 * size, check, own, others)], sets, size)

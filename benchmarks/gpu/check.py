@@ -1,13 +1,14 @@
-"""Proof on a GPU in one command: build, tests, compute-sanitizer and kernel figures.
+"""Checks the package on a GPU in one command: build, tests, compute-sanitizer and targets.
 
     make gpu-check OUT=dir [PARTS="build test sanitizer benchmarks"]
 
-Needs nvcc and a Python with torch, Triton, pip, setuptools and pytest; no network. The package is
-installed into build/gpu-check, not into that Python, for the architecture of the GPU that is there;
-later calls of single parts find it there. A part that fails or runs out of time stops no other.
-OUT receives log.txt with everything printed, check.json with the results, rewritten after every
-part, and kernels.json with the figures. Exit status 1 if a part failed. --dry-run goes through
-cheap forms of all parts on a machine without a GPU.
+It needs nvcc and a Python with torch, Triton, pip, setuptools and pytest, but no network. The
+package is built for the architecture of the GPU and installed into build/gpu-check, so that the
+Python stays as it is; later calls of single parts use that installation. If a part fails or runs
+out of time, the next ones still run. OUT receives log.txt with everything printed, check.json with
+the outcome of the parts, rewritten after each, and kernels.json with the measurements. The exit
+status is 1 if a part failed. --dry-run goes through short forms of all parts on a machine without a
+GPU.
 """
 
 from __future__ import annotations
@@ -30,20 +31,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .rows import figure_line, worst
+from ..environment import ask
 
 ROOT = Path(__file__).resolve().parents[2]
 LIBRARY = ROOT / "build" / "gpu-check"
 
-#: Seconds for everything, and what is kept for each part while earlier ones run.
+#: Seconds for all parts, and the seconds reserved for each part while earlier ones run.
 TOTAL = 520.0
-KEPT = {"build": 120.0, "test": 180.0, "sanitizer": 90.0, "benchmarks": 120.0}
-#: Seconds between the request to end and the end of a part out of time.
+RESERVED = {"build": 120.0, "test": 180.0, "sanitizer": 90.0, "benchmarks": 120.0}
+#: Seconds that a part out of time has to end by itself before it is killed.
 GRACE = 10.0
-#: Exit status of a part that cannot run here and says why in its last line.
+#: Exit status of a part that cannot run on this machine; its last line says why.
 SKIPPED = 77
 
-#: What behaves differently on a GPU, in the order of its weight, and a package that it needs.
+#: The tests of what behaves differently on a GPU, the most important first, and a package that each
+#: needs.
 TESTS = {
     "test_cuda.py": None,
     "test_ops.py": None,
@@ -54,7 +56,7 @@ TESTS = {
     "test_bad_input.py": None,
     "test_layers.py": None,
 }
-#: Tests in them of other processors' code and of seconds that other tests take, too.
+#: Tests in these files that say nothing about a GPU, or that fail when other tests take the CPUs.
 LEFT_OUT = ("narrower_instruction_sets", "import_is_quick")
 
 
@@ -62,7 +64,7 @@ LEFT_OUT = ("narrower_instruction_sets", "import_is_quick")
 class Part:
     name: str
     command: Sequence[str]
-    kept: float  # seconds
+    reserved: float  # seconds
     env: dict[str, str] = field(default_factory=dict)
     cwd: Path = ROOT
 
@@ -73,11 +75,11 @@ class Result:
     outcome: str  # "ok", "failed", "out of time" or "skipped"
     seconds: float
     key_numbers: str  # the last line that the part printed
-    failures: list[str]  # its lines that begin with FAILED or ERROR
+    failures: list[str]  # the lines that begin with FAILED or ERROR
 
 
 def run_part(part: Part, limit: float, log: Path) -> Result:
-    """Runs a part for at most `limit` seconds; its output goes to the end of `log` as it comes."""
+    """Runs a part for at most `limit` seconds and appends its output to `log` as it comes."""
     start = time.monotonic()
     with log.open("ab") as output:
         begin = output.tell()
@@ -99,11 +101,11 @@ def run_part(part: Part, limit: float, log: Path) -> Result:
 
 
 def _wait(process: subprocess.Popen[bytes], limit: float) -> int | None:
-    """The exit status, or None if the time was up. No process of its group is left."""
+    """The exit status, or None if the time was up. Ends every process of its group."""
     try:
         return process.wait(limit)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGINT)  # pytest still says what failed so far
+        os.killpg(process.pid, signal.SIGINT)  # pytest then prints what failed so far
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(GRACE)
         return None
@@ -114,7 +116,8 @@ def _wait(process: subprocess.Popen[bytes], limit: float) -> int | None:
 
 
 def check(parts: Sequence[Part], out: Path, about: dict[str, str], total: float = TOTAL) -> int:
-    """Runs the parts in turn and reports; what one leaves of its time, later ones may use.
+    """Runs the parts in turn and prints their outcomes. Later parts may use the time that an
+    earlier one leaves.
 
     Returns: 0, or 1 if a part failed or ran out of time.
     """
@@ -131,7 +134,7 @@ def check(parts: Sequence[Part], out: Path, about: dict[str, str], total: float 
     end = time.monotonic() + total
     results: list[Result] = []
     for i, part in enumerate(parts):
-        limit = end - time.monotonic() - sum(later.kept for later in parts[i + 1 :])
+        limit = end - time.monotonic() - sum(later.reserved for later in parts[i + 1 :])
         say(f"\n{part.name}: at most {limit:.0f} s: {shlex.join(part.command)}")
         result = run_part(part, limit, log)
         results.append(result)
@@ -144,13 +147,38 @@ def check(parts: Sequence[Part], out: Path, about: dict[str, str], total: float 
         (out / "check.json").write_text(json.dumps(summary, indent=1) + "\n")
     kernels = out / "kernels.json"
     if any(part.name == "benchmarks" for part in parts) and kernels.exists():
-        say("\nthe ten figures that are furthest behind, or nearest")
-        for figure, row in worst(json.loads(kernels.read_text()), 10):
-            say(figure_line(figure, row))
+        say("\nthe ten rows that are furthest below their targets, or closest to them")
+        say(_closest(kernels))
     say(f"\n{'part':12}{'result':14}{'seconds':>8}  key numbers")
     for r in results:
         say(f"{r.part:12}{r.outcome:14}{r.seconds:8.1f}  {r.key_numbers[:120]}")
     return int(any(r.outcome not in ("ok", "skipped") for r in results))
+
+
+def _on_installed(name: str, module: str, *arguments: str) -> Part:
+    """A part that runs a module of benchmarks/ on the installed package.
+
+    `python -m` puts the current folder first on the module path. So the current folder is the
+    installation, and benchmarks/ comes through PYTHONPATH: run from the root of the repository, the
+    module would import the elf_fast there, which has no libraries.
+    """
+    path = f"{LIBRARY}{os.pathsep}{ROOT}"
+    env = {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
+    return Part(name, [sys.executable, "-m", module, *arguments], RESERVED[name], env, LIBRARY)
+
+
+def _closest(kernels: Path) -> str:
+    """The table of the ten rows that are furthest below their targets, or closest to them."""
+    show = ("--show", str(kernels), "--closest", "10")
+    part = _on_installed("benchmarks", "benchmarks.gpu.targets", *show)
+    try:
+        done = subprocess.run(
+            part.command, cwd=part.cwd, env=os.environ | part.env, timeout=30, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"not printed in time; {kernels} has them"
+    return done.stdout.rstrip()
 
 
 def _missing(package: str) -> bool:
@@ -158,24 +186,27 @@ def _missing(package: str) -> bool:
 
 
 def _tests() -> list[str]:
-    """Arguments of pytest; says what is left out."""
+    """The arguments of pytest. Prints which files are left out."""
     files = []
     for name, package in TESTS.items():
         if package and _missing(package):
             print(f"{name} is left out: it needs the package {package}")
         else:
             files.append(str(ROOT / "tests" / name))
-    # Compiling takes most of the time, and Triton does it in the process that calls.
+    # Most of the time is Triton's compiler, which runs in the process that calls the kernel.
     processes = min(8, os.cpu_count() or 1)
     spread = [] if _missing("xdist") else ["-n", str(processes)]
     return [*spread, "--maxfail=60", "-k", f"not ({' or '.join(LEFT_OUT)})", *files]
 
 
 def parts_of(out: Path, architecture: str | None) -> dict[str, Part]:
-    """By name. architecture: compute capability of the GPU ("9.0"); None: the dry run."""
+    """The parts by name.
+
+    Args:
+        architecture: compute capability of the GPU, as "9.0"; None for the dry run.
+    """
     dry = architecture is None
     python = sys.executable
-    path = {"PYTHONPATH": f"{LIBRARY}{os.pathsep}{ROOT}", "PYTHONUNBUFFERED": "1"}
     install = shlex.join(
         [python, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--upgrade",
          "--disable-pip-version-check", "--no-cache-dir", "--target", str(LIBRARY), "."]
@@ -184,43 +215,48 @@ def parts_of(out: Path, architecture: str | None) -> dict[str, Part]:
         build = f"ELF_FAST_BUILD=none {install}"
         tests = [str(ROOT / "tests/test_ops.py"), "-k", "test_compact_of_views and triton"]
     else:
-        # Without the CUDA library the parts that follow still prove the Triton kernels.
+        # Without a CUDA library the other parts still check the Triton kernels.
         build = f"ELF_FAST_BUILD=cuda {install} || (ELF_FAST_BUILD=cpu {install}; exit 1)"
         tests = _tests()
     pytest = [python, "-m", "pytest", "-v", "--tb=short", "-rfEs", "-p", "no:cacheprovider",
               "-o", "faulthandler_timeout=60"]  # fmt: skip
-    sanitizer = [python, "-m", "benchmarks.gpu.sanitizer", *(["--calls"] if dry else [])]
-    figures = [python, "-m", "benchmarks.gpu.targets", "--output", str(out / "kernels.json"),
-               *(["--dry-run", "--quick", "--budget", "5"] if dry else [])]  # fmt: skip
+    env = {"PYTHONPATH": str(LIBRARY), "PYTHONUNBUFFERED": "1"}
+    measure = ["--output", str(out / "kernels.json")]
+    if dry:
+        measure += ["--dry-run", "--quick", "--budget", "5"]
     made = [
-        Part("build", ["sh", "-c", build], KEPT["build"],
+        Part("build", ["sh", "-c", build], RESERVED["build"],
              {"TORCH_CUDA_ARCH_LIST": architecture or ""}),
-        # From another folder, so that the package is the installed one.
-        Part("test", [*pytest, *tests], KEPT["test"], path, LIBRARY),
-        Part("sanitizer", sanitizer, KEPT["sanitizer"], path, LIBRARY),
-        Part("benchmarks", figures, KEPT["benchmarks"], path, LIBRARY),
+        # From another folder, so that the tests import the installed package.
+        Part("test", [*pytest, *tests], RESERVED["test"], env, LIBRARY),
+        _on_installed("sanitizer", "benchmarks.gpu.sanitizer", *(["--calls"] if dry else [])),
+        _on_installed("benchmarks", "benchmarks.gpu.targets", *measure),
     ]  # fmt: skip
     return {part.name: part for part in made}
 
 
-def _ask(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    except OSError:
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
-
-
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder for log and results")
-    parser.add_argument("--parts", nargs="+", choices=KEPT, default=list(KEPT), help="in order")
-    parser.add_argument("--dry-run", action="store_true", help="cheap forms, no GPU")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.check", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the log and the results"
+    )
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        choices=RESERVED,
+        default=list(RESERVED),
+        help="the parts to run",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="short forms of the parts, no GPU needed"
+    )
     options = parser.parse_args()
     out = options.out.resolve()
-    gpu = _ask("nvidia-smi", "--query-gpu=compute_cap,name,driver_version", "--format=csv,noheader")
+    gpu = ask("nvidia-smi", "--query-gpu=compute_cap,name,driver_version", "--format=csv,noheader")
     if not gpu and not options.dry_run:
-        parser.error("nvidia-smi sees no GPU; --dry-run needs none")
+        parser.error("nvidia-smi finds no GPU; --dry-run needs none")
     needs = {"build": ("pip", "setuptools"), "test": ("pytest",)}
     missing = [p for part in options.parts for p in needs.get(part, ()) if _missing(p)]
     if missing:
@@ -233,12 +269,12 @@ def main() -> int:
     first = gpu.split("\n")[0].split(", ")
     about: dict[str, Any] = {
         "date": datetime.datetime.now().isoformat(timespec="seconds"),
-        "commit": _ask("git", "rev-parse", "HEAD") or "unknown",
+        "commit": ask("git", "rev-parse", "HEAD") or "unknown",
         "gpu": "none: dry run" if options.dry_run else ", ".join(first[1:]),
         "python": sys.version.split()[0],
     }
     parts = parts_of(out, None if options.dry_run else first[0])
-    return check([parts[name] for name in KEPT if name in options.parts], out, about)
+    return check([parts[name] for name in RESERVED if name in options.parts], out, about)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The shapes that `gpu.py` measures, in the order of their weight."""
+"""What is measured on a GPU, the most important shapes first."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from .cases import STAGES, Case, compaction, gate, head, loss
-from .networks import NETWORKS, network
+from .networks import NETWORKS, inference_case
 from .timing import Gpu
 
 F32, BF16 = "float32", "bfloat16"
@@ -28,7 +28,7 @@ class Job:
     shape: tuple[int, ...]
     dtype: str
     settings: dict[str, Any]
-    compiled: bool = False  # torch.compile runs beside the others
+    compiled: bool = False  # whether torch.compile is a candidate
 
     @property
     def name(self) -> str:
@@ -37,7 +37,7 @@ class Job:
 
     @property
     def arguments(self) -> tuple[Any, ...]:
-        """Of `build`, after the device."""
+        """The arguments of `build` after the first one."""
         return (self.shape, getattr(torch, self.dtype), self.compiled, *self.settings.values())
 
 
@@ -66,11 +66,11 @@ def _loss(N: int, C: int, dtype: str, member: str = "cross-entropy", compiled: b
 
 def _network(name: str, N: int, share: float, dtype: str = BF16) -> Job:
     shape = (N, 3, NETWORKS[name].size, NETWORKS[name].size)
-    return Job("network", network, shape, dtype, {"network": name, "share": share})
+    return Job("network", inference_case, shape, dtype, {"network": name, "share": share})
 
 
-def _asked() -> Iterator[Job]:
-    """Where figures are asked for, the most telling first."""
+def _with_targets() -> Iterator[Job]:
+    """Shapes whose rows have targets."""
     layer4 = "ResNet-50 layer4"
     yield _gate(256, 1000, F32, compiled=True)
     for N, C, dtype in ((16384, 1000, F32), (8192, 8142, F32), (8192, 8142, BF16),
@@ -104,8 +104,8 @@ def _asked() -> Iterator[Job]:
         yield _gate(8192, 8142, F32, criterion)
 
 
-def _informing() -> Iterator[Job]:
-    """Whole networks, then the whole grid."""
+def _without_targets() -> Iterator[Job]:
+    """Whole networks, then the whole grid of shapes."""
     if find_spec("torchvision"):
         for N, share in product((64, 256, 16), (0.5, 0.8, 1.0)):
             yield _network("ResNet-50", N, share)
@@ -131,11 +131,11 @@ def _informing() -> Iterator[Job]:
 
 
 def jobs(bench: Gpu) -> Iterator[Job]:
-    """Every job once, less those whose tensors are too large for the device."""
+    """Every job once, without those whose tensors are too large for the device."""
     limit = min(2**31, bench.memory // 32)
     seen = set()
-    for asked in (*_asked(), *_informing()):
-        job = replace(asked, shape=bench.shrink(asked.shape))
+    for wanted in (*_with_targets(), *_without_targets()):
+        job = replace(wanted, shape=bench.shrink(wanted.shape))
         size = math.prod(job.shape) * getattr(torch, job.dtype).itemsize
         if job.name not in seen and size <= limit:
             seen.add(job.name)

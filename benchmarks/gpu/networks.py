@@ -1,9 +1,11 @@
-"""Whole networks for `gpu.py`: elf_fast beside what a user would run instead, at inference.
+"""Whole networks at inference on a GPU: elf_fast and what a user would run instead.
 
-What never waits for the host runs as one CUDA graph, as everything in `gpu.py` does: the network
-without exits, the oracle and the padded one. What waits (elf_fast, the reference, the sceptic) is
-called in a loop, and its time is that of the host as well; here the two are compared. The same code
-is checked for its results on the CPU; here, whether as many leave at every exit."""
+Candidates that do not synchronise run as one CUDA graph, as the operators do: the network without
+exits, the oracle and the padded one. Candidates that synchronise (elf_fast, the reference, tuned
+PyTorch) are called in a loop, so that the time of the host counts as well. Networks are compared
+across these two groups. The results of the same code are checked sample by sample on the CPU; here
+the number of samples that leave at every exit is checked.
+"""
 
 from __future__ import annotations
 
@@ -17,46 +19,54 @@ from elf_fast.bench import inference
 from elf_fast.bench.workload import InferenceWork, inference_work
 
 from .. import rivals
-from ..cpu import networks
+from ..inputs import SMALL, Network, build, folded
 from .cases import Call, Case
 from .timing import BYTES, Candidate, Gpu
 
 NETWORKS = {
-    "ResNet-50": networks.Network("torchvision/resnet50", 224, 1000),
-    "ResNet-18": networks.Network("torchvision/resnet18", 112, 1000),
-    "ResNet-32": networks.SMALL,
+    "ResNet-50": Network("torchvision/resnet50", 224, 1000),
+    "ResNet-18": Network("torchvision/resnet18", 112, 1000),
+    "ResNet-32": SMALL,
 }
-#: Share of the samples by which the numbers that leave at an exit may differ from the reference's.
-#: Untrained networks are about equally sure of all samples, so that the order in which a library
-#: sums, other for another batch size or memory format, decides who leaves: but not how many.
+#: How far the number of samples that leave at an exit may be from the reference's, as a share of
+#: the batch. Untrained networks are about equally sure of all samples. So rounding, which depends
+#: on the batch size and the memory format, decides which samples leave, but hardly how many.
 DIFFERENT = 0.1
 
 
-def network(
-    bench: Gpu, shape: tuple[int, ...], dtype: torch.dtype, compiled: bool, name: str, share: float
+def inference_case(
+    bench: Gpu,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    compiled: bool,
+    network: str,
+    share: float,
 ) -> Case:
-    model, _ = networks.build(NETWORKS[name], 1)
-    model = networks.folded(model).to(bench.device, dtype)
+    model, _ = build(NETWORKS[network], 1)
+    model = folded(model).to(bench.device, dtype)
     images = torch.randn(shape, device=bench.device, dtype=dtype)
     work = inference_work(model, images.to(memory_format=torch.channels_last), share)
     calls: dict[str, Any] = inference.runs(work)
-    calls |= {"sceptic, graphs": rivals.sceptic_graphed(work), "padded": rivals.padded(work)}
+    calls |= {
+        "tuned PyTorch, graphs": rivals.tuned_torch_graphed(work),
+        "padded": rivals.padded(work),
+    }
     if find_spec("earlyon"):
         calls["earlyon, batched"] = rivals.earlyon_batched(work)
-    alike = ("full", "oracle", "earlyon, batched")  # nobody leaves, or all at once
+    unchecked = ("full", "oracle", "earlyon, batched")  # no sample leaves, or all leave together
 
-    def checked(who: str) -> Candidate:
-        f = torch.inference_mode()(calls[who])
+    def candidate(name: str) -> Candidate:
+        f = torch.inference_mode()(calls[name])
 
         def check(call: Call) -> None:
             out = call(0)
-            if who not in alike:
+            if name not in unchecked:
                 _check(work, out.exit_index if hasattr(out, "exit_index") else out[1])
 
-        return Candidate("network", who, lambda i: f(), check, 0)
+        return Candidate("network", name, lambda i: f(), check, 0)
 
     return Case(
-        [checked(who) for who in calls],
+        [candidate(name) for name in calls],
         1,
         int(BYTES),
         {"left at the exits": _left(work.exit_index, work)},

@@ -1,12 +1,13 @@
-"""The CUDA C++ kernels under NVIDIA's compute-sanitizer: every tool over one list of calls.
+"""Runs every tool of NVIDIA's compute-sanitizer on the same list of calls of the CUDA C++ kernels.
 
-    python -m benchmarks.gpu.sanitizer            all tools side by side; status 1 if any objects
-    python -m benchmarks.gpu.sanitizer --calls    the calls alone; without a GPU on CPU tensors
+    python -m benchmarks.gpu.sanitizer            all tools at once; status 1 if one finds an error
+    python -m benchmarks.gpu.sanitizer --calls    only the calls; without a GPU on CPU tensors
 
-Only kernels whose name holds elf_fast are instrumented. So that initcheck knows what they may read,
-every input is copied from the host as one block, never written by a kernel of torch; and every
-tensor is an allocation of its own, whose end memcheck knows. Two calls that are wrong on purpose
-show that memcheck and initcheck see these kernels.
+Only kernels with elf_fast in their names are instrumented. Two settings make the tools see all
+errors: every input is copied from the host as one block, never written by a kernel of torch, so
+that initcheck knows what is initialised; and every tensor has an allocation of its own, so that
+memcheck knows where it ends. Two calls that are wrong on purpose prove that memcheck and initcheck
+find errors in these kernels.
 """
 
 from __future__ import annotations
@@ -26,20 +27,21 @@ import torch
 from torch import Tensor
 
 import elf_fast
-from elf_fast import functional, ops, reference
+from elf_fast import criteria, functional, ops, reference
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
-#: Tools that must find the call that is wrong for them.
+#: Tools with a call that is wrong on purpose, which they must find.
 PLANTED = ("memcheck", "initcheck")
-#: Exit status of the sanitizer when it found errors, and of this script when there is none.
+#: Exit status of the sanitizer when it finds errors, and of this command without a sanitizer.
 FOUND, ABSENT = 9, 77
 
-#: [N, C]: single, odd, sub-warp, warp, block, several blocks a row, many rows.
+#: [N, C]: one element, odd sizes, less than a warp, a warp, a block or several blocks a row, many
+#: rows.
 GATES = (
     (1, 1), (3, 1), (7, 17), (33, 31), (16, 64), (9, 257), (4, 1000), (2, 8142), (1, 100_000),
     (300, 10), (5000, 3),
 )  # fmt: skip
-#: Sample shapes: odd sizes in bytes, several pieces a row, one word.
+#: Shapes of a sample: odd sizes in bytes, several pieces a row, one word.
 SAMPLES = ((5,), (9, 20), (8, 7, 7), (64, 14, 14), (3, 1, 1))
 SURVIVORS: dict[str, Callable[[int], list[int]]] = {
     "none": lambda N: [],
@@ -50,19 +52,19 @@ SURVIVORS: dict[str, Callable[[int], list[int]]] = {
 
 
 def off_by_one(x: Tensor, device: str) -> Tensor:
-    """x on the device, its memory one element past an aligned address."""
+    """x on the device, one element behind an aligned address."""
     return torch.cat([x.new_zeros(1), x.flatten()]).to(device)[1:].view(x.shape)
 
 
 def wide_rows(x: Tensor, device: str) -> Tensor:
-    """x [N, C] on the device, its rows apart in memory."""
+    """x [N, C] on the device, with a gap in memory after every row."""
     return torch.cat([x, x], dim=1).to(device)[:, : x.shape[1]]
 
 
 def gates(device: str) -> None:
     layouts = itertools.cycle((lambda x, d: x.to(d), off_by_one, wide_rows))
     for (N, C), criterion, dtype in itertools.product(
-        GATES, reference.CRITERIA, (torch.float32, torch.bfloat16)
+        GATES, criteria.TABLE, (torch.float32, torch.bfloat16)
     ):
         logits = (torch.randn(N, C) * torch.linspace(0.1, 8.0, N)[:, None]).to(dtype)
         target = torch.randint(0, C, (N,)) if C % 2 else None
@@ -105,7 +107,8 @@ def compactions(device: str) -> None:
 
 
 def planted(tool: str) -> None:
-    """A call whose kernel reads past its allocation, or what nothing wrote."""
+    """A call whose kernel reads past its allocation (memcheck) or reads memory that was never
+    written (initcheck)."""
     logits = torch.randn(16, 64).to("cuda")
     if tool == "memcheck":
         logits.untyped_storage().resize_(64)
@@ -124,9 +127,9 @@ def find_sanitizer() -> str | None:
 
 
 def run_tool(sanitizer: str, tool: str, *arguments: str) -> tuple[int, float]:
-    """Exit status and seconds of this script's calls under a tool. Prints as it goes."""
+    """Runs this module under a tool and prints its output. Returns its exit status and seconds."""
     start = time.monotonic()
-    # torch asks the driver for symbols that it may lack: no error of these kernels.
+    # torch asks the driver for symbols that it may lack, which is not an error of the kernels.
     quiet = ["--report-api-errors", "no"] if tool == "memcheck" else []
     process = subprocess.Popen(
         [sanitizer, "--tool", tool, *quiet, "--kernel-regex", "kns=elf_fast",
@@ -163,13 +166,15 @@ def run_tools(sanitizer: str) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--calls", action="store_true", help="make the calls, without a sanitizer")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu.sanitizer", description=__doc__.split("\n")[0]
+    )
+    parser.add_argument("--calls", action="store_true", help="only make the calls, without a tool")
     parser.add_argument("--planted", choices=PLANTED, help="make the call that a tool must find")
     options = parser.parse_args()
     if not options.calls and not options.planted:
         if (sanitizer := find_sanitizer()) is None:
-            print("compute-sanitizer is neither on PATH nor beside nvcc: it comes with the toolkit")
+            print("compute-sanitizer, a part of the CUDA toolkit, is neither on PATH nor with nvcc")
             return ABSENT
         return run_tools(sanitizer)
     torch.manual_seed(0)
@@ -181,7 +186,7 @@ def main() -> int:
         else:
             gates(device)
             compactions(device)
-            print(f"calls on {device} tensors: right")
+            print(f"calls on {device} tensors: all results are right")
     return 0
 
 

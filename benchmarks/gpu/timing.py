@@ -1,11 +1,13 @@
-"""Timing on a GPU, side by side.
+"""Timing of candidates on a GPU, in turn.
 
-A candidate is captured into a CUDA graph of many calls that rotate over sets of buffers, together
-2.5 times as large as the L2 cache where they can be; rounds replay every candidate's graph in turn,
-with three ceilings: a large device-to-device copy, a read-only pass and empty kernels. So whatever
-the device does between rounds falls on all of them. Medians and quartiles over the rounds, a call.
-What waits for the device cannot be captured; it is called in a loop, last in every round, and
-compared only with what waits, too.
+A candidate is captured into a CUDA graph of many calls. The calls rotate over sets of buffers,
+which together are 2.5 times as large as the L2 cache where memory allows. A round replays the graph
+of every candidate, and of three ceilings: a large device-to-device copy, a read-only pass and an
+empty kernel. Whatever changes the speed of the device between rounds thus changes it for all of
+them.
+
+A candidate that synchronises the host with the device cannot be captured. It is called in a loop
+instead, at the end of every round, and is compared only with other candidates that synchronise.
 """
 
 from __future__ import annotations
@@ -16,20 +18,21 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import triton
 
 import elf_fast
-from elf_fast.bench.timing import Quartiles
+from elf_fast.bench.timing import Quartiles, Samples
 
-#: Calls in a graph, at most, and the bytes that a graph of long ones moves at least.
+#: Calls in a graph, at most.
 CALLS = 160
+#: Bytes that the calls of one graph move together at least, if `CALLS` allows.
 BYTES = 1.2e9
-#: Calls of a candidate that waits, in a round.
-WAITING_CALLS = 10
+#: Calls in a round of a candidate that synchronises.
+SYNCHRONISING_CALLS = 10
 CEILINGS = ("copy", "read", "empty launch")
 
 
@@ -37,10 +40,10 @@ CEILINGS = ("copy", "read", "empty launch")
 class Candidate:
     op: str
     name: str
-    call: Callable[[int], Any]  # on the i-th set of buffers
+    call: Callable[[int], Any]  # runs it on the i-th set of buffers
     check: Callable[[Callable[[int], Any]], None]  # calls it and raises AssertionError
-    bytes: int  # least work of a call
-    backend: str | None = None  # serves the operators while `call` runs
+    bytes: int  # that a call moves at least
+    backend: str | None = None  # that serves the operators while `call` runs
 
     @property
     def key(self) -> str:
@@ -49,17 +52,22 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Ready:
-    """What a round runs."""
+    """What a round runs of one candidate."""
 
     run: Callable[[], Any]
     calls: int
-    waits: bool = False
+    synchronises: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass
 class Measured:
-    timing: Quartiles
-    waits: bool
+    """What `Gpu.measure` found of some candidates, by their keys."""
+
+    #: Microseconds a call, round by round, of candidates and ceilings. Empty: a candidate made the
+    #: device unusable.
+    samples: Samples = field(default_factory=Samples)
+    synchronising: set[str] = field(default_factory=set)
+    errors: dict[str, str] = field(default_factory=dict)
 
 
 @triton.jit
@@ -68,7 +76,7 @@ def _nothing(x):
 
 
 def error_text(error: BaseException) -> str:
-    """The first error of a chain: what ends a capture hides what broke it."""
+    """The first error of a chain: an error that ends a capture follows from the one before it."""
     while error.__context__ is not None:
         error = error.__context__
     text = " ".join(str(error).split()) or "no message"
@@ -76,20 +84,19 @@ def error_text(error: BaseException) -> str:
     return f"{kind}: {text[:300]}"
 
 
-def _timing(microseconds: list[float]) -> Quartiles:
-    return Quartiles.of(microseconds)
-
-
 class Gpu:
-    """The current CUDA device. All work goes to one stream, which is also the one of captures, so
-    that no autograd node remembers another."""
+    """The current CUDA device. All work goes to one stream, and captures use the same one: an
+    autograd node remembers the stream of its forward."""
 
     device = "cuda"
     compiler = "inductor"
     copy_bytes = 2**30
 
     def __init__(self, seconds: float) -> None:
-        """seconds: what the rounds of one case take."""
+        """
+        Args:
+            seconds: how long the rounds of one case take together.
+        """
         self.seconds = seconds
         properties = torch.cuda.get_device_properties(0)
         self.l2, self.memory = properties.L2_cache_size, properties.total_memory
@@ -98,7 +105,7 @@ class Gpu:
         self._prepare()
 
     def _prepare(self) -> None:
-        self.samples: dict[str, list[float]] = {name: [] for name in CEILINGS}
+        self.samples = Samples({name: [] for name in CEILINGS})
         source = torch.randn(self.copy_bytes // 4, device=self.device)
         target = torch.empty_like(source)
         few = torch.randn(16, device=self.device)
@@ -109,18 +116,18 @@ class Gpu:
         }
 
     def clear(self) -> None:
-        """Returns the memory of earlier cases: a capture cannot."""
+        """Returns the memory of earlier cases to the device, because a capture cannot do that."""
         torch.cuda.empty_cache()
 
     def shrink(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape to run for one that is asked for."""
+        """The shape that is run in the place of `shape`."""
         return shape
 
     def sets(self, size: int) -> int:
-        """Sets of buffers to rotate over, where a call touches `size` bytes of one."""
+        """How many sets of buffers to rotate over, if a call touches `size` bytes of a set."""
         return max(2, min(CALLS, math.ceil(2.5 * self.l2 / max(size, 1))))
 
-    def _waits(self, call: Callable[[int], Any]) -> bool:
+    def _synchronises(self, call: Callable[[int], Any]) -> bool:
         torch.cuda.set_sync_debug_mode("error")
         try:
             call(0)
@@ -133,18 +140,19 @@ class Gpu:
         return False
 
     def ready(self, call: Callable[[int], Any], calls: int, sets: int) -> Ready:
+        """Captures `calls` calls, or makes a loop of them if a call synchronises."""
         for i in range(3):
             call(i % sets)
         torch.cuda.synchronize()
-        if self._waits(call):
+        if self._synchronises(call):
 
             def loop() -> None:
-                for i in range(WAITING_CALLS):
+                for i in range(SYNCHRONISING_CALLS):
                     call(i % sets)
 
-            return Ready(loop, WAITING_CALLS, waits=True)
+            return Ready(loop, SYNCHRONISING_CALLS, synchronises=True)
         graph = torch.cuda.CUDAGraph()
-        # Results stay alive for a turn of the rotation, so that they rotate, too.
+        # A result lives until its set is used again, so that the results rotate over memory, too.
         kept: deque[Any] = deque(maxlen=sets)
         with torch.cuda.graph(graph, stream=self.stream):
             for i in range(calls):
@@ -154,7 +162,8 @@ class Gpu:
         return Ready(graph.replay, calls)
 
     def alive(self) -> bool:
-        """A failed capture can leave the allocator, and a failed kernel the device, unusable."""
+        """Whether the device still works. A failed capture can make the allocator unusable, and a
+        failed kernel the device."""
         try:
             torch.cuda.synchronize()
             x = torch.zeros(8, device=self.device)
@@ -166,16 +175,10 @@ class Gpu:
         except Exception:
             return False
 
-    def measure(
-        self, candidates: Sequence[Candidate], sets: int, size: int
-    ) -> tuple[dict[str, Measured], dict[str, str]]:
-        """Checks, captures and times candidates, a call of which touches `size` bytes of one of
-        `sets` sets of buffers.
-
-        Returns: what was measured, by candidate and ceiling; and errors, by candidate. After an
-        error that the device did not survive nothing is measured.
-        """
-        ready, errors = {}, {}
+    def measure(self, candidates: Sequence[Candidate], sets: int, size: int) -> Measured:
+        """Checks, captures and times candidates. A call touches `size` bytes of one of `sets` sets
+        of buffers. If an error makes the device unusable, nothing is timed."""
+        found, ready = Measured(), {}
         calls = sets * max(1, math.ceil(BYTES / max(size, 1) / sets))
         calls = max(sets, min(calls, CALLS))
         for candidate in candidates:
@@ -185,27 +188,25 @@ class Gpu:
                     candidate.check(candidate.call)
                     ready[candidate.key] = self.ready(candidate.call, calls, sets)
             except Exception as error:
-                errors[candidate.key] = error_text(error)
+                found.errors[candidate.key] = error_text(error)
                 if not isinstance(error, AssertionError) and not self.alive():
-                    return {}, errors
-        everything = self.ceilings | dict(sorted(ready.items(), key=lambda item: item[1].waits))
-        samples = self.rounds(everything)
+                    return found
+        found.synchronising = {key for key, entry in ready.items() if entry.synchronises}
+        last = dict(sorted(ready.items(), key=lambda item: item[1].synchronises))
+        found.samples = self.rounds(self.ceilings | last)
         for name in CEILINGS:
-            self.samples[name] += samples[name]
-        return {
-            name: Measured(_timing(samples[name]), entry.waits)
-            for name, entry in everything.items()
-        }, errors
+            self.samples[name] += found.samples[name]
+        return found
 
-    def rounds(self, ready: dict[str, Ready]) -> dict[str, list[float]]:
+    def rounds(self, ready: dict[str, Ready]) -> Samples:
         """Microseconds a call, in every round."""
-        samples: dict[str, list[float]] = {name: [] for name in ready}
+        samples = Samples({name: [] for name in ready})
         events = {name: [torch.cuda.Event(enable_timing=True) for _ in range(2)] for name in ready}
         gc.disable()
         try:
             end = time.perf_counter() + self.seconds
             while time.perf_counter() < end or len(samples["copy"]) < 7:
-                torch.cuda._sleep(1_000_000)  # the host gets ahead
+                torch.cuda._sleep(1_000_000)  # time for the host to queue the round
                 for name, entry in ready.items():
                     events[name][0].record()
                     entry.run()
@@ -219,18 +220,20 @@ class Gpu:
         return samples
 
     def ceiling_report(self) -> dict[str, dict[str, float]]:
-        """Over all rounds so far: time, and bytes (for the copy: read plus written) over it."""
+        """Time and bytes per second of each ceiling over all rounds so far. A copy's bytes are
+        those that it reads and those that it writes."""
         report = {}
         for name, moved in zip(CEILINGS, (2 * self.copy_bytes, self.copy_bytes, 0), strict=True):
             if self.samples[name]:
-                t = _timing(self.samples[name])
+                t = Quartiles.of(self.samples[name])
                 report[name] = {"median_us": t.median, "low": t.low, "high": t.high}
                 report[name] |= {"GB/s": 1e-3 * moved / t.median} if moved else {}
         return report
 
 
 class DryRun(Gpu):
-    """The same on tiny CPU tensors, by wall clock: for testing the benchmark, not the kernels."""
+    """The same with tiny CPU tensors and the clock of the host. It tests the benchmark; its times
+    say nothing about the kernels."""
 
     device = "cpu"
     compiler = "aot_eager"
@@ -256,10 +259,12 @@ class DryRun(Gpu):
     def clear(self) -> None:
         pass
 
-    def rounds(self, ready: dict[str, Ready]) -> dict[str, list[float]]:
+    def rounds(self, ready: dict[str, Ready]) -> Samples:
         def microseconds(run: Callable[[], Any]) -> float:
             start = time.perf_counter()
             run()
             return (time.perf_counter() - start) * 1e6
 
-        return {name: [microseconds(entry.run) for _ in range(2)] for name, entry in ready.items()}
+        return Samples(
+            {name: [microseconds(entry.run) for _ in range(2)] for name, entry in ready.items()}
+        )

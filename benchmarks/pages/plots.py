@@ -1,4 +1,4 @@
-"""The plots of docs/performance.md, from rows of results as their JSON has them."""
+"""The plots of docs/performance.md."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-COLOURS = {"elf_fast": "#2a9d8f", "reference": "#7b5ea7", "sceptic": "#d9822b", "full": "#808080"}
+from ..row import Row
+from .tables import LIMITS
+
+COLOURS = {"elf_fast": "#2a9d8f", "reference": "#7b5ea7", "full": "#808080"}
 BACKENDS = {"cuda": "#2a9d8f", "triton": "#d9822b"}
 INK = "#808080"
-#: What no kernel can beat: reading its input, or copying as many bytes as it moves.
-LIMITS = ("read-only pass", "copy")
 
 
 def section(
-    title: str, plot: Callable[..., Figure | None], rows: Any, folder: Path, name: str
+    title: str, plot: Callable[..., Figure | None], rows: list[Row], folder: Path, name: str
 ) -> list[str]:
-    """Writes plot(rows) into `folder`; the lines of Markdown that show it, none without a plot."""
+    """Writes plot(rows) into `folder`. Returns the lines of Markdown that show it; none if plot has
+    nothing to draw."""
     figure = plot(rows)
     if figure is None:
         return []
@@ -44,14 +46,15 @@ def _log_axis(axes: Any, values: Iterable[int]) -> None:
     axes.set_xticks([], minor=True)
 
 
-def efficiency(rows: list[dict[str, Any]]) -> Figure | None:
-    """Time of the oracle over that of elf_fast, by network, batch size and share."""
+def efficiency(rows: list[Row]) -> Figure | None:
+    """The exit efficiency: the oracle's time divided by elf_fast's, by network, batch size and
+    share."""
     points: dict[str, dict[str, list[tuple[int, list[float]]]]] = {}
     for row in rows:
-        found = re.fullmatch(r"(.+), N = (\d+), s = (\S+)", row["shape"])
-        if row["suite"] == "inference" and row["baseline"] == "oracle" and found:
+        found = re.fullmatch(r"(.+), N = (\d+), s = (\S+)", row.shape)
+        if row.suite == "inference" and row.baseline == "oracle" and found:
             network, N, share = found[1], int(found[2]), found[3]
-            points.setdefault(network, {}).setdefault(share, []).append((N, row["ratio"]))
+            points.setdefault(network, {}).setdefault(share, []).append((N, row.ratio))
     if not points:
         return None
     figure = Figure(figsize=(3.2 * len(points), 2.8))
@@ -76,27 +79,27 @@ def efficiency(rows: list[dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def growth(rows: list[dict[str, Any]]) -> Figure | None:
-    """Time of an inference against N, C and the number of exits."""
+def growth(rows: list[Row]) -> Figure | None:
+    """The time of an inference over N, over C and over the number of exits."""
     points: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
-        found = re.search(r"(\w+) = (\d+)$", row["shape"])
-        if row["suite"] == "growth" and found:
+        found = re.search(r"(\w+) = (\d+)$", row.shape)
+        if row.suite == "growth" and found:
             of_axis = points.setdefault(found[1], {})
-            subject = (int(found[2]), row["needs"]["subject"][0] / 1e3)
+            subject = (int(found[2]), row.needs["subject"].median / 1e3)
             if subject not in of_axis.setdefault("elf_fast", []):
                 of_axis["elf_fast"].append(subject)
-            baseline = (int(found[2]), row["needs"]["baseline"][0] / 1e3)
-            of_axis.setdefault(row["baseline"], []).append(baseline)
+            baseline = (int(found[2]), row.needs["baseline"].median / 1e3)
+            of_axis.setdefault(row.baseline, []).append(baseline)
     if not points:
         return None
     figure = Figure(figsize=(3.2 * len(points), 2.8))
     grid = figure.add_gridspec(1, len(points))
     for i, (axis, series) in enumerate(points.items()):
         axes = _axes(figure, grid[i], f"ResNet-32, s = 0.5, growing {axis}")
-        for who, values in series.items():
-            axes.plot(*zip(*values, strict=True), marker="o", markersize=4, label=who,
-                      color=COLOURS.get(who, "#b0b0b0"))  # fmt: skip
+        for candidate, values in series.items():
+            axes.plot(*zip(*values, strict=True), marker="o", markersize=4, label=candidate,
+                      color=COLOURS.get(candidate, "#b0b0b0"))  # fmt: skip
         _log_axis(axes, {at for values in series.values() for at, _ in values})
         axes.set_ylim(0, None)
         axes.set_xlabel(axis, color=INK, fontsize=8)
@@ -107,12 +110,12 @@ def growth(rows: list[dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def limits(rows: list[dict[str, Any]]) -> Figure | None:
+def limits(rows: list[Row]) -> Figure | None:
     """The share of the limit (`LIMITS`) that each operator reaches on a CPU, by shape."""
     points: dict[str, list[tuple[str, list[float]]]] = {}
     for row in rows:
-        if row["baseline"] in LIMITS:
-            points.setdefault(row["subject"], []).append((row["shape"], row["ratio"]))
+        if row.baseline in LIMITS:
+            points.setdefault(row.subject, []).append((row.shape, row.ratio))
     if not points:
         return None
     sizes = [len(bars) + 1.5 for bars in points.values()]
@@ -133,14 +136,14 @@ def limits(rows: list[dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def bandwidth(rows: list[dict[str, Any]]) -> Figure | None:
-    """The share of copy bandwidth that the project's kernels reach on a GPU, by bytes."""
+def bandwidth(rows: list[Row]) -> Figure | None:
+    """The share of copy bandwidth that the kernels reach on a GPU, by the bytes that they move."""
     points: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for row in rows:
-        own = row["candidate"] in BACKENDS and row["median_us"] is not None
-        if own and row["bytes"] and not row["waits"]:
-            of_op = points.setdefault(row["op"], {})
-            of_op.setdefault(row["candidate"], []).append((row["bytes"], row["copy_share"]))
+        op, _, backend = row.subject.partition(", ")
+        if backend in BACKENDS and row.baseline == "copy":
+            point = (row.bytes, row.ratio.median)
+            points.setdefault(op, {}).setdefault(backend, []).append(point)
     if not points:
         return None
     columns = 3
