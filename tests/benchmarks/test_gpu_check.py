@@ -94,8 +94,10 @@ def test_parts_stay_under_nine_minutes_and_know_the_architecture(tmp_path):
         assert (Path(__file__).parents[1] / name).exists()
 
 
-@pytest.mark.parametrize("name", ["sanitizer", "benchmarks"])
-def test_parts_import_the_installed_package(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    "name, safe_path", [("sanitizer", ""), ("benchmarks", ""), ("benchmarks", "1")]
+)
+def test_parts_import_the_installed_package(tmp_path, monkeypatch, name, safe_path):
     """The part runs the benchmarks of this tree. The installed elf_fast is a stand-in that prints
     where it lies and ends the process with the status for "skipped"."""
     installed = tmp_path / "library" / "elf_fast" / "__init__.py"
@@ -103,5 +105,6 @@ def test_parts_import_the_installed_package(tmp_path, monkeypatch, name):
     installed.write_text(f"print(__file__)\nraise SystemExit({check.SKIPPED})\n")
     monkeypatch.setattr(check, "LIBRARY", tmp_path / "library")
     monkeypatch.setenv("PYTHONPATH", str(check.ROOT))
+    monkeypatch.setenv("PYTHONSAFEPATH", safe_path)  # "1": the current folder is not on the path
     result = check.run_part(check.parts_of(tmp_path, None)[name], 60.0, tmp_path / "log.txt")
     assert (result.outcome, result.key_numbers) == ("skipped", str(installed))
