@@ -1,6 +1,6 @@
-"""A short form of the benchmarks, on one thread. Ratios within one run must reach half of the target
-that benchmarks/cpu/targets.py has on a quiet machine, so that noise does not fail the tests and a
-regression does."""
+"""A short form of the benchmarks, on one thread. Ratios within one run must reach half of the
+target that benchmarks/cpu/targets.py has on a quiet machine, so that noise does not fail the tests
+and a regression does."""
 
 from __future__ import annotations
 

@@ -121,9 +121,8 @@ def _check_gate(out: Any, logits: Tensor, criterion: str, target: Tensor | None 
     tie = prediction != truth.prediction
     top = z.amax(dim=1)
     chosen = z.gather(1, prediction.clamp(0, z.shape[1] - 1)[:, None]).squeeze(1)
-    lower = top - chosen > EXACT * top.abs().clamp_min(
-        1.0
-    )  # close logits can have equal probabilities
+    # Close logits can have equal probabilities, so either of their classes is right.
+    lower = top - chosen > EXACT * top.abs().clamp_min(1.0)
     assert not bool(lower.any()), f"{int(lower.sum())} predictions are wrong"
     goes_on, expected = (torch.zeros(N, dtype=torch.bool, device=z.device) for _ in range(2))
     goes_on[survivors], expected[truth.survivors] = True, True
