@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -na
 PACKAGES := elf_fast kernels
 FORMATTED := $(PACKAGES) benchmarks tests setup.py
 
-.PHONY: demo test bench gpu-check lint format clean
+.PHONY: demo test bench bench-full gpu-check lint format clean
 
 demo: .venv/native
 	$(BIN)/elf-fast demo
