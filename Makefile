@@ -6,7 +6,7 @@ SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -na
 PACKAGES := elf_fast kernels
 FORMATTED := $(PACKAGES) benchmarks tests setup.py
 
-.PHONY: demo test bench gpu-check lint format clean
+.PHONY: demo test bench bench-full gpu-check lint format clean
 
 demo: .venv/native
 	$(BIN)/elf-fast demo
@@ -18,17 +18,17 @@ bench: .venv/native
 	$(BIN)/python -m pytest -q benchmarks --benchmark-only --benchmark-disable-gc \
 	  --benchmark-max-time=0.3 --benchmark-min-rounds=5 --benchmark-group-by=group \
 	  --benchmark-sort=name --benchmark-columns=median,iqr,min,rounds
-	$(BIN)/python -W ignore benchmarks/figures.py
+	$(BIN)/python -W ignore -m benchmarks.cpu.targets
 
 # RESULTS=benchmarks/results/NAME.json keeps the rows; docs/performance.md is written from them.
 bench-full: .venv/native
-	$(BIN)/python -W ignore benchmarks/figures.py --full $(if $(RESULTS),--output $(RESULTS))
-	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python -W ignore -m benchmarks.cpu.targets --full $(if $(RESULTS),--output $(RESULTS))
+	$(BIN)/python -m benchmarks.pages.performance
 
 # Uses $(PYTHON) as it is, on a machine with a GPU, nvcc and torch.
 PARTS ?= build test sanitizer benchmarks
 gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py --out $(or $(OUT),$(error OUT: name a folder for the results)) \
+	$(PYTHON) -m benchmarks.gpu.check --out $(or $(OUT),$(error OUT: name a folder for the results)) \
 	  --parts $(PARTS)
 
 lint: .venv/deps

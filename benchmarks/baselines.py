@@ -1,7 +1,9 @@
-"""What a user could run instead of an operator; each takes the same tensors as `functional`'s.
+"""The baselines of the operators: what a user could run instead. Each takes the tensors that the
+function of `elf_fast.functional` takes.
 
-The `_without_waiting` functions never ask the device for a value, so a CUDA graph can hold them and
-torch.compile takes them whole. They pad survivors to [N] with N, as the operators do.
+The functions that end in `_without_sync` do not synchronise the host with the device. So a CUDA
+graph can hold them, and torch.compile compiles them without a graph break. Like the operators they
+pad the survivors to [N], with the value N.
 """
 
 from __future__ import annotations
@@ -13,15 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from elf_fast import criteria
+
 
 def plain_gate(logits: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The four calls that people write: no NaN, infinite logits or temperature."""
+    """What most users write. It has no temperature and does not treat NaN or infinite logits."""
     confidence, prediction = torch.softmax(logits, dim=1).max(dim=1)
     return confidence, prediction, (confidence < threshold).nonzero().squeeze(1)
 
 
 def plain_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy alone, without a gate."""
+    """Cross-entropy without a gate."""
     return F.cross_entropy(logits, target, reduction="none")
 
 
@@ -30,11 +34,11 @@ def plain_head(features: Tensor, linear: torch.nn.Linear, threshold: float):
 
 
 def read_only(x: Tensor) -> Tensor:
-    """The cheapest pass that PyTorch has over a buffer."""
+    """The fastest call of PyTorch that reads every element."""
     return x.sum()
 
 
-def gate_without_waiting(
+def gate_without_sync(
     logits: Tensor, threshold: float, criterion: str = "confidence", target: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """confidence [N], prediction [N], survivors [N]."""
@@ -46,39 +50,39 @@ def gate_without_waiting(
         confidence = best[:, 0] - best[:, 1]
     elif criterion == "entropy":
         confidence = torch.special.entr(p).sum(dim=1) / math.log(C)
-    leaves = confidence <= threshold if criterion == "entropy" else confidence >= threshold
+    leaves = criteria.TABLE[criterion].passes(confidence, threshold)
     if target is not None:
         leaves = leaves & (prediction == target)
     return confidence, prediction, padded_survivors(~leaves)
 
 
 def padded_survivors(goes_on: Tensor) -> Tensor:
-    """[N] from flags [N]: the rows that go on, ascending, then N."""
+    """[N], from flags [N]: the indices of the rows that go on, ascending, then the value N."""
     N = goes_on.shape[0]
     if not torch.compiler.is_compiling():
         return torch.nonzero_static(goes_on, size=N, fill_value=N).squeeze(1)
-    # torch.compile makes a kernel of its own of these, and calls four for nonzero_static.
+    # torch.compile makes one kernel of these lines; nonzero_static would be four.
     place = torch.where(goes_on, goes_on.cumsum(0) - 1, N)
     padded = torch.full((N + 1,), N, device=goes_on.device)
     return padded.scatter(0, place, torch.arange(N, device=goes_on.device))[:N]
 
 
-def head_without_waiting(
+def head_without_sync(
     features: Tensor, weight: Tensor, bias: Tensor, threshold: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logits [N, C] and the gate's three, of features [N, D, H, W] or tokens [N, T, D]."""
+    """logits [N, C] and the gate's three outputs, of features [N, D, H, W] or [N, T, D]."""
     pooled = features.mean(dim=(2, 3) if features.dim() == 4 else 1)
     logits = F.linear(pooled, weight, bias)
-    return logits, *gate_without_waiting(logits, threshold)
+    return logits, *gate_without_sync(logits, threshold)
 
 
-def loss_without_waiting(
+def loss_without_sync(
     logits: Tensor, target: Tensor, threshold: float, *, weight: Tensor | None = None,
     gamma: float = 0.0, scale: float = 1.0, margins: Tensor | None = None,
     bias: Tensor | None = None, label_smoothing: float = 0.0,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """loss [N] and the gate's three; `reference.exit_loss` says what the settings mean."""
-    gate = gate_without_waiting(logits.detach(), threshold, target=target)
+    """loss [N] and the gate's three outputs; `reference.exit_loss` documents the arguments."""
+    gate = gate_without_sync(logits.detach(), threshold, target=target)
     x = logits.float()
     if margins is not None:
         x = x - margins[target, None] * F.one_hot(target, logits.shape[1])
@@ -93,7 +97,8 @@ def loss_without_waiting(
 
 
 def forward_and_backward(loss: Any, logits: Tensor, target: Tensor, grad: Tensor):
-    """What `loss` returns, with the gradient [N, C] in the logits (a leaf) in the second place."""
+    """What `loss` returns, with the gradient [N, C] of the logits as the second item. The logits
+    must be a leaf."""
     with torch.enable_grad():
         value, *gate = loss(logits, target)
         (grad_logits,) = torch.autograd.grad(value, logits, grad)

@@ -1,4 +1,6 @@
-"""Where a result comes from: commit, processor, versions; and an allocator that is no lottery."""
+"""What results record of the machine and the software, and a setting of the allocator that makes
+them repeatable.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,21 @@ import platform
 import subprocess
 from pathlib import Path
 
-import torch
+
+def ask(*command: str) -> str:
+    """What a command prints, run in this folder; empty if it fails or is not there."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    except OSError:
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def environment() -> dict[str, str]:
-    commit = subprocess.run(
-        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent
-    ).stdout.strip()
+    """Date, commit, processor, threads and versions."""
+    import torch  # not at the top: `gpu.check` uses this module and starts before torch is needed
+
+    commit = ask("git", "rev-parse", "HEAD")
     cpu = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -36,10 +46,12 @@ def environment() -> dict[str, str]:
 
 
 def keep_memory() -> None:
-    """Has glibc's malloc keep what is freed, as other allocators do. Otherwise it hands large
-    blocks back and gets them again page by page, in some processes and not in others: up to 15,000
-    page faults a forward of ResNet-32 with 64 images, which then takes 1.6 times as long."""
-    trim_threshold, mmap_max = -1, -4  # names of mallopt(3)
+    """Tells glibc's malloc to keep freed memory, as other allocators do.
+
+    By default it returns large blocks to the system and gets them back page by page, in some
+    processes and not in others. That gave up to 15,000 page faults in one forward of ResNet-32 with
+    64 images, which then took 1.6 times as long."""
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of mallopt(3)
     with contextlib.suppress(AttributeError, OSError):  # another C library
         libc = ctypes.CDLL(None)
         libc.mallopt(trim_threshold, 2**31 - 1)

@@ -1,9 +1,10 @@
-"""What a user could run instead of `elf_fast.ELF` at inference, on the same stages and heads.
+"""Rivals: what a user could run instead of `elf_fast.ELF` at inference, on the same stages and
+heads.
 
-Each rival takes an `InferenceWork` and gives a function of no arguments, to be called under
-`torch.inference_mode()`, that returns the predictions [N] and exit indices [N] in input order.
-`elf_fast.bench.inference` has the module itself, its reference, the network without exits and the
-oracle. The criterion is "confidence" throughout.
+Each one takes an `InferenceWork` and returns a function without arguments, to be called under
+`torch.inference_mode()`. That function returns the predictions [N] and exit indices [N] in the
+order of the input. The criterion is "confidence" in all of them. `elf_fast.bench.inference` has the
+other candidates: the module itself, its reference, the network without exits and the oracle.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Rival = Callable[[], tuple[Tensor, Tensor]]
 
 
 def _confident(logits: Tensor, threshold: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
-    """(whether each row leaves, its prediction): max p >= t without a softmax."""
+    """(whether each row leaves, its prediction). Tests max p >= t without computing the softmax."""
     logits = logits.float()
     top, prediction = logits.max(1)
     log_p = top / temperature - torch.logsumexp(logits / temperature, 1)
@@ -30,23 +31,23 @@ def _confident(logits: Tensor, threshold: Tensor, temperature: Tensor) -> tuple[
 
 
 def _rows(x: Tensor, index: Tensor) -> Tensor:
-    """index_select, which on channels-last features takes ten times as long as on their
-    contiguous view [N, H, W, D]."""
+    """x[index]. On channels-last features index_select takes ten times as long as on their
+    contiguous view [N, H, W, D], so the view is used."""
     if _layout(x) == torch.channels_last:
         return x.permute(0, 2, 3, 1).index_select(0, index).permute(0, 3, 1, 2)
     return x.index_select(0, index)
 
 
-#: Runs a stage, its head and its test on what `Select` or the caller gave: features, who leaves
-#: (None at the last exit) and predictions.
+#: Runs a stage, its head and its exit test on an input that `Select` or the caller gives. Returns
+#: features, whether each row leaves (None at the last exit) and predictions.
 Step = Callable[[Any], tuple[Tensor, Tensor | None, Tensor]]
-#: The input of stage e from the features of the stage before and the rows that go on.
+#: Makes the input of stage e from the features of the previous stage and the rows that go on.
 Select = Callable[[int, Tensor, Tensor], Any]
 
 
 def _leaving(images: Tensor, first: Any, steps: Sequence[Step], select: Select) -> Rival:
-    """Early exit in plain PyTorch: two writes by index, one list of indices and one selection an
-    exit. The host waits for the device once an exit, for how many go on."""
+    """Early exit in plain PyTorch. An exit takes two writes by index, one list of indices and one
+    selection. The host synchronises with the device once an exit, to know how many rows go on."""
 
     def run() -> tuple[Tensor, Tensor]:
         prediction = torch.empty(len(images), dtype=torch.int64, device=images.device)
@@ -54,7 +55,7 @@ def _leaving(images: Tensor, first: Any, steps: Sequence[Step], select: Select) 
         x, alive = first, None
         for e, step in enumerate(steps):
             features, leaves, found = step(x)
-            # A later exit overwrites what those that go on have here.
+            # A later exit overwrites these values for the samples that go on.
             if alive is None:
                 prediction.copy_(found)
                 exit_index.fill_(e)
@@ -87,8 +88,9 @@ def _step(work: InferenceWork, e: int) -> Step:
     return step
 
 
-def sceptic(work: InferenceWork) -> Rival:
-    """The best that plain PyTorch gives without kernels of one's own, and without CUDA graphs."""
+def tuned_torch(work: InferenceWork) -> Rival:
+    """Tuned PyTorch: the best that a good PyTorch programmer writes without kernels of their own
+    and without CUDA graphs."""
 
     def select(e: int, features: Tensor, rows: Tensor) -> Tensor:
         return features if len(rows) == len(features) else _rows(features, rows)
@@ -98,20 +100,21 @@ def sceptic(work: InferenceWork) -> Rival:
 
 
 class _GraphedStage:
-    """A step as one CUDA graph for each of `sizes`, rising batch sizes. They read `images`, whose
-    first rows the caller fills; what a batch lacks of a size is stale rows. Without a GPU the step
+    """A step as one CUDA graph for each batch size in `sizes`, which ascend. The graphs read the
+    first rows of `images`, which the caller fills. A batch uses the next larger size; the rows
+    behind it hold values of earlier batches, and their results are ignored. Without a GPU the step
     runs as it is."""
 
     def __init__(self, step: Step, images: Tensor, sizes: Sequence[int]) -> None:
         self.images, self.sizes = images, sizes
-        # One of the graphs runs at a time, and its results are read before the next one does.
+        # The graphs can share memory: a graph's results are read before the next one runs.
         self._pool = torch.cuda.graph_pool_handle() if images.is_cuda else None
         self._runs = [self._captured(step, images[:size]) for size in sizes]
 
     def _captured(self, step: Step, x: Tensor) -> Callable[[], tuple]:
         if not x.is_cuda:
             return lambda: step(x)
-        for _ in range(3):  # libraries choose their kernels
+        for _ in range(3):  # in the first calls libraries choose their kernels
             step(x)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -130,9 +133,9 @@ class _GraphedStage:
         return features, None if leaves is None else leaves[:n], found[:n]
 
 
-def sceptic_graphed(work: InferenceWork) -> Rival:
-    """The sceptic on a GPU: every stage with its head and test is a CUDA graph, by batch size in
-    eighths, and survivors are selected into its input."""
+def tuned_torch_graphed(work: InferenceWork) -> Rival:
+    """`tuned_torch` with CUDA graphs. Every stage with its head and exit test is a graph for each
+    eighth of the batch, and the survivors are selected into the input of the next graph."""
     N = len(work.images)
     eighths = sorted({-(-N * k // 8) for k in range(1, 9)})
     with torch.inference_mode():
@@ -156,15 +159,15 @@ def _layout(x: Tensor) -> torch.memory_format:
 
 
 def _select_into(out: Tensor, x: Tensor, index: Tensor) -> None:
-    """The rows of x into the first rows of out, by their memory where it is channels-last."""
+    """Writes x[index] into the first rows of out; channels-last as in `_rows`."""
     if _layout(x) == torch.channels_last:
         x, out = x.permute(0, 2, 3, 1), out.permute(0, 2, 3, 1)
     torch.index_select(x, 0, index, out=out[: len(index)])
 
 
 def padded(work: InferenceWork) -> Rival:
-    """No sample is dropped and nothing waits for the device: every exit sees the whole batch, as a
-    single CUDA graph could hold it."""
+    """Early exit that drops no sample: every stage gets the whole batch. It does not synchronise,
+    so a single CUDA graph can hold it."""
     model, images = work.model, work.images
     last = len(model.stages) - 1
 
@@ -190,7 +193,7 @@ def padded(work: InferenceWork) -> Rival:
 
 
 def _wrapped(work: InferenceWork) -> Any:
-    """The same stages and heads under `earlyon`, copied because it puts hooks on them."""
+    """A copy of the stages and heads in a wrapper of `earlyon`, which adds hooks to them."""
     from earlyon import EarlyExitConfig, EarlyExitWrapper, ExitPoint
 
     model = copy.deepcopy(work.model)
@@ -202,7 +205,7 @@ def _wrapped(work: InferenceWork) -> Any:
         backbone="stages",
         num_classes=num_classes,
         exit_points=[ExitPoint(name, str(e), 1) for e, name in enumerate(names)],
-        # Its thresholds lie in [0, 1], so an exit that is off is disabled.
+        # earlyon accepts thresholds in [0, 1]; an exit with a larger one is disabled instead.
         confidence_thresholds=[min(float(t), 1.0) for t in model.thresholds],
         enabled_exits=[bool(t <= 1.0) for t in model.thresholds],
         temperatures={
@@ -218,7 +221,7 @@ def _wrapped(work: InferenceWork) -> Any:
 
 
 def earlyon_batched(work: InferenceWork) -> Rival:
-    """earlyon's batched mode: the batch leaves as a whole, where its least confident sample may."""
+    """earlyon's batched mode: the whole batch leaves where its least confident sample may leave."""
     wrapper, images, last = _wrapped(work), work.images, len(work.model.stages) - 1
 
     def run() -> tuple[Tensor, Tensor]:
@@ -231,7 +234,7 @@ def earlyon_batched(work: InferenceWork) -> Rival:
 
 
 def earlyon_single(work: InferenceWork) -> Rival:
-    """earlyon's own mode, one image at a time."""
+    """earlyon's default mode: one image at a time."""
     wrapper, images, last = _wrapped(work), work.images, len(work.model.stages) - 1
 
     def run() -> tuple[Tensor, Tensor]:
@@ -244,9 +247,15 @@ def earlyon_single(work: InferenceWork) -> Rival:
 
 
 def check(rival: Rival, work: InferenceWork, *, exits: bool = True) -> None:
-    """Raises RuntimeError if a rival does not leave where the work says, or predicts something else
-    than the model there. exits=False: for one that may leave elsewhere; its predictions must then
-    be those of the exit where the whole batch leaves."""
+    """Compares a rival with the model.
+
+    Args:
+        exits: the rival must leave at the model's exits with the model's predictions. False: it may
+            leave at another exit, and must have the predictions of that exit for the whole batch.
+
+    Raises:
+        RuntimeError: they differ.
+    """
     with torch.inference_mode():
         prediction, exit_index = rival()
         expected = work.model(work.images)
@@ -259,4 +268,4 @@ def check(rival: Rival, work: InferenceWork, *, exits: bool = True) -> None:
                 x = stage(x)
             same = torch.equal(prediction, work.model.heads[int(exit_index[0])](x).argmax(1))
     if not same:
-        raise RuntimeError(f"{rival.__qualname__}: wrong exits or predictions; it is not timed")
+        raise RuntimeError(f"{rival.__qualname__}: wrong exits or predictions, so it is not timed")

@@ -1,5 +1,5 @@
-"""One table of operators, inputs and tolerances. It drives the tests over every backend and, by
-its `SPEED` shapes, the benchmarks. Adding an operator adds its rows here."""
+"""One table of operators, inputs and tolerances. It drives the tests over every backend. Adding an
+operator adds its rows here."""
 
 from __future__ import annotations
 
@@ -21,9 +21,6 @@ SHAPES = (
     (0, 10), (1, 1), (3, 1), (1, 2), (16, 10), (7, 17), (5, 31), (9, 64), (33, 257), (64, 100),
     (200, 1000), (2, 8142), (2500, 3),
 )  # fmt: skip
-
-#: [N, C] of the gate benchmarks (`benchmarks/`).
-SPEED = ((16, 10), (64, 100), (256, 1000), (1024, 1000))
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
@@ -16,6 +17,9 @@ import torch
 # imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+#: Tests import benchmarks/ from here; last, so that an installed elf_fast comes before this one.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import emulated_cuda
 

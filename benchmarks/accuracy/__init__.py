@@ -1,9 +1,8 @@
-"""Accuracy on long-tailed digits: ELF beside the same network without exits, over paired seeds.
+"""Accuracy on long-tailed data: ELF and the same network without exits, over paired seeds.
 
     python -m benchmarks.accuracy.run [--only FIELD=VALUE,...] [--limit-minutes M] [--jobs N]
-    python -m benchmarks.accuracy.report
+    python -m benchmarks.accuracy.page
 
-`run` trains what is missing in benchmarks/results/accuracy-digits.jsonl, for as long as it may;
-`report` writes docs/accuracy.md from that file. runs says what is trained, trial how, results keeps
-it, paired does the statistics.
+`run` trains the runs that benchmarks/results/accuracy-digits.jsonl lacks, and `page` writes
+docs/accuracy.md from that file. benchmarks/README.md says what the modules do.
 """

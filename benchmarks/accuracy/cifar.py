@@ -1,9 +1,9 @@
 """CIFAR-10-LT: runs through `elf-fast train`, on CIFAR-10 as an image folder.
 
-The schedule is a short one, for CPUs: bfloat16, channels-last, a tenth of the usual 200 epochs at
-imbalance 100, and two thirds as many steps at 500 and 10, where epochs are shorter and longer.
-A seed draws the weights, the order and the augmentation; the images of tail and validation are one
-choice for all (data seed 0).
+The schedule is short enough for CPUs: bfloat16, channels-last, and a tenth of the usual 200 epochs
+at imbalance 100. At 500 and 10 there are two thirds as many steps; their epochs are shorter and
+longer. A seed draws the weights, the order and the augmentation. All runs have the same images in
+the tail and in validation (data seed 0).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .runs import Run
 from .trial import FLOPS_LIMIT, KEPT, as_json
 
 PATH = Path(__file__).resolve().parents[1] / "results" / "accuracy-cifar10.jsonl"
-#: Epochs at each imbalance, in the order in which they are worth having.
+#: Epochs at each imbalance, the most informative first.
 EPOCHS = {100: 20, 500: 16, 10: 8}
 SEEDS = (0, 1, 2)
 LOSSES = {
@@ -41,7 +41,7 @@ SETTINGS = """
 
 
 def table() -> list[Run]:
-    """Every run, in the order in which they are worth having."""
+    """Every run, the most informative first."""
     return [
         Run(imbalance, loss, "conv", variant, seed)
         for imbalance, loss, seed, variant in product(EPOCHS, LOSSES, SEEDS, VARIANTS)
@@ -49,13 +49,15 @@ def table() -> list[Run]:
 
 
 def perform(run: Run, images: Path, work: Path) -> dict[str, Any]:
-    """Trains and tests, in a folder of its own under `work`: what was interrupted goes on, what has
-    finished is read. The record is as that of `trial.perform`, with the settings, and with the
-    operating points "full", of the network without exits, or "chosen", by the trainer, and "best",
-    by the trainer within FLOPS_LIMIT, of the one with exits.
+    """Trains and tests in a folder of its own under `work`. An interrupted training goes on, and
+    the results of a finished one are read.
+
+    Returns: a record like that of `trial.perform`, with the settings as well. The network without
+    exits has the operating point "full". One with exits has "chosen", the trainer's choice, and
+    "best", its choice within FLOPS_LIMIT.
 
     Raises:
-        subprocess.CalledProcessError: the training failed; it said why on stderr.
+        subprocess.CalledProcessError: the training failed; the reason is on stderr.
     """
     folder = work / f"cifar10-{run.imbalance}-{run.loss}-{run.variant}-{run.seed}"
     results, trained = folder / "metrics.json", folder / "trained.json"

@@ -1,5 +1,7 @@
-"""What the results say: one way of training against another over all settings, and the verdicts.
-Accuracies and their differences are in points of percent."""
+"""Compares two variants over all settings, and judges the differences.
+
+Accuracies and their differences are in percentage points.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +15,16 @@ from .trial import FLOPS_LIMIT
 
 Records = Mapping[Run, Mapping[str, Any]]
 
-#: The claim of ELF (arXiv 2006.11979, abstract: more than 3 points, up to 20% of the FLOPs saved),
-#: read against the same loss without exits.
+#: The claim of ELF (arXiv 2006.11979, abstract: more than 3 points, up to 20% of the FLOPs saved).
+#: Here it means: in comparison with the same loss without exits.
 CLAIMED_POINTS = 3.0
-#: What dropping the samples that left may cost against keeping them, and still be harmless.
+#: Dropping the samples that left may cost this much against keeping them and still count as
+#: harmless.
 HARMLESS_POINTS = 0.5
 
 
 class Setting(NamedTuple):
-    """What the two runs of a pair have in common, but for the seed."""
+    """What the two runs of a pair have in common, apart from the seed."""
 
     imbalance: int
     loss: str
@@ -51,8 +54,8 @@ def common_seeds(
 def tested(
     records: Records, setting: Setting, variant: str, seeds: Sequence[int], point: str
 ) -> list[Mapping[str, Any]]:
-    """The test figures of every seed at an operating point; a network without exits has one, full,
-    which stands for all."""
+    """The test metrics of every seed at an operating point. A network without exits has only the
+    point "full", which is returned for every other one."""
     tests = [records[Run(*setting, variant, seed)]["test"] for seed in seeds]
     return [test["full"] if variant == "plain" else test[point] for test in tests]
 
@@ -66,9 +69,12 @@ def compare(
     key: str = "overall",
     of: Sequence[int] = SEEDS,
 ) -> list[Comparison]:
-    """One comparison for every setting in which at least LEAST_SEEDS seeds have both variants, the
-    worst for `ours` first. `key` is an accuracy: overall, many, medium or few; settings that have
-    no such class are left out."""
+    """One comparison for every setting in which at least LEAST_SEEDS seeds have both variants. The
+    one that is worst for `ours` comes first.
+
+    Args:
+        key: an accuracy: overall, many, medium or few. Settings without such a class are left out.
+    """
     found = []
     for setting in settings(records):
         seeds = common_seeds(records, setting, ours, theirs, of=of)
@@ -93,19 +99,20 @@ def compare(
 
 
 def in_table(records: Records, *, point: str) -> list[Comparison]:
-    """The network with exits against the one without, all over the table, the worst first."""
+    """Every comparison of the table of a network with exits and the one without, the worst
+    first."""
     found = [c for ours in TABLE[1:] for c in compare(records, ours, "plain", point=point)]
     return sorted((c for c in found if c.setting.head in HEADS), key=lambda c: c.difference.mean)
 
 
 def tried(records: Records, *, point: str) -> list[Comparison]:
-    """The same for what was tried beside the table, variant by variant."""
+    """The same for the variants and heads that are not of the table, variant by variant."""
     table = in_table(records, point=point)
     return [c for c in _of_all_variants(records, point, SEEDS) if c not in table]
 
 
 def again(records: Records, *, point: str) -> list[Comparison]:
-    """The same for what was trained again, on the new seeds."""
+    """The same for the variants that were trained again, on the new seeds."""
     return _of_all_variants(records, point, NEW_SEEDS)
 
 
@@ -118,8 +125,8 @@ def together(
     records: Records, ours: str, theirs: str, *, point: str, heads: Sequence[str] = HEADS
 ) -> tuple[int, Difference] | None:
     """How many settings with such heads have all seeds, and the difference in accuracy averaged
-    over them. Its interval is over the seeds: settings share their draws. None with fewer than two
-    settings."""
+    over these settings; None if there are fewer than two. The interval is over the seeds, because
+    all settings of a seed have the same draws."""
     complete = [
         s
         for s in settings(records)
@@ -140,9 +147,9 @@ def together(
 
 
 def claim(comparison: Comparison) -> str:
-    """Whether CLAIMED_POINTS are gained within FLOPS_LIMIT: "holds" or "fails" where the whole
-    interval says so, else "open". Too many FLOPs fail."""
-    # The limit is held on validation; test may miss it by the noise of a share, half a percent.
+    """Whether ELF gains CLAIMED_POINTS within FLOPS_LIMIT: "holds" if the whole interval reaches
+    them, "fails" if none of it does or if it uses too many FLOPs, else "open"."""
+    # Thresholds keep the limit on validation. On test the share may be half a percent larger.
     if round(comparison.flops_share, 2) > FLOPS_LIMIT:
         return "fails"
     if comparison.difference.high < CLAIMED_POINTS:
@@ -151,8 +158,8 @@ def claim(comparison: Comparison) -> str:
 
 
 def harm(dropping: Difference) -> str:
-    """What dropping costs against keeping: "none" where the interval allows at most
-    HARMLESS_POINTS, "some" where it lies below 0, else "open"."""
+    """What dropping costs against keeping: "none" if the interval allows at most HARMLESS_POINTS,
+    else "some" if the whole interval lies below 0, else "open"."""
     if dropping.low >= -HARMLESS_POINTS:
         return "none"
     return "some" if dropping.high < 0 else "open"

@@ -1,5 +1,8 @@
-"""The results file: one finished run a line, as JSON, sorted: the order in which runs end leaves
-no trace, and files of several machines can be merged line by line."""
+"""The results file: a line of JSON for every finished run.
+
+The lines are sorted. So the file does not depend on the order in which runs end, and files of
+several machines can be merged line by line.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +22,11 @@ PATH = Path(__file__).resolve().parents[1] / "results" / "accuracy-digits.jsonl"
 
 
 def load(path: Path = PATH) -> dict[Run, dict[str, Any]]:
-    """Every finished run and its record; none where there is no file. A last line that was cut
-    short is left out, with a warning on stderr: that run is simply done again.
+    """Every finished run and its record; none if there is no file. A last line that was cut short
+    is left out, with a warning on stderr, so that the command trains that run again.
 
     Raises:
-        ValueError: another line is no record of a run, or two are of the same run.
+        ValueError: another line is not the record of a run, or two lines are of the same run.
     """
     records: dict[Run, dict[str, Any]] = {}
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
@@ -45,8 +48,9 @@ def load(path: Path = PATH) -> dict[Run, dict[str, Any]]:
 
 
 def add(run: Run, record: dict[str, Any], path: Path = PATH) -> None:
-    """Adds the record of a finished run, all or nothing: the file is written anew beside its place,
-    flushed to disk and renamed. A record that is there stays. Several processes may add at once."""
+    """Adds the record of a finished run; a record that the file has stays. A new file is written,
+    flushed to disk and renamed, so that the file is never incomplete. Several processes may add
+    records at the same time."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path.parent):
         records = load(path)

@@ -3,8 +3,8 @@
     python -m benchmarks.accuracy.run [--only FIELD=VALUE,...] [--jobs N] [--limit-minutes M]
     python -m benchmarks.accuracy.run --cifar10 FOLDER --work FOLDER [...]
 
-Trains on digits, or on CIFAR-10 as an image folder (train/<class>/ and test/<class>/). A run is one
-process with one thread. What is finished stays when the command is stopped.
+It trains on digits, or on CIFAR-10 as an image folder (train/<class>/ and test/<class>/). Every run
+uses one thread. When the command is stopped, the records of finished runs are in the file.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Finished = tuple[Run, dict[str, Any]]
 
 
 def missing(runs: Sequence[Run], path: Path) -> list[Run]:
-    """Those that the results file lacks, in the same order."""
+    """The runs that the results file lacks, in the same order."""
     there = results.load(path)
     return [run for run in runs if run not in there]
 
@@ -36,7 +36,8 @@ def missing(runs: Sequence[Run], path: Path) -> list[Run]:
 def finished(
     runs: Sequence[Run], jobs: int, in_time: Callable[[], bool], perform: Callable[[Run], Any]
 ) -> Iterator[Finished]:
-    """Each run with its record, as they end; none is begun once `in_time` says no."""
+    """Each run with its record, in the order in which they end. No run begins after `in_time`
+    returned False."""
     waiting = (run for run in runs if in_time())
     if jobs == 1:
         yield from ((run, perform(run)) for run in waiting)
@@ -59,8 +60,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit-minutes", type=float, default=float("inf"))
     parser.add_argument("--cifar10", type=Path, metavar="FOLDER", help="images to train on")
-    parser.add_argument("--work", type=Path, metavar="FOLDER", help="of the runs with --cifar10")
-    parser.add_argument("--output", type=Path, help="file of the results")
+    parser.add_argument(
+        "--work", type=Path, metavar="FOLDER", help="folder of the trainings with --cifar10"
+    )
+    parser.add_argument("--output", type=Path, help="results file")
     options = parser.parse_args(arguments)
     if options.jobs < 1:
         parser.error(f"--jobs: expected a positive integer, got {options.jobs}")

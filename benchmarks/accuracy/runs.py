@@ -1,4 +1,4 @@
-"""What is trained: the table of runs, most informative first, and filters over it."""
+"""The table of all runs, the most informative first, and filters over it."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from itertools import product
 IMBALANCES = (100, 50, 10)
 LOSSES = ("ce", "balanced_softmax", "ldam_drw", "logit_adjustment")
 HEADS = ("conv", "pooled")
-#: Convolutions in every head; "deep" is none of the table's.
+#: Convolutions in every head. The table of docs/accuracy.md has no "deep" heads.
 CONVOLUTIONS = {"pooled": 0, "conv": 1, "deep": 2}
 SEEDS = tuple(range(10))
-#: That no choice among the variants was made on.
+#: Seeds that took no part in the choice of a variant.
 NEW_SEEDS = tuple(range(10, 30))
 
 
@@ -25,9 +25,9 @@ class Exits:
     threshold: float = 0.9  # inf: no sample leaves in training
     weights: tuple[float, float, float] = (1.0, 1.0, 1.0)
     opened: float = 0.0  # share of the epochs before any sample may leave
-    rests_below: int = 0  # samples under which BatchNorm uses its running statistics as they are
-    softened: float = 1.0  # factor on the temperature at which the exit test reads the logits
-    margins: bool = False  # whether the exit test in training reads logits less the loss's margins
+    rests_below: int = 0  # smallest batch on which BatchNorm trains
+    softened: float = 1.0  # factor on the temperature of the exit test
+    margins: bool = False  # whether the exit test in training subtracts the margins
 
 
 #: None: without exits.
@@ -49,7 +49,7 @@ VARIANTS: dict[str, Exits | None] = {
 }
 TABLE = ("plain", "keep", "drop")
 _WITHOUT_WEIGHTS = ("ce", "balanced_softmax")
-#: At which imbalances and with which losses, with one convolution in every head.
+#: Other variants with one convolution in every head: at which imbalances, with which losses.
 TRIED = {
     "stay": {100: (*_WITHOUT_WEIGHTS, "ldam_drw")},
     "keep-0.99": {100: (*_WITHOUT_WEIGHTS, "ldam_drw")},
@@ -63,7 +63,7 @@ TRIED = {
     "drop-late": {100: _WITHOUT_WEIGHTS},
     "drop-rest": {100: _WITHOUT_WEIGHTS},
 }
-#: With which losses at imbalance 100, with two convolutions in every head.
+#: Variants with two convolutions in every head at imbalance 100: with which losses.
 DEEP = {
     "plain": LOSSES,
     "keep": LOSSES,
@@ -71,9 +71,9 @@ DEEP = {
     "stay": (*_WITHOUT_WEIGHTS, "ldam_drw"),
     "keep-margin": ("ldam_drw",),
 }
-#: The most accurate with each loss at imbalance 100 of what was tried on SEEDS with one convolution
-#: in every head, trained again on NEW_SEEDS. So are "stay-light", which led after six seeds, and
-#: "keep-margin", the default of `elf-fast train` under LDAM.
+#: Variants that are trained again on NEW_SEEDS, by loss: the one that was the most accurate on
+#: SEEDS at imbalance 100 with one convolution in every head. Also "stay-light", which was the most
+#: accurate after six seeds, and "keep-margin", the default of `elf-fast train` with LDAM.
 AGAIN = {
     "ce": ("keep-light",),
     "balanced_softmax": ("stay", "stay-light"),
@@ -83,8 +83,8 @@ AGAIN = {
 
 @dataclass(frozen=True, order=True)
 class Run:
-    """One training. Runs that differ in nothing but `variant` are a pair: the same split, initial
-    weights of shared parameters, order and augmentation of the samples."""
+    """One training. Two runs that differ only in `variant` are a pair: they have the same split,
+    initial weights of shared parameters, order and augmentation of the samples."""
 
     imbalance: int
     loss: str
@@ -97,8 +97,8 @@ class Run:
 
 
 def table() -> list[Run]:
-    """Every run, in the order in which they are worth having: the seeds of one comparison after
-    each other, each with all its variants."""
+    """Every run, the most informative first. The seeds of one comparison follow each other, each
+    with all its variants."""
     runs = [
         Run(imbalance, loss, head, variant, seed)
         for head, imbalance, loss in product(HEADS, IMBALANCES, LOSSES)
@@ -128,7 +128,7 @@ def select(runs: Sequence[Run], only: Sequence[str]) -> list[Run]:
     """The runs that pass every filter "field=value" or "field=value,value".
 
     Raises:
-        ValueError: a filter that names no field of `Run`, or a value that no run has.
+        ValueError: a filter does not name a field of `Run`, or names a value that no run has.
     """
     chosen = list(runs)
     names = [field.name for field in fields(Run)]

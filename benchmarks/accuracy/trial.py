@@ -1,4 +1,4 @@
-"""One run: trains a network of the table, chooses thresholds on validation and tests it once."""
+"""One run on digits: trains a network, chooses thresholds on validation and tests it once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,13 @@ from elf_fast import ELF, ExitHead, losses
 from elf_fast.classifiers import adjust_logits_, use_cosine_
 from elf_fast.data import long_tailed_digits
 from elf_fast.data.digits import DigitSplits
+from elf_fast.demo import network
+from elf_fast.demo.loop import EpochStats, Schedule, batches, predict, train
 from elf_fast.flops import Flops, count_flops
 from elf_fast.metrics import ELFMetrics
-from elf_fast.training import calibrate, network
-from elf_fast.training.calibrate import OperatingPoint
-from elf_fast.training.loop import EpochStats, Schedule, batches, predict, train
+from elf_fast.policy import calibrate
+from elf_fast.policy.calibrate import OperatingPoint
+from elf_fast.policy.exit_table import exit_table
 
 from ..environment import environment
 from .runs import CONVOLUTIONS, VARIANTS, Exits, Run
@@ -53,8 +55,9 @@ def split(imbalance: float, seed: int) -> DigitSplits:
 
 
 def build(run: Run, class_counts: Sequence[int], epochs: int) -> ELF:
-    """The untrained network of a run, never leaving early in evaluation. A network without exits is
-    made of the stages and the last head of the one with exits, so that their weights are equal."""
+    """The untrained network of a run; in evaluation no sample leaves early. A network without exits
+    is made of the stages and the last head of the one with exits, so that their weights are
+    equal."""
     C = len(class_counts)
     loss = _exit_loss(run.loss, class_counts, epochs)
     exits = VARIANTS[run.variant]
@@ -80,19 +83,19 @@ def build(run: Run, class_counts: Sequence[int], epochs: int) -> ELF:
         _deepen(head, CONVOLUTIONS[run.head])
     if exits is None:
         return ELF([nn.Sequential(*elf.stages)], [elf.heads[-1]], exit_loss=loss)
-    _rest(elf, exits.rests_below)
+    _freeze_on_small_batches(elf, exits.rests_below)
     return elf
 
 
 def _temperature(loss: losses.LongTailLoss, exits: Exits | None) -> float:
-    """Of the exit test; not to soften it is 1, but for cosines, see CosineClassifier."""
+    """The temperature of the exit test. With cosines the loss has a scale, see CosineClassifier."""
     return (1.0 if exits is None else exits.softened) / loss.scale
 
 
 def _train_thresholds(
     exits: Exits, loss: losses.LongTailLoss, classes: int, *, epoch: int, epochs: int
 ) -> Tensor:
-    """[E-1, C] of the exit test in training at an epoch, counted from 0."""
+    """The thresholds [E-1, C] of the exit test in training, at an epoch that counts from 0."""
     if epoch < exits.opened * epochs:
         return torch.full((2, classes), math.inf)
     if exits.margins and loss.margins is not None:
@@ -101,15 +104,15 @@ def _train_thresholds(
 
 
 def _deepen(head: ExitHead, depth: int) -> None:
-    """Convolutions behind the first one of a head with one, until there are `depth`."""
+    """Adds convolutions to a head with one until it has `depth`."""
     D = head.classifier.in_features
     for _ in range(1, depth):
         head.stem.extend([nn.Conv2d(D, D, 3, padding=1, bias=False), nn.BatchNorm2d(D), nn.ReLU()])
 
 
-def _rest(model: nn.Module, below: int) -> None:
-    """Lets BatchNorm normalise batches of fewer than `below` samples by its running statistics,
-    which it then leaves as they are."""
+def _freeze_on_small_batches(model: nn.Module, below: int) -> None:
+    """Makes BatchNorm use its running statistics, and not update them, on batches of fewer than
+    `below` samples."""
 
     def before(norm: nn.Module, inputs: tuple[Tensor]) -> None:
         norm.asked = norm.training
@@ -136,14 +139,16 @@ def _exit_loss(name: str, class_counts: Sequence[int], epochs: int) -> losses.Lo
 
 
 def perform(run: Run, schedule: Schedule = SCHEDULE) -> dict[str, Any]:
-    """Trains and tests; the record, a dict that JSON can hold. Deterministic on one machine, but
-    for "seconds" and "environment", which says how many threads there were.
+    """Trains a network and tests it.
+
+    Returns: the record, a dict that JSON can hold. On one machine it is the same every time, except
+    for "seconds" and "environment", which has the number of threads.
 
     Accuracies are shares in [0, 1], floats have 6 decimals. A threshold is None where no sample
-    leaves early, an accuracy where the group is empty. "validation" and "test" have an entry per
-    operating point: "full", run to the last exit; and, with exits, "safe", the cheapest threshold
-    that loses no validation accuracy against that, and "best", the most accurate on validation
-    within FLOPS_LIMIT, of equals the highest.
+    leaves early, an accuracy where the group is empty. "validation" and "test" have an entry for
+    each operating point. "full" runs all samples to the last exit. With exits there are two more:
+    "safe", the cheapest threshold that loses no validation accuracy against "full"; and "best", the
+    most accurate threshold on validation within FLOPS_LIMIT (of equally accurate ones the highest).
     """
     start = time.perf_counter()
     data = split(run.imbalance, run.seed)
@@ -188,7 +193,7 @@ def perform(run: Run, schedule: Schedule = SCHEDULE) -> dict[str, Any]:
 
 
 def _operating_points(model: ELF, data: DigitSplits, flops: Flops) -> dict[str, OperatingPoint]:
-    table = calibrate.exit_table(model, batches(data.validation))
+    table = exit_table(model, batches(data.validation))
     if len(model.stages) == 1:
         return {"full": calibrate.sweep(table, flops, [math.inf])[0]}
     points = calibrate.sweep(table, flops)

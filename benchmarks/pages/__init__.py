@@ -1,0 +1,3 @@
+"""Writes docs/performance.md and its plots from the results of `benchmarks.cpu.targets` and
+`benchmarks.gpu.targets`.
+"""
