@@ -389,7 +389,7 @@ def _stage_of(trace: _Trace) -> Callable[[fx.Node], int]:
 
 
 def _movable(trace: _Trace) -> set[fx.Node]:
-    """Nodes that read only parameters, buffers and numbers. Each stage that needs one repeats it."""
+    """Nodes that read only parameters, buffers and numbers; any stage that needs one repeats it."""
     movable: set[fx.Node] = set()
     for node in trace.graph.nodes:
         helper = node.op == "call_module" and isinstance(

@@ -40,7 +40,7 @@ class Batch:
         return n
 
     def mean(self, total: Tensor) -> Tensor:
-        """The batch's mean loss [] from `total` [], the sum of the losses of this rank's samples."""
+        """The batch's mean loss [], from `total` [], the sum of this rank's per-sample losses."""
         return total / max(self.N, 1)
 
 

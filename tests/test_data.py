@@ -386,9 +386,7 @@ def test_missing_lists_empty_classes_and_unknown_names(listed):
     with pytest.raises(data.DataError, match="every class, 6 have none: 1, 2, 3, 4, 5, ...$"):
         data.from_lists(listed, listed / "gap.txt")
     (listed / "far.txt").write_text(f"images/inn/1.png {10**15}\n")
-    with pytest.raises(
-        data.DataError, match="every class, 1,000,000,000,000,000 have none: 0, 1"
-    ):
+    with pytest.raises(data.DataError, match="every class, 1,000,000,000,000,000 have none: 0, 1"):
         data.from_lists(listed, listed / "far.txt")
     (listed / "empty.txt").write_text("\n")
     with pytest.raises(data.DataError, match="^.*empty.txt: expected images, got none$"):
