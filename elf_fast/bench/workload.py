@@ -56,8 +56,8 @@ def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
 
 def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
     """`inference_work` for a training step. The target of a sample that leaves is the prediction of
-    its exit; the other targets are arbitrary classes. Buffers of the returned model, such as
-    BatchNorm's running statistics, are those of `model`."""
+    its exit; the other targets are arbitrary classes. The running statistics of BatchNorm are those
+    of `model`."""
     model = copy.deepcopy(model).train()
     scratch = copy.deepcopy(model)
     alive = torch.arange(len(images), device=images.device)

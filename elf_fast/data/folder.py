@@ -36,7 +36,7 @@ def image_folder(
 
     Raises:
         DataError: root is no folder, a part has no images, or it has classes that training lacks.
-        FileNotFoundError: training has no class folders, or one of them has no images.
+        FileNotFoundError: a part has no class folders, or a training class has no images.
         ValueError: another argument is invalid; the message names it.
     """
     from torchvision.datasets import ImageFolder
