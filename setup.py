@@ -1,4 +1,4 @@
-"""Builds the native libraries; pyproject.toml says everything else about the package.
+"""Builds the native libraries; all other settings of the package are in pyproject.toml.
 
 ELF_FAST_BUILD chooses what is compiled: `auto` (the default: the CPU library, and the CUDA one if
 an nvcc fits torch), `cuda` (both, or an error), `cpu`, or `none`. CXX, CUDA_HOME, MAX_JOBS and
@@ -21,12 +21,12 @@ MODES = ("auto", "cuda", "cpu", "none")
 ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 CGROUP = "/sys/fs/cgroup/memory.max"
 
-# The sources keep to the stable ABI of the oldest torch: one wheel then serves every later torch.
+# The sources use the stable ABI of the oldest torch only, so that one wheel fits every later torch.
 OLDEST_TORCH = (2, 11)
 COMMON = "-std=c++20 -O3 -DTORCH_TARGET_VERSION=0x020b000000000000"
 
-# Instruction sets are chosen at run time, so -march has no place here. GCC 12 warns falsely about
-# its own AVX-512 intrinsics (uninitialized) and about vector types (attributes, psabi).
+# No -march, because instruction sets are chosen at run time. GCC 12 warns falsely about its own
+# AVX-512 intrinsics (uninitialized) and about vector types (attributes, psabi).
 CXX_FLAGS = (
     f"{COMMON} -g0 -fvisibility=hidden -ffp-contract=fast -fno-math-errno -fno-trapping-math "
     "-Wno-psabi -Wno-unknown-pragmas -Wno-uninitialized -Wno-maybe-uninitialized -Wno-attributes "
@@ -68,14 +68,14 @@ def find_nvcc() -> str | None:
 
 
 def ask(pattern: str, *command: str) -> str:
-    """What the command prints where `pattern` has its group; empty where it does not print that."""
+    """The group of `pattern` in what the command prints; empty if the pattern does not match."""
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     found = re.search(pattern, done.stdout)
     return found[1].strip() if found else ""
 
 
 def cuda_problem(torch: Any, sources: list[str]) -> str | None:
-    """Why the CUDA library cannot be built, ending in what to do about it; None if it can."""
+    """Why the CUDA library cannot be built, and what to do about it; None if it can."""
     wanted = torch.version.cuda
     if wanted is None:
         return f"torch {torch.__version__} has no CUDA: install a CUDA build of torch"
@@ -92,7 +92,8 @@ def cuda_problem(torch: Any, sources: list[str]) -> str | None:
 
 
 def toolkit_home(nvcc: str) -> str:
-    """The toolkit as nvcc itself sees it: the nvcc on PATH may be a wrapper script elsewhere."""
+    """The folder of the toolkit, as nvcc reports it: the nvcc on PATH may be a wrapper script that
+    lies elsewhere."""
     top = ask(r"(?m)^#\$ TOP=(.+)$", nvcc, "--dryrun", "-x", "cu", os.devnull)
     return os.path.realpath(top if os.path.exists(f"{top}/bin/nvcc") else f"{nvcc}/../..")
 

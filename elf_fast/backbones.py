@@ -1,5 +1,5 @@
-"""Networks by name: timm's, torchvision's, and the CIFAR ResNets of the long-tail papers; and where
-to put exits when nobody says."""
+"""Networks by name (timm's, torchvision's and the CIFAR ResNets of the long-tail papers), and the
+default positions of exits."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 __all__ = ["CifarResNet", "create", "default_exits"]
 
-#: Where networks keep their steps: in numbered attributes (layer1 in ResNet, s1 in timm's RegNet)
-#: or in a container, as timm and torchvision name them.
+#: Attributes in which networks of timm and torchvision hold their stages or blocks: numbered ones
+#: (layer1 in ResNet, s1 in timm's RegNet), or one container.
 _NUMBERED = ("layer", "stage", "s", "level")
 _CONTAINERS = ("stages", "blocks", "trunk_output", "encoder.layers", "layers", "features")
 
 
 class _Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut without parameters: where the shape changes, every
-    other pixel, and zeros for the new channels (option A). [N, in, H, W] -> [N, out, H/s, W/s]."""
+    """Two 3x3 convolutions and a shortcut without parameters. The shortcut takes every s-th pixel
+    at stride s and pads new channels with zeros (option A of He et al., arXiv 1512.03385).
+    [N, in, H, W] -> [N, out, H/s, W/s]."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -81,11 +82,11 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
 
     Args:
         name: "cifar_resnet32" (any depth 6n + 2), "timm/NAME", "torchvision/NAME", or a bare NAME,
-            which timm is asked for first.
+            looked up in timm first, then in torchvision.
         options: keyword arguments of the network, such as timm's `drop_path_rate`.
 
     Raises:
-        ValueError: nobody knows the name; the message lists near ones.
+        ValueError: no network has this name; the message lists similar names.
         ModuleNotFoundError: the library that "timm/" or "torchvision/" names is not installed.
     """
     if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
@@ -117,7 +118,7 @@ def default_exits(backbone: nn.Module) -> list[str]:
     blocks (with three stages, the first two).
 
     Raises:
-        ValueError: the network's steps have none of the usual names.
+        ValueError: the network's stages or blocks have none of the usual names.
     """
     steps: list[str] = []
     for prefix in _NUMBERED:

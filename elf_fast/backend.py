@@ -1,7 +1,7 @@
-"""The one place that loads native code and decides which kernels serve.
+"""Loads native code and decides which kernels serve each operator; no other module does.
 
-Every operator has a reference kernel (`ops.py`). Native kernels for a device take its place when
-they load; `use_backend` and ELF_FAST_BACKEND choose on purpose, and a choice that cannot run raises
+Every operator has a reference kernel (`ops.py`). Native kernels for a device replace it when they
+load. `use_backend` and ELF_FAST_BACKEND choose a backend explicitly; one that cannot run raises
 instead of falling back.
 """
 
@@ -38,9 +38,9 @@ TRITON = {
     "exit_loss_backward": "exit_loss",
 }
 
-#: What serves an operator on CUDA where both backends have it, and the benchmark row that decided
-#: it. There is no GPU result yet: CUDA C++ serves the inference path because it needs one launch
-#: where Triton needs two (exit_gate) and waits for no Python.
+#: The default backend on CUDA of each operator that both backends have, and the benchmark row that
+#: decided it. There is no GPU result yet: CUDA C++ serves the inference path because its exit_gate
+#: needs one launch where Triton's needs two, and its launches run no Python.
 CUDA_DEFAULT = {
     "exit_gate": ("cuda", "no GPU result yet"),
     "compact": ("cuda", "no GPU result yet"),
@@ -51,7 +51,7 @@ CUDA_DEFAULT = {
 
 #: Native library by backend.
 _LIBRARIES = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
-#: Why a backend does not serve (None: it does).
+#: Why a backend cannot be used; None if it can.
 _unavailable: dict[str, str | None] = {"torch": None}
 
 _chosen: str | None = None
@@ -61,8 +61,8 @@ _override: torch.library.Library | None = None
 def _use_kernels_beside_package() -> None:
     """Makes `elf_fast.kernels` the folder kernels/ of the source tree that this file lies in.
 
-    An installed package holds its kernels. In a source tree they lie beside it, and without this an
-    editable install of another tree would supply them.
+    An installed package contains its kernels. In a source tree they lie beside the package; without
+    this function, an editable install of another tree would supply them.
     """
     package = Path(__file__).parent
     if (package / "kernels").is_dir():
@@ -108,7 +108,7 @@ def _triton_problem() -> str | None:
 
 
 def _why_not(backend: str) -> str | None:
-    """The reason that a backend cannot serve anything here, or None."""
+    """Why a backend cannot run on this machine, or None."""
     reason = _unavailable[backend]
     needs_gpu = backend == "cuda" or (backend == "triton" and not _interpreted())
     if reason is None and needs_gpu and not torch.cuda.is_available():
@@ -118,7 +118,7 @@ def _why_not(backend: str) -> str | None:
 
 @functools.cache
 def _triton(name: str) -> Callable[..., Any]:
-    """The Triton kernel of an operator. Triton is imported when one is first called."""
+    """The Triton kernel of an operator. Triton is imported at the first call of this function."""
     module = importlib.import_module(f".kernels.{TRITON[name]}", __package__)
     return getattr(module, name)
 
@@ -135,7 +135,7 @@ def _triton_kernel(name: str) -> Callable[..., Any]:
 
 
 def _served_by(name: str, key: str) -> str:
-    """The backend that serves an operator on a device when none was chosen."""
+    """The backend that serves an operator on a device if the user chose none."""
     if key == "CPU":
         return "cpu" if _unavailable["cpu"] is None else "torch"
     order = ["triton"] if name in TRITON else []
@@ -163,8 +163,8 @@ def _refusing(name: str, backend: str, key: str):
 
 
 def _install(backend: str | None) -> None:
-    """Registers what a choice (None: the defaults) puts in the place of the native kernels, which
-    register themselves."""
+    """Registers the kernels of a chosen backend (None: the defaults) in place of the native ones,
+    which register themselves when they load."""
     global _chosen, _override
     if backend is not None:
         if backend not in BACKENDS:
@@ -196,8 +196,8 @@ def use_backend(backend: str) -> Iterator[None]:
     not for one thread.
 
     Raises:
-        ValueError: no such backend. RuntimeError: it cannot run here (the message says why), or,
-        inside the block, it is asked for an operator or a device that it does not serve.
+        ValueError: no backend has this name. RuntimeError: it cannot run here (the message says
+        why), or the block calls an operator that it does not serve on the tensors' device.
     """
     before = _chosen
     _install(backend)
@@ -211,7 +211,7 @@ _WHAT = {"torch": "plain PyTorch", "cpu": "C++", "cuda": "CUDA C++", "triton": "
 
 
 def report() -> dict[str, str]:
-    """What serves CPU and CUDA tensors, and why; the keys are "chosen", "cpu" and "cuda"."""
+    """Which backend serves CPU and CUDA tensors, and why; keys "chosen", "cpu" and "cuda"."""
     lines = {"chosen": _chosen or "none: the defaults"}
     for key in _DEVICE_KEYS:
         served: dict[str, list[str]] = {}
@@ -231,7 +231,7 @@ def report() -> dict[str, str]:
 
 
 def _reason(key: str, served: set[str]) -> str:
-    """Why a device's tensors are served as they are."""
+    """Why these backends serve the tensors of a device, for `report`; "" if nothing is missing."""
     if _chosen is not None:
         return f": backend {_chosen!r} was chosen"
     wanted = ("cpu",) if key == "CPU" else ("cuda", "triton")

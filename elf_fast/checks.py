@@ -1,5 +1,5 @@
-"""Argument checks shared by the reference and the kernels: every message names the argument,
-what was expected and what came."""
+"""Argument checks shared by the reference and the kernels. Every message names the argument, what
+was expected and what was given."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def describe(value: Any) -> str:
-    """A short account of an argument for an error message."""
+    """A short description of an argument, for error messages."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
     return f"{value!r} ({type(value).__name__})"
@@ -57,11 +57,11 @@ def samples_are_dense(x: Tensor) -> bool:
 
 
 def movable(value: Tensor) -> None:
-    """Samples of `value` must each be one block of memory, shared with no other."""
+    """Each sample of `value` must be one block of memory that overlaps no other sample."""
     apart = value.shape[0] <= 1 or value.stride(0) >= value.shape[1:].numel()
     if not (apart and samples_are_dense(value)):
         raise ValueError(
-            "features: expected every sample dense in memory, sharing none, got "
+            "features: expected every sample dense in memory and no two overlapping, got "
             f"{describe(value)} with strides {list(value.stride())}"
         )
 
@@ -79,7 +79,7 @@ def batch_like(name: str, value: Any, batch: Tensor, rows: int) -> None:
 
 
 def poolable(value: Any) -> None:
-    """`value` must be floating [N, D], [N, T, D] or [N, D, H, W], with something to average."""
+    """`value` must be floating [N, D], [N, T, D] or [N, D, H, W], and only N may be 0."""
     tensor("features", value)
     if value.dtype not in _FLOATING:
         raise TypeError(
@@ -116,7 +116,8 @@ def target_shape(value: Any, rows: int, device: torch.device) -> None:
 
 
 def target_range(value: Tensor | None, classes: int) -> None:
-    """0 <= target < C. Reads the values, and waits for them where another device holds them."""
+    """`value` must be None or hold 0 <= target < C. Reads the values, which synchronises with the
+    device that holds them."""
     if value is not None and value.numel():
         low, high = (int(v) for v in torch.aminmax(value))
         if low < 0 or high >= classes:
@@ -132,7 +133,7 @@ def same_device(name: str, value: Tensor, device: torch.device) -> None:
 
 
 def threshold_values(name: str, value: Any, criterion: Criterion) -> None:
-    """Thresholds lie in the criterion's range, or are the one that switches an exit off."""
+    """Thresholds must lie in the criterion's range or equal `criterion.off` (exit switched off)."""
     numbers = value.detach().flatten().tolist() if isinstance(value, Tensor) else [value]
     for number in numbers:
         in_range = criterion.low <= number <= criterion.high and math.isfinite(number)
@@ -179,14 +180,15 @@ def at_least(name: str, value: Any, low: float, high: float = math.inf) -> None:
 
 
 def device(name: str | None) -> torch.device:
-    """The device of that name, which torch must know and have; for None a GPU if there is one."""
+    """The device called `name`, which torch must be able to use; for None a GPU if there is one,
+    else the CPU."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         found = torch.device(name)
     except RuntimeError:
         raise ValueError(
-            f"device: expected cpu, cuda or another of torch's, got {name!r}"
+            f"device: expected cpu, cuda or another device of torch, got {name!r}"
         ) from None
     gpus = torch.cuda.device_count()
     if found.type == "cuda" and (found.index or 0) >= gpus:

@@ -1,15 +1,16 @@
-"""What long-tail methods do to the classifiers of a network, at every exit.
+"""Long-tail methods that change the classifiers of a network, at every exit.
 
-A head that is imbalanced can be mended after training, on a backbone that stays as it is: cRT,
-tau-normalisation and LWS (Kang et al., arXiv 1910.09217, section 4) and logit adjustment (Menon et
-al., arXiv 2007.07314, eq. 9). LDAM wants a normalised classifier from the start.
+The bias of a trained classifier towards frequent classes can be corrected while the backbone stays
+fixed: by cRT, tau-normalisation and LWS (Kang et al., arXiv 1910.09217, section 4) and by logit
+adjustment (Menon et al., arXiv 2007.07314, eq. 9). LDAM trains a normalised classifier instead.
 
     cRT: reset_classifiers_(model), then train with `train_classifiers(model)` in place of
         `model.train()` and class-balanced batches (`samplers.ClassSampler`).
     LWS: learn_scales_(model), train in the same way, fold_scales_(model).
 
-The functions take an ELF, a module that holds one, or a network without exits, and work on its
-classifiers in place. Weights folded into an `nn.Linear` leave an `ExitHead` fused.
+The functions take an ELF, a module that holds one, or a network without exits, and change its
+classifiers in place. An `ExitHead` whose classifier is a plain `nn.Linear` afterwards still runs
+fused.
 
 Shapes: N samples, C classes, D features, E exits.
 """
@@ -46,9 +47,9 @@ class CosineClassifier(nn.Module):
     """Cosines between features and class weights: the normalised classifier of LDAM (Cao et al.,
     arXiv 1906.07413). An exit takes it as `head.classifier`; see `use_cosine_`.
 
-    The loss multiplies the cosines by its scale, the exit test does not: give the ELF
-    temperatures = 1 / scale, or no confidence ever gets far above 1 / C. The loss subtracts its
-    margins, the exit test does not: give it train_thresholds = loss.margin_thresholds(...).
+    The exit test applies neither the scale nor the margins of the loss. Give the ELF
+    temperatures = 1 / scale, or no confidence gets far above 1 / C, and
+    train_thresholds = loss.margin_thresholds(...).
 
     Shape: features [N, D] -> logits [N, C] in [-1, 1].
     """
@@ -108,8 +109,9 @@ def _parts_with_classifier(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _in_order(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """`module.named_modules(prefix=name)`, but in a stage of `from_backbone` in the order of its
-    calls: an fx.GraphModule registers what lies deep ("blocks.11") after what does not ("head")."""
+    """Like `module.named_modules(prefix=name)`, but the modules of a stage of `from_backbone` come
+    in the order of their calls: an fx.GraphModule registers nested modules ("blocks.11") after
+    top-level ones ("head")."""
     yield name, module
     children: Iterable[str] = dict(module.named_children())
     if isinstance(module, fx.GraphModule):
@@ -127,11 +129,11 @@ def _linear(model: nn.Module, method: str) -> dict[str, nn.Linear]:
 
 
 def _check_own_weights(found: Mapping[str, nn.Linear | CosineClassifier], method: str) -> None:
-    """What is written into weights that are computed from others would be lost."""
+    """Weights must be parameters: a value written into computed weights would be lost."""
     for name, classifier in found.items():
         if not isinstance(classifier.weight, nn.Parameter):
             raise TypeError(
-                f"{name}: expected weights of its own for {method}, got ones that are computed "
+                f"{name}: expected weights that are a parameter for {method}, got computed ones "
                 f"(by learn_scales_, weight normalisation, pruning): {classifier}"
             )
 
@@ -144,17 +146,21 @@ def _scale(classifier: nn.Module) -> _Scale | None:
 
 
 def use_cosine_(model: nn.Module) -> None:
-    """Puts a fresh `CosineClassifier` in place of every `nn.Linear` one."""
+    """Replaces every classifier by a newly initialised `CosineClassifier`.
+
+    Raises:
+        TypeError: a classifier is no `nn.Linear`.
+    """
     for name, linear in _linear(model, "use_cosine_").items():
         cosine = CosineClassifier(linear.in_features, linear.out_features)
         model.set_submodule(name, cosine.to(linear.weight).train(linear.training))
 
 
 def reset_classifiers_(model: nn.Module) -> None:
-    """Random weights for every classifier, by its own `reset_parameters`.
+    """Initialises every classifier anew, with its own `reset_parameters`.
 
     Raises:
-        TypeError: a classifier's weights are computed from others.
+        TypeError: a classifier's weights are computed from other tensors.
     """
     found = classifiers(model)
     _check_own_weights(found, "reset_classifiers_")
@@ -163,12 +169,12 @@ def reset_classifiers_(model: nn.Module) -> None:
 
 
 def train_classifiers(model: nn.Module) -> None:
-    """Training mode for the classifiers alone, in place of `model.train()`: all other parameters
-    are frozen, and BatchNorm and dropout elsewhere do what they do in evaluation. Of a classifier
-    with learnable scales only these train."""
+    """Sets training mode for the classifiers alone; call it in place of `model.train()`. All other
+    parameters are frozen, and BatchNorm and dropout elsewhere work as in evaluation. In a
+    classifier with learnable scales, only the scales are trained."""
     model.requires_grad_(False)
     for module in model.modules():
-        # An ELF in training mode applies its training rule; its stages and heads stay as set.
+        # The ELF itself needs training mode, for its exit rule in training; its stages do not.
         module.training = isinstance(module, ELFBase)
     for classifier in classifiers(model).values():
         classifier.train()
@@ -177,7 +183,7 @@ def train_classifiers(model: nn.Module) -> None:
 
 def tau_normalised(weight: Tensor, tau: float) -> Tensor:
     """w_c / ||w_c||^tau for weight [C, D] (Kang et al., arXiv 1910.09217, section 4); a class
-    with weights 0 keeps them."""
+    whose weights are all 0 keeps them."""
     checks.at_least("tau", tau, 0.0)
     norm = weight.norm(dim=1, keepdim=True)
     return weight / torch.where(norm > 0, norm, 1.0) ** tau
@@ -185,11 +191,12 @@ def tau_normalised(weight: Tensor, tau: float) -> Tensor:
 
 @torch.no_grad()
 def tau_normalise_(model: nn.Module, tau: float) -> None:
-    """`tau_normalised` weights for every classifier, without biases, which the paper drops. Start
-    from the trained weights for every tau that is tried: the step does not undo itself.
+    """Replaces the weights of every classifier by `tau_normalised` ones and sets its bias to 0, as
+    the paper does. To try several values of tau, start from the trained weights each time: the
+    function does not restore them.
 
     Raises:
-        TypeError: a classifier is no `nn.Linear`, or its weights are computed from others.
+        TypeError: a classifier is no `nn.Linear`, or its weights are computed from other tensors.
     """
     found = _linear(model, "tau-normalisation")
     _check_own_weights(found, "tau-normalisation")
@@ -211,11 +218,12 @@ class _Scale(nn.Module):
 
 
 def learn_scales_(model: nn.Module) -> None:
-    """Gives every classifier a learnable scale per class, f_c w_c, from 1 on (LWS: Kang et al.,
-    arXiv 1910.09217, section 4). Until `fold_scales_` the state dict has the scales, too.
+    """Multiplies the weights of every classifier by a learnable scale per class, f_c w_c, that
+    starts at 1 (LWS: Kang et al., arXiv 1910.09217, section 4). Until `fold_scales_` the state dict
+    also holds the scales.
 
     Raises:
-        TypeError: a classifier is no `nn.Linear`, or its weights are computed from others.
+        TypeError: a classifier is no `nn.Linear`, or its weights are computed from other tensors.
     """
     found = _linear(model, "LWS")
     _check_own_weights(found, "LWS")
@@ -237,8 +245,8 @@ def fold_scales_(model: nn.Module) -> None:
 
 class LogitAdjustment(nn.Module):
     """Logits [N, C] -> logits - tau log prior (Menon et al., arXiv 2007.07314, eq. 9), for a
-    network trained with cross-entropy. As the end of a head,
-    `nn.Sequential(head, LogitAdjustment(...))`, it adjusts what that exit's test reads, too.
+    network trained with cross-entropy. At the end of a head,
+    `nn.Sequential(head, LogitAdjustment(...))`, it also adjusts the logits of the exit test.
 
     Args:
         class_counts: [C] training samples of every class. tau: >= 0.
@@ -259,7 +267,13 @@ class LogitAdjustment(nn.Module):
 def adjust_logits_(
     model: nn.Module, class_counts: Sequence[int] | Tensor, *, tau: float = 1.0
 ) -> None:
-    """`LogitAdjustment` at every exit, folded into the classifiers' biases: it costs nothing."""
+    """Applies `LogitAdjustment` at every exit by changing the classifiers' biases, at no cost in
+    inference.
+
+    Raises:
+        TypeError: a classifier is no `nn.Linear`.
+        ValueError: class_counts [C] has another C than a classifier.
+    """
     adjustment = LogitAdjustment(class_counts, tau=tau)
     C = len(adjustment.shift)
     found = _linear(model, "logit adjustment")

@@ -19,8 +19,8 @@ __all__ = ["Flops", "count_flops"]
 class Flops(NamedTuple):
     """Floating-point operations for one sample (a multiplication and an addition are two)."""
 
-    stages: tuple[int, ...]  # E
-    heads: tuple[int, ...]  # E
+    stages: tuple[int, ...]  # [E]
+    heads: tuple[int, ...]  # [E]
 
     @property
     def without_exits(self) -> int:
@@ -28,11 +28,11 @@ class Flops(NamedTuple):
         return sum(self.stages) + self.heads[-1]
 
     def leaving_at(self, e: int) -> int:
-        """All that a sample which leaves at exit e (0-based) has passed."""
+        """FLOPs of a sample that leaves at exit e (0-based): all stages and heads up to there."""
         return sum(self.stages[: e + 1]) + sum(self.heads[: e + 1])
 
     def mean(self, exit_counts: Sequence[int]) -> float:
-        """Per sample, where exit_counts [E] samples left at each exit."""
+        """Mean FLOPs per sample if exit_counts [E] samples left at each exit."""
         total = sum(n * self.leaving_at(e) for e, n in enumerate(exit_counts))
         return total / sum(exit_counts)
 
@@ -42,7 +42,7 @@ def count_flops(model: ELFBase, sample: Tensor) -> Flops:
     """FLOPs of every stage and head, by torch.utils.flop_counter on one sample [1, ...].
 
     Raises:
-        ValueError: `sample` holds another number of samples. TypeError: it is no tensor.
+        TypeError: `sample` is no tensor. ValueError: it does not hold exactly one sample.
     """
     checks.tensor("sample", sample)
     if sample.dim() < 1 or len(sample) != 1:

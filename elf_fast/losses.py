@@ -1,8 +1,8 @@
-"""The long-tail losses: one family (`functional.exit_loss`), its members by name.
+"""Long-tail losses: modules for the named members of one family, `functional.exit_loss`.
 
-Each is a thin module that fills in the family's arguments from `class_counts` [C], the number of
-training samples of every class. Each works alone on any model's logits and as the `exit_loss` of
-an ELF, where it runs fused with the gate.
+Each module computes the family's arguments from `class_counts` [C], the number of training samples
+of every class. Use one alone on any model's logits, or as the `exit_loss` of an ELF, where it runs
+fused with the gate.
 """
 
 from __future__ import annotations
@@ -82,19 +82,19 @@ class LongTailLoss(nn.Module):
         }
 
     def as_family(self) -> dict[str, Any] | None:
-        """`arguments` where they say all, for an ELF to compute the loss by them; None where a
-        subclass has a forward of its own, which is then called."""
+        """`arguments` if they define the loss completely, so that an ELF can run it fused; None if
+        a subclass overrides `forward`, which the ELF then calls."""
         return self.arguments() if type(self).forward is LongTailLoss.forward else None
 
     def margin_thresholds(self, thresholds: float | Sequence[float] | Tensor) -> Tensor:
-        """`train_thresholds` with which the exit test in training reads the logits less the
-        margins, as this loss does, at temperature 1 / scale (criterion "confidence").
+        """`train_thresholds` with which the exit test in training subtracts the margins from the
+        logits, as this loss does, at temperature 1 / scale (criterion "confidence").
 
-        In training a sample leaves only if its prediction is right, so the test p >= t reads the
-        target's probability p. With the margin subtracted it reads p / (p + (1 - p) e^m) instead,
-        m = scale * margins_y. That is at least t exactly where p >= 1 / (1 + e^-m (1 - t) / t),
-        which is the threshold returned. From m = log(1 / t - 1) + 17 on it rounds to 1 in float32;
-        then only a p that rounds to 1 passes.
+        In training a sample leaves only if its prediction is right, so the exit test compares the
+        target's probability p with t. With the margin m = scale * margins_y subtracted, that
+        probability is p / (p + (1 - p) e^m). It is at least t if p >= 1 / (1 + e^-m (1 - t) / t),
+        and the right-hand side is the threshold returned. For m >= log(1 / t - 1) + 17 it rounds to
+        1 in float32; then only samples whose p rounds to 1 leave.
 
         Shape: thresholds [], [E-1] or [E-1, C], in [0, 1] or inf -> [C] or [E-1, C], float32.
 
@@ -119,15 +119,19 @@ class LongTailLoss(nn.Module):
 
 
 def log_prior(class_counts: Sequence[int] | Tensor) -> Tensor:
-    """log(n_c / sum_k n_k), [C] float64."""
+    """Log of the class frequencies: log(n_c / sum_k n_k), [C] float64."""
     counts = checks.class_counts(class_counts)
     return (counts / counts.sum()).log()
 
 
 def class_balanced_weight(class_counts: Sequence[int] | Tensor, beta: float = 0.9999) -> Tensor:
     """Weights by the effective number of samples, w_c ~ (1 - beta) / (1 - beta^n_c), scaled to mean
-    1 over the classes (Cui et al., arXiv 1901.05555, eq. 3), [C] float64. They run from even
-    (beta = 0) to 1 / n_c (beta near 1)."""
+    1 over the classes (Cui et al., arXiv 1901.05555, eq. 3), [C] float64. With beta = 0 they are
+    equal; with beta near 1 they are proportional to 1 / n_c.
+
+    Raises:
+        ValueError: beta outside [0, 1), or a class without samples.
+    """
     checks.at_least("beta", beta, 0.0, 1.0)
     if beta == 1.0:
         raise ValueError("beta: expected a number in [0, 1), got 1.0")
@@ -173,11 +177,14 @@ class ClassBalancedLoss(LongTailLoss):
 
 
 class LDAMLoss(LongTailLoss):
-    """Margins n_c^(-1/4), the largest max_margin, under scale (Cao et al., arXiv 1906.07413,
-    eq. 13). Meant for a normalised classifier, whose logits are cosines: see
-    `classifiers.CosineClassifier`, also for what the exit test then needs. In training its
-    thresholds should be `margin_thresholds`: without margins nearly all samples are sure early, and
-    the last exit learns from hardly any (docs/accuracy.md)."""
+    """CE(scale (z - margins_y e_y), y) with margins proportional to n_c^(-1/4), the largest equal
+    to max_margin (Cao et al., arXiv 1906.07413, eq. 13).
+
+    Meant for a normalised classifier, whose logits are cosines: `classifiers.CosineClassifier` says
+    which settings the exit test then needs. In training pass `margin_thresholds(...)` as
+    `train_thresholds`: with thresholds that ignore the margins nearly all samples leave early, and
+    the last exit learns from hardly any (docs/accuracy.md).
+    """
 
     def __init__(
         self,
@@ -238,17 +245,21 @@ class LogitAdjustedLoss(LongTailLoss):
 
 
 class DeferredReweighting(LongTailLoss):
-    """`loss` as it is before epoch `start_epoch`, and times `class_balanced_weight` from then on
-    (DRW: Cao et al., arXiv 1906.07413, Algorithm 1).
+    """`loss` unchanged before epoch `start_epoch`, and times `class_balanced_weight` from that
+    epoch on (DRW: Cao et al., arXiv 1906.07413, Algorithm 1).
 
-    Call `set_epoch` before every epoch. The weights in force are in the state dict: a loss that is
-    loaded goes on with them.
+    Call `set_epoch` before every epoch. The state dict holds the current weights, so a loaded loss
+    continues with them.
 
     Args:
-        loss: any member of the family; its settings are taken over. Weights of its own stay.
+        loss: any member of the family; its settings are kept. If it has weights, they are
+            multiplied by `class_balanced_weight`.
         class_counts: [C] training samples of every class.
-        start_epoch: the first epoch with the weights, counted from 0.
-        beta: of `class_balanced_weight`.
+        start_epoch: the first epoch with the class-balanced weights, counted from 0.
+        beta: passed to `class_balanced_weight`.
+
+    Raises:
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
 
     weight: Tensor
@@ -280,7 +291,7 @@ class DeferredReweighting(LongTailLoss):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the weights of an epoch, counted from 0."""
+        """Sets the weights for an epoch, counted from 0."""
         checks.integer("epoch", epoch, 0)
         self.weight.copy_(self._before if epoch < self.start_epoch else self._after)
 

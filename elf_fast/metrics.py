@@ -29,7 +29,7 @@ CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
 
 
 def class_groups(class_counts: Sequence[int] | Tensor) -> dict[str, list[int]]:
-    """Classes by training samples: many (> 100), medium (20 to 100) and few (< 20)."""
+    """Classes by number of training samples: many (> 100), medium (20 to 100) and few (< 20)."""
     groups: dict[str, list[int]] = {name: [] for name in GROUPS}
     for c, n in enumerate(checks.class_counts(class_counts, least=0).tolist()):
         groups["many" if n > MANY_ABOVE else "few" if n < FEW_BELOW else "medium"].append(c)
@@ -37,39 +37,41 @@ def class_groups(class_counts: Sequence[int] | Tensor) -> dict[str, list[int]]:
 
 
 class ELFMetrics(Metric):
-    """Every number about an evaluation of an ELF; torchmetrics adds up batches and ranks.
+    """All metrics of an evaluation of an ELF, summed over batches and ranks by torchmetrics.
 
     A network without exits is an ELF of one stage: E = 1.
 
     Args:
         class_counts: [C] training samples of every class; they define many, medium and few.
-        flops: of the model that predicts, by `elf_fast.flops.count_flops`.
+        flops: `elf_fast.flops.count_flops` of the evaluated model.
         temperatures: a number, or one per exit [E], by which `ece` divides the logits.
 
     update(out, target): an `ELFOutput` of n samples and their classes [n] int64.
 
-    compute() -> a dict that JSON can hold. Accuracies and shares lie in [0, 1]; a number is None
-    where no sample counts for it, such as for a group without classes.
+    compute() -> a dict that JSON can hold. Accuracies and shares lie in [0, 1]; a value is None if
+    no sample contributes to it, such as for a group without classes.
         samples: N.
         overall, macro (mean over the classes), many, medium, few, per_class [C]: accuracy.
         ece: expected calibration error of max softmax(logits / T) in 15 bins (Guo et al.,
-            arXiv 1706.04599, eq. 3); None, too, where one of them is NaN.
-        exit_accuracy [E]: of the samples that left there.
-        exit_shares [E], exit_shares_by_group {name: [E]}, exit_shares_by_class [C][E].
-        early_wrong, early_wrong_by_group {name}: share that left before the last exit, wrong.
-        flops_per_sample; flops_share: of the network without exits.
+            arXiv 1706.04599, eq. 3); also None if one of these probabilities is NaN.
+        exit_accuracy [E]: accuracy of the samples that left at each exit.
+        exit_shares [E], exit_shares_by_group {name: [E]}, exit_shares_by_class [C][E]: share of the
+            samples that left at each exit.
+        early_wrong, early_wrong_by_group {name}: share of the samples that left before the last
+            exit with a wrong prediction.
+        flops_per_sample: the mean; flops_share: that mean over the FLOPs without exits.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
 
     is_differentiable = False
     full_state_update = False
 
     temperature: Tensor  # [E]
-    counts: Tensor  # [E, C, 2] int64: samples by exit, class, and wrong or right
-    probability: list[Tensor]  # batches [n] float32: of the prediction
-    correct: list[Tensor]  # batches [n] float32: 1 where it is right
+    counts: Tensor  # [E, C, 2] int64: samples by exit, class, and wrong (0) or right (1)
+    probability: list[Tensor]  # one [n] float32 per batch: probability of the prediction
+    correct: list[Tensor]  # one [n] float32 per batch: 1 where the prediction is right
 
     def __init__(
         self,
@@ -104,12 +106,13 @@ class ELFMetrics(Metric):
         checks.target_range(target, C)
         if bool((out.exit_index >= E).any()):
             raise ValueError(
-                f"out: expected exit_index < {E}, the exits of flops, "
+                f"out: expected exit_index < {E}, the number of exits in flops, "
                 f"got {int(out.exit_index.max())}"
             )
         correct = out.prediction == target
         cell = (out.exit_index * C + target) * 2 + correct
-        # Not in place: a reset in inference mode leaves a tensor that nothing else may write into.
+        # Not in place: a reset in inference mode makes `counts` an inference tensor, which must not
+        # be written to outside of that mode.
         self.counts = self.counts + torch.bincount(cell, minlength=2 * E * C).view(E, C, 2)
         T = self.temperature[out.exit_index, None]
         self.probability.append(statistic(out.logits, T).float())
@@ -147,12 +150,12 @@ class ELFMetrics(Metric):
         probability, correct = dim_zero_cat(self.probability), dim_zero_cat(self.correct)
         if bool(probability.isnan().any()):
             return None
-        # torchmetrics gives a probability of 1 a bin of its own beyond the last one.
+        # torchmetrics puts a probability of 1 into an extra bin beyond the last one.
         below_one = probability.clamp(max=1 - torch.finfo(torch.float32).eps / 2)
         return binary_calibration_error(below_one, correct.long(), n_bins=CALIBRATION_BINS).item()
 
 
-# Each of these reads counts [E, 2] of some samples, by exit and wrong or right.
+# The functions below take counts [E, 2] of samples: by exit, and wrong (0) or right (1).
 
 
 def _accuracy(counts: Tensor) -> float | None:

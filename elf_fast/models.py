@@ -1,8 +1,8 @@
 """Early exits on any network: `from_backbone` cuts it at the outputs of named modules.
 
-torch.fx traces the network, but only the modules around the named ones (their ancestors); every
-other module is called as it is. Control flow inside a block (stochastic depth, attention) is
-therefore untouched and still follows `train()` and `eval()`. The trace is cut into stages, each a
+torch.fx traces only the modules that contain the named ones (their ancestors); every other module
+is called as it is. Control flow inside a block (stochastic depth, attention) is therefore
+untouched and still follows `train()` and `eval()`. The trace is cut into stages, each a
 `torch.fx.GraphModule` that shares the backbone's submodules and parameters under their own names.
 
 Shapes: N samples, C classes, D channels, E exits (exit E is the network's own classifier).
@@ -41,10 +41,10 @@ def from_backbone(
 ) -> ELF:
     """An `ELF` of a network, with an `ExitHead` at the output of each named module.
 
-    The last stage runs on to the network's own logits (its head is `nn.Identity`). Parameters and
+    The last stage returns the network's own logits, so its head is `nn.Identity`. Parameters and
     buffers are shared with the backbone, not copied; those that its forward never uses are in no
-    stage. The backbone's `training` flags are left as found. `elf_fast.unfuse` gives the plain
-    PyTorch module.
+    stage. The backbone's `training` flags do not change. `elf_fast.unfuse` gives the plain PyTorch
+    module.
 
     Args:
         backbone: maps a batch [N, ...] to logits [N, C]; further arguments of its forward take
@@ -52,14 +52,14 @@ def from_backbone(
         exits: names of submodules, as `backbone.named_modules()` spells them, in the order in which
             they run. Only the output of the named module may cross the cut after it.
         num_classes: C.
-        example_input: a batch [N, ...] on the backbone's device, for shapes and a comparison of the
-            stages with the backbone, in evaluation mode. Its values do not matter.
+        example_input: a batch [N, ...] on the backbone's device. It is run in evaluation mode, to
+            find shapes and to compare the stages with the backbone. Its values do not matter.
         conv: `ExitHead(conv=True)`; features [N, D, H, W] only.
         elf_options: keyword arguments of `ELF`: thresholds, criterion, exit_loss, drop_exited, ...
 
     Shape: features at an exit are vectors [N, D], tokens [N, T, D] or maps [N, D, H, W]. Maps
-    [N, H, W, D] (Swin) are told apart from these by the proportions of `example_input`
-    [N, channels, height, width], and averaged over H and W, too.
+    [N, H, W, D] (Swin) are recognised by the aspect ratio of `example_input`
+    [N, channels, height, width], and are averaged over H and W, too.
 
     Raises:
         TypeError: an argument has the wrong type.
@@ -101,13 +101,13 @@ def from_backbone(
 
 
 def split(backbone: nn.Module, exits: Sequence[str]) -> list[nn.Module]:
-    """The len(exits) + 1 stages of a network, cut after each named module: run one after the other
-    they do what the network does. Arguments, sharing and errors are those of `from_backbone`, less
-    what it checks on an example; use it to put heads of your own into `ELF`. A module that runs on
-    both sides of a cut is in both stages.
+    """The len(exits) + 1 stages of a network, cut after each named module. Run one after the other
+    they compute what the network computes. Use it to build an `ELF` with heads of your own.
 
-    A stage may write into its input, where the backbone does (`nn.ReLU(inplace=True)` right after
-    a cut). `from_backbone` lets such a stage work on a copy.
+    Arguments, sharing and errors are those of `from_backbone`, without its checks on an example. A
+    module that runs on both sides of a cut is in both stages. If the backbone has an in-place
+    module right after a cut (`nn.ReLU(inplace=True)`), the stage overwrites its input;
+    `from_backbone` makes it work on a copy instead.
 
     Example:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
@@ -157,8 +157,9 @@ def _check_names(backbone: nn.Module, exits: Any) -> list[str]:
 
 
 class _Tracer(fx.Tracer):
-    """Enters the ancestors of the exits only, and notes which values the exits return. The stages'
-    graphs name this class, because unpickling traces them again: hence the defaults."""
+    """Traces into the ancestors of the exits only, and records the values that the exits return.
+    The arguments have defaults because unpickling a stage traces it again, with a tracer that is
+    made without arguments."""
 
     proxy_buffer_attributes = True
 
@@ -180,7 +181,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
-        """One input; what else the forward takes keeps its default."""
+        """Makes one input; other arguments of the forward keep their defaults."""
         return root_fn, [self.root, self.create_proxy("placeholder", "x", (), {})]
 
     def call_module(
@@ -195,11 +196,11 @@ class _Tracer(fx.Tracer):
 class _Trace(NamedTuple):
     graph: fx.Graph
     cuts: list[fx.Node]  # one per exit: the value its module returns
-    parts: dict[str, Any]  # what the graph's get_attr and call_module targets stand for
+    parts: dict[str, Any]  # target of a get_attr or call_module node -> tensor or module
 
 
 class _ByMode(nn.Module):
-    """A number that a forward takes from `self.training`, such as the dropout rate of attention."""
+    """A number that a forward derives from `self.training`, such as attention's dropout rate."""
 
     def __init__(self, in_training: Any, in_evaluation: Any) -> None:
         super().__init__()
@@ -211,7 +212,7 @@ class _ByMode(nn.Module):
 
 
 class _Constant(nn.Module):
-    """A tensor that a forward reads and the backbone's `state_dict` does not hold."""
+    """A tensor that a forward reads and that is not in the backbone's `state_dict`."""
 
     value: Tensor
 
@@ -234,21 +235,21 @@ def _trace(backbone: nn.Module, exits: Sequence[str]) -> _Trace:
                 parts[node.target] = backbone.get_submodule(node.target)
             elif node.op == "get_attr":
                 _read_attribute(backbone, node, parts)
-    except Exception as error:  # a forward fails on proxies in any way it likes
+    except Exception as error:  # a forward that is given proxies can raise anything
         raise ValueError(
             "backbone: expected a forward(x) that torch.fx can trace around the named modules, "
             f"without decisions on the data or its shape; {type(backbone).__name__} raised "
             f"{type(error).__name__}: {textwrap.shorten(str(error), 120)}; {_BY_HAND}"
         ) from error
     finally:
-        for name in set(backbone.__dict__) - own_attributes:  # the tracer's constants
+        for name in set(backbone.__dict__) - own_attributes:  # constants that the tracer stored
             delattr(backbone, name)
     return _Trace(graph, [_cut(backbone, name, tracer.outputs[name]) for name in exits], parts)
 
 
 def _read_attribute(backbone: nn.Module, node: fx.Node, parts: dict[str, Any]) -> None:
-    """Notes the tensor that a get_attr node reads. GraphModule would make one that `state_dict`
-    does not hold part of it, so a module that returns it takes the node's place."""
+    """Records the tensor that a get_attr node reads. If it is not in `state_dict`, a module that
+    returns it replaces the node, because GraphModule would add the tensor to `state_dict`."""
     assert isinstance(node.target, str)
     owner_name, _, field = node.target.rpartition(".")
     owner = backbone.get_submodule(owner_name)
@@ -284,8 +285,8 @@ class _Different(Exception):
 
 
 def _follow_mode(training: _Trace, evaluation: _Trace) -> _Trace:
-    """One trace for both modes. Tracing writes `self.training`, and what follows from it, into the
-    graph as plain numbers: where the two traces differ in one, a `_ByMode` takes its place."""
+    """One trace for both modes. Tracing stores `self.training`, and values derived from it, as
+    plain numbers in the graph. A number that differs between the traces becomes a `_ByMode`."""
     graph = training.graph
     parts = dict(training.parts)
     ours, theirs = list(graph.nodes), list(evaluation.graph.nodes)
@@ -326,7 +327,8 @@ def _follow_mode(training: _Trace, evaluation: _Trace) -> _Trace:
                 f"evaluation around the named modules, got {_spell(a)} in training and {_spell(b)} "
                 f"in evaluation; {_BY_HAND}"
             ) from None
-    # Every graph ends with its output, so graphs that agree on the shorter one have equal length.
+    # Only the last node of a graph is its output. So if the nodes compared above are equal, up to
+    # the end of the shorter graph, neither graph is longer.
     return _Trace(graph, training.cuts, parts)
 
 
@@ -340,8 +342,9 @@ def _same_constant(node: fx.Node, training: _Trace, evaluation: _Trace) -> bool:
 
 
 def _drop_unused_sizes(graph: fx.Graph) -> None:
-    """`B, C, H, W = x.shape` where C is never read would count as a value that crosses a cut. Only
-    nodes known to have no side effect go: `x.add_(1)` has no reader either."""
+    """Removes reads of shapes that nothing uses: in `B, C, H, W = x.shape` a C that is never read
+    would count as a value that crosses a cut. Only nodes known to have no side effect are removed;
+    `x.add_(1)` has no reader either, and must stay."""
 
     def may_have_effects(node: fx.Node) -> bool:
         return not (
@@ -379,14 +382,14 @@ def _check_order(trace: _Trace, exits: Sequence[str]) -> None:
 
 
 def _stage_of(trace: _Trace) -> Callable[[fx.Node], int]:
-    """The stage each node runs in, by its place in the forward: a cut is its stage's last node."""
+    """A function from a node to the stage that it runs in. A cut is the last node of its stage."""
     position = {node: i for i, node in enumerate(trace.graph.nodes)}
     at = [position[cut] for cut in trace.cuts]
     return lambda node: bisect_left(at, position[node])
 
 
 def _movable(trace: _Trace) -> set[fx.Node]:
-    """Nodes that read parameters, buffers and numbers only: any stage that needs one repeats it."""
+    """Nodes that read only parameters, buffers and numbers; any stage that needs one repeats it."""
     movable: set[fx.Node] = set()
     for node in trace.graph.nodes:
         helper = node.op == "call_module" and isinstance(
@@ -401,8 +404,8 @@ def _movable(trace: _Trace) -> set[fx.Node]:
 
 
 def _check_cuts(trace: _Trace, exits: Sequence[str]) -> None:
-    """What crosses the cut after an exit must be the exit's output alone: the batch loses rows
-    there, and an integer such as the batch size would be out of date, too."""
+    """Only the exit's output may cross the cut after it. Samples leave the batch there, so another
+    tensor would have too many rows, and an integer such as the batch size would be wrong."""
     stage_of = _stage_of(trace)
     movable = _movable(trace)
     for e, (name, cut) in enumerate(zip(exits, trace.cuts, strict=True)):
@@ -419,7 +422,7 @@ def _check_cuts(trace: _Trace, exits: Sequence[str]) -> None:
 
 
 def _spell(node: fx.Node) -> str:
-    """A node in the words of the forward's source."""
+    """A node as the source of the forward would write it, for messages."""
     if node.op == "placeholder":
         return "the network's input"
     if node.op == "output":
@@ -470,11 +473,11 @@ def _check_example(example_input: Any, num_classes: Any) -> None:
 def _run(
     backbone: nn.Module, stages: list[nn.Module], exits: Sequence[str], x: Tensor
 ) -> list[Tensor]:
-    """The input and what each stage makes of it, in evaluation mode, compared with the backbone.
-    A stage that writes into its input is told to work on a copy: the exit before it may still need
-    its features for the gradient."""
+    """[x, output of the first stage, ..., logits], in evaluation mode. Raises ValueError if the
+    logits differ from the backbone's. A stage that writes into its input is changed to work on a
+    copy, because the head before it may need these features for its gradient."""
     chain = nn.ModuleList([backbone, *stages])
-    # So that the features' dtype is the one the heads' parameters need.
+    # The heads take the dtype of these features as their own, and autocast would change it.
     outside_autocast = torch.autocast(x.device.type, enabled=False)
     with mode(chain, training=False), torch.no_grad(), outside_autocast:
         try:
@@ -502,7 +505,7 @@ def _run(
         logits.float(), expected.float(), rtol=1e-2, atol=1e-2 * largest, equal_nan=True
     ):
         raise ValueError(
-            "backbone: expected stages that give its own logits on example_input; they differ: "
+            "backbone: expected its stages to compute its logits on example_input; they differ: "
             "a hook, a random number or a state outside the named modules is lost in tracing; "
             + _BY_HAND
         )
@@ -545,8 +548,8 @@ def _head(name: str, features: Tensor, x: Tensor, num_classes: int, conv: bool) 
 
 
 def _is_nhwc(shape: torch.Size, input_shape: torch.Size) -> bool:
-    """Whether features [N, a, b, c] are [N, H, W, D]: (a, b) has the input's proportions, within
-    the rounding of strides, and (b, c) has not."""
+    """Whether features [N, a, b, c] are [N, H, W, D]: a / b equals the input's height / width, up
+    to the rounding of strides, and b / c does not."""
     if len(shape) != 4 or len(input_shape) != 4:
         return False
     height, width = input_shape[2:]

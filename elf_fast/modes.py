@@ -1,4 +1,4 @@
-"""Training and evaluation mode for a while."""
+"""A context manager that sets training or evaluation mode for a block."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def mode(
     training: bool,
     only: Callable[[nn.Module], bool] = lambda module: True,
 ) -> Iterator[None]:
-    """Sets `training` everywhere, or in the modules that `only` chooses, and restores each module's
-    own flag. Not through train(): some networks override it, to freeze BatchNorm for one."""
+    """Sets `training` in all modules, or in those that `only` selects, and restores the flag of
+    each at the end. It does not call `train()`, which some networks override, for example to freeze
+    BatchNorm."""
     before = [(module, module.training) for module in model.modules() if only(module)]
     try:
         for module, _ in before:

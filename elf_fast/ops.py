@@ -5,12 +5,12 @@ is none, the plain PyTorch of `reference.py` serves. Call these through `elf_fas
 checks its arguments; the operators check only what memory safety needs.
 
 Conventions: `threshold` is [] or [C] and `temperature` [], in the arithmetic dtype of the logits
-(float32, float64 for float64); `criterion` is a code of `criteria.TABLE`. Survivors come padded:
+(float32, float64 for float64); `criterion` is a code of `criteria.TABLE`. Survivors are padded:
 [N], of which the first `count` [] are survivors and the rest hold N, so every shape is known
 without synchronising. With `early_stop` the confidence of a sample that goes on may be NaN, because
 it was not computed, and it has no gradient. A target out of range is reported as count -1, without
-synchronising; the caller who reads the count raises. A survivor out of range triggers a device
-assertion, as an index does in PyTorch.
+synchronising; the caller raises when it reads the count. A survivor out of range triggers a device
+assertion, as an index out of range does in PyTorch.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ SCHEMAS = {
     # -> confidence [N], prediction [N], survivors [N], count []
     "exit_gate": f"(Tensor logits, {_GATE}, Tensor? target, bool early_stop)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    # -> logits [N, C] ([0, C] without), pooled [N, D], confidence, prediction, survivors, count
+    # -> logits [N, C] ([0, C] without with_logits), pooled [N, D], and the outputs of exit_gate
     "exit_head": f"(Tensor features, Tensor weight, Tensor? bias, {_GATE}, Tensor? target,"
     " bool early_stop, bool with_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # -> features[survivors] [n, ...]
     "compact": "(Tensor features, Tensor survivors) -> Tensor",
-    # out[k] = features[survivors[k]] for k < count (None: n), read on the device; the other rows
-    # of out [>= n, ...] stay as they were
+    # out[k] = features[survivors[k]] for k < count (None: n); count is read on the device. The
+    # other rows of out [>= n, ...] keep their values.
     "compact_into": "(Tensor(a!) out, Tensor features, Tensor survivors, Tensor? count) -> ()",
     # -> order [n]: row j < count (None: n) now holds what was row order[j]; later entries are N
     "compact_": "(Tensor(a!) features, Tensor survivors, Tensor? count) -> Tensor",
     # -> [rows, ...]
     "compact_backward": "(Tensor grad, Tensor survivors, SymInt rows) -> Tensor",
-    # -> loss [N], log_sum [N] (log sum exp(x - max x)), and the gate's four
+    # -> loss [N], log_sum [N] (log sum exp(x - max x)), and the outputs of exit_gate
     "exit_loss": f"(Tensor logits, Tensor target, {_FAMILY}, {_GATE})"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     # -> [N, C]
@@ -66,7 +66,7 @@ exit_loss = torch.ops.elf_fast.exit_loss.default
 exit_loss_backward = torch.ops.elf_fast.exit_loss_backward.default
 
 
-# Reference kernels. Like the native ones they check targets and survivors before they run.
+# Reference kernels. Like the native kernels, they check targets and survivors before they run.
 
 
 def _padded(gate: reference.ExitGate) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -197,7 +197,7 @@ _REFERENCE: dict[str, Callable[..., Any]] = {
 
 
 def register_reference(library: torch.library.Library, key: str, **options: Any) -> None:
-    """Lets the reference serve every operator on a dispatch key."""
+    """Registers the reference kernels of all operators for a dispatch key."""
     for name, kernel in _REFERENCE.items():
         library.impl(name, kernel, key, **options)
 
@@ -209,8 +209,9 @@ register_reference(_library, "CompositeExplicitAutograd")
 
 
 def _batch_strides(x: Tensor) -> list[Any]:
-    """Strides of a batch like x whose samples lie one after the other: x's own where every sample
-    is one block of memory (contiguous, channels-last), else those of a contiguous tensor."""
+    """Strides of a batch like x whose samples lie one after the other. If every sample of x is one
+    block of memory (contiguous, channels-last), a sample has the strides of x, else contiguous
+    ones."""
     if not checks.samples_are_dense(x):
         return list(torch.empty(x.shape, device="meta").stride())
     return [max(x.shape[1:].numel(), 1), *x.stride()[1:]]
@@ -377,7 +378,7 @@ class _LossGrad(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss, *_):
         logits, target, log_sum, *vectors = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True: the kernel has no gradient of its own
+        if torch.is_grad_enabled():  # create_graph=True: exit_loss_backward has no gradient
             settings = zip(_FAMILY_NAMES, (*vectors, *ctx.scalars), strict=True)
             loss = reference.exit_loss(logits, target, **dict(settings)).loss
             (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
@@ -387,7 +388,8 @@ class _LossGrad(torch.autograd.Function):
 
 
 def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
-    """What torch.library.register_autograd does, less its 35 us a call of looking up defaults."""
+    """Does what torch.library.register_autograd does, without the 35 us per call that it spends on
+    looking up defaults."""
     op = getattr(torch.ops.elf_fast, name).default
 
     def kernel(keyset, *args):
@@ -414,7 +416,8 @@ for _name, _function in (
     _register_autograd(_name, _function)
 
 
-# Autocast: nn.Linear's rule for the classifier; the gate and the loss compute in float32 anyway.
+# Autocast casts the inputs of the classifier, as for nn.Linear. The gate and the loss compute in
+# float32 anyway.
 
 
 def _autocast_exit_head(device: str, key: str) -> Callable[..., Any]:

@@ -1,7 +1,7 @@
-"""A training batch that lies on several ranks, and what its ranks ask each other.
+"""A training batch that is spread over several ranks, and the collectives that it needs.
 
-They ask only while an ELF trains inside `torch.nn.parallel.DistributedDataParallel`. Evaluation,
-and training outside of it, even where there is a process group, make no collective.
+They run only while an ELF trains inside `torch.nn.parallel.DistributedDataParallel`. Evaluation and
+training outside of it run no collective, even if a process group exists.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from .modes import mode
 
 __all__ = ["Batch", "SharedBatch", "batch_norm_without_samples", "batch_of"]
 
-#: Gives the DistributedDataParallel whose forward pass is running in this process, or None. torch
-#: (2.11 and 2.14) keeps it for its own compiler, and has no public name for it.
+#: Returns the DistributedDataParallel whose forward pass is running in this process, or None. It is
+#: private: torch (2.11 and 2.14) has it for its compiler, and no public function for the same.
 _running_ddp = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
 
 
 class Batch:
-    """A batch of N samples that are all here."""
+    """A batch of N samples that are all on this rank."""
 
     shared = False
 
@@ -32,7 +32,7 @@ class Batch:
         self.N = N
 
     def entering(self) -> int:
-        """As `reaching`, for the first stage."""
+        """`reaching` of the first stage."""
         return self.N
 
     def reaching(self, n: int) -> int:
@@ -40,19 +40,21 @@ class Batch:
         return n
 
     def mean(self, total: Tensor) -> Tensor:
-        """The batch's loss [] from the sum [] of the losses of the samples here."""
+        """The batch's mean loss [], from `total` [], the sum of this rank's per-sample losses."""
         return total / max(self.N, 1)
 
 
 class SharedBatch(Batch):
-    """N samples of a global batch that is spread over the R ranks of `group`, unevenly perhaps.
+    """The N samples of this rank in a global batch over the R ranks of `group`.
 
-    Every rank makes one, and asks for `reaching` equally often.
+    N may differ between ranks. Every rank must create one and call `reaching` equally often,
+    because both run collectives.
 
     Args:
         N: samples on this rank; 0 is allowed.
-        device: one that `group` communicates on.
-        norm_group: the ranks over which SyncBatchNorm takes its statistics; None: there is none.
+        device: a device that `group` communicates on.
+        norm_group: the ranks over which SyncBatchNorm takes its statistics; None if the model has
+            no SyncBatchNorm in training mode.
     """
 
     shared = True
@@ -69,11 +71,11 @@ class SharedBatch(Batch):
         self._device = device
         self._ranks = distributed.get_world_size(group)
         self._size = torch.full((), N, dtype=torch.int64, device=device)
-        # Nobody needs the sum before the end of the forward pass, and no rank waits for it here.
+        # Asynchronous, because most ranks need the sum only at the end of the forward pass.
         self._sum = distributed.all_reduce(self._size, group=group, async_op=True)
 
     def entering(self) -> int:
-        # Only a rank without samples needs to know of the others, so only that one waits.
+        # Only a rank without samples needs the number of samples of all ranks, and waits for it.
         return self.N or (int(self.size()) if self.norm_group is not None else 0)
 
     def reaching(self, n: int) -> int:
@@ -84,25 +86,27 @@ class SharedBatch(Batch):
         return int(count)
 
     def size(self) -> Tensor:
-        """Samples [] int64 of the global batch."""
+        """Number of samples [] int64 in the global batch."""
         self._sum.wait()
         return self._size
 
     def mean(self, total: Tensor) -> Tensor:
-        """R / size times the sum [] of the losses of the samples here: what averages over the ranks
-        to the loss of the global batch, as DistributedDataParallel averages gradients."""
+        """`total` [], the sum of the losses of this rank's samples, times R / size. Averaged over
+        the ranks, as DistributedDataParallel averages gradients, these values give the mean loss of
+        the global batch."""
         return total * self._ranks / self.size().clamp_min(1)
 
 
 def batch_of(model: nn.Module, x: Tensor) -> Batch:
-    """The batch that x [N, ...] is, or is this rank's part of, in the forward pass of `model`.
+    """The batch of x [N, ...] in the forward pass of `model`: a `SharedBatch` if x is this rank's
+    part of a global batch, else a `Batch`.
 
     Raises:
-        RuntimeError: in training, where there are several ranks and this torch does not say whether
+        RuntimeError: in training with several ranks, if this version of torch cannot tell whether
             they share the batch.
     """
-    # Whether a process group exists is no sign: one rank may train a network of its own. That a
-    # forward pass of DistributedDataParallel is running is one.
+    # A process group alone does not mean a shared batch: one rank may train its own network. A
+    # running forward pass of DistributedDataParallel does.
     ddp = _ddp_in_forward() if model.training else None
     if ddp is None:
         return Batch(len(x))
@@ -117,10 +121,10 @@ def _ddp_in_forward() -> DistributedDataParallel | None:
         return _running_ddp()
     grouped = distributed.is_available() and distributed.is_initialized()
     if grouped and distributed.get_world_size() > 1:
-        # To go on would be to hang, or to train on wrong gradients.
+        # Without this error, training could hang or use wrong gradients.
         raise RuntimeError(
-            "torch: expected DistributedDataParallel._get_active_ddp_module (in 2.11 and 2.14), by "
-            "which an ELF in training knows whether ranks share its batch, got torch "
+            "torch: expected DistributedDataParallel._get_active_ddp_module (as in 2.11 and 2.14), "
+            "which tells an ELF in training whether ranks share its batch, got torch "
             f"{torch.__version__} without it; train in one process, or with another torch"
         )
     return None
@@ -128,9 +132,13 @@ def _ddp_in_forward() -> DistributedDataParallel | None:
 
 @contextmanager
 def batch_norm_without_samples(model: nn.Module, x: Tensor, *, reaching: int) -> Iterator[Tensor]:
-    """Yields x for a stage of `model` to run on while the context lasts. Without samples in x,
-    BatchNorm counts no batch, and SyncBatchNorm takes part only where `reaching` samples of other
-    ranks reach the stage: where nobody's do, its running statistics would decay."""
+    """Yields x [n, ...], on which a stage of `model` is to run inside the context. `reaching` is
+    the number of samples of all ranks that reach the stage.
+
+    For n = 0, BatchNorm is in evaluation mode, so it counts no batch. SyncBatchNorm stays in
+    training mode if samples of other ranks reach the stage, because all ranks must join its
+    collective. If none do, its running statistics would decay, so it is in evaluation mode, too.
+    """
     if len(x):
         yield x
         return
@@ -142,8 +150,8 @@ def batch_norm_without_samples(model: nn.Module, x: Tensor, *, reaching: int) ->
     device = x.device.type
     with mode(model, training=False, only=rests):
         if reaching and torch.is_autocast_enabled(device):
-            # SyncBatchNorm sends the statistics of half-precision samples as float32, but those of
-            # no samples in the dtype of its input (torch 2.14, torch/nn/modules/_functions.py).
+            # SyncBatchNorm sends float32 statistics for half-precision samples, but for an empty
+            # batch it uses its input's dtype (torch 2.14, torch/nn/modules/_functions.py).
             with torch.autocast(device, enabled=False):
                 yield x.float()
         else:

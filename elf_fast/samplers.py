@@ -1,9 +1,9 @@
-"""Which samples an epoch shows, in which order, and which of them a rank takes.
+"""Samplers: the samples of an epoch, their order, and each rank's share of them.
 
-The order of an epoch depends on seed and epoch only. Rank r of R takes its positions r, r + R,
-r + 2R and so on: batch by batch the ranks together see the order from front to back, however many
-they are. So an epoch goes on where it stopped, with another number of ranks, too, if every rank
-passes over the batches that it has used (`data.ImageLoader.set_epoch`).
+The order of an epoch depends on seed and epoch only. Rank r of R takes positions r, r + R, r + 2R
+and so on, so the ranks together read the order from front to back, whatever R is. An interrupted
+epoch can therefore be resumed, even with another number of ranks, if every rank skips the batches
+that were used (`data.ImageLoader.set_epoch`).
 
 Shapes: N samples, C classes.
 """
@@ -33,8 +33,8 @@ __all__ = [
 
 def class_probabilities(class_counts: Tensor, q: float) -> Tensor:
     """p_c = n_c^q / sum_k n_k^q, [C] float64 (Kang et al., arXiv 1910.09217, eq. 1), from
-    class_counts [C]; 0 for a class without samples. q = 1 shows every sample equally often, q = 0
-    every class, q = 1/2 is square-root sampling."""
+    class_counts [C]; 0 for a class without samples. q = 1 draws all samples equally often, q = 0
+    all classes equally often, and q = 1/2 is square-root sampling."""
     power = class_counts.double() ** q * (class_counts > 0)
     return power / power.sum()
 
@@ -49,7 +49,7 @@ def _classes(targets: Sequence[int] | Tensor) -> Tensor:
 
 
 def _share(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
-    """(R, r); None asks the process group, which stands for one rank where there is none."""
+    """(R, r). None takes the value of the default process group, or 1 and 0 if there is none."""
     grouped = distributed.is_available() and distributed.is_initialized()
     if num_replicas is None:
         num_replicas = distributed.get_world_size() if grouped else 1
@@ -61,17 +61,17 @@ def _share(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
 
 
 class EpochSampler(Sampler[int], ABC):
-    """A sampler for training: a share of the epoch's `order`, equally long for every rank.
+    """A sampler for training: every rank takes a share of the epoch's `order`, all equally long.
 
-    Where R does not divide the epoch, its end wraps round to the first samples of the order.
+    If R does not divide N, the order wraps round to its first samples.
 
     Args:
         targets: [N] integers, the class of every sample of the data set.
         num_replicas, rank: R and r; None: those of the default process group, or 1 and 0.
-        seed: the order's, the same on all ranks.
+        seed: of the order; must be the same on all ranks.
 
     Raises:
-        TypeError, ValueError: naming the argument, what was expected and what came.
+        TypeError, ValueError: an argument is invalid; the message names it.
     """
 
     def __init__(
@@ -89,12 +89,12 @@ class EpochSampler(Sampler[int], ABC):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch, counted from 0, that the next iteration shows."""
+        """Sets the epoch, counted from 0, of the next iteration."""
         checks.integer("epoch", epoch, 0)
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Samples of this rank in an epoch."""
+        """Samples of this rank in an epoch: N / R, rounded up."""
         return -(-len(self.targets) // self.num_replicas)
 
     def __iter__(self) -> Iterator[int]:
@@ -105,7 +105,7 @@ class EpochSampler(Sampler[int], ABC):
 
     @abstractmethod
     def order(self, generator: torch.Generator) -> Tensor:
-        """The samples of epoch `self.epoch`, for all ranks: [N] int64 into the data set."""
+        """Indices [N] int64 of the samples of epoch `self.epoch`, for all ranks together."""
 
 
 class InstanceSampler(EpochSampler):
@@ -116,7 +116,8 @@ class InstanceSampler(EpochSampler):
 
 
 class _ClassDrawer(EpochSampler):
-    """Draws N times with replacement: a class with `probabilities`, then one of its samples."""
+    """Draws N samples with replacement: first a class by `probabilities`, then one of its samples
+    uniformly."""
 
     def __init__(self, targets: Sequence[int] | Tensor, **share: Any) -> None:
         super().__init__(targets, **share)
@@ -136,9 +137,10 @@ class _ClassDrawer(EpochSampler):
 
 
 class ClassSampler(_ClassDrawer):
-    """N draws an epoch with replacement, of a class with probability n_c^q / sum_k n_k^q and then
-    of one of its samples (Kang et al., arXiv 1910.09217, eq. 1): class-balanced for q = 0,
-    square-root for q = 1/2. share: `num_replicas`, `rank` and `seed` of `EpochSampler`."""
+    """Draws N samples per epoch with replacement: first a class with probability
+    n_c^q / sum_k n_k^q, then one of its samples uniformly (Kang et al., arXiv 1910.09217, eq. 1).
+    q = 0 is class-balanced, q = 1/2 square-root sampling. share: `num_replicas`, `rank` and `seed`
+    of `EpochSampler`."""
 
     def __init__(self, targets: Sequence[int] | Tensor, q: float = 0.0, **share: Any) -> None:
         super().__init__(targets, **share)
@@ -150,9 +152,9 @@ class ClassSampler(_ClassDrawer):
 
 
 class ProgressiveSampler(_ClassDrawer):
-    """Draws as `ClassSampler` does, from instance-balanced at epoch 0 to class-balanced from epoch
-    `epochs` on: p(t) = (1 - t/T) p_instance + t/T p_class at epoch t of T = `epochs` (Kang et al.,
-    arXiv 1910.09217, eq. 2)."""
+    """Draws like `ClassSampler`, with class probabilities that change from instance-balanced at
+    epoch 0 to class-balanced from epoch `epochs` on: p(t) = (1 - t/T) p_instance + t/T p_class at
+    epoch t of T = `epochs` (Kang et al., arXiv 1910.09217, eq. 2)."""
 
     def __init__(self, targets: Sequence[int] | Tensor, epochs: int, **share: Any) -> None:
         super().__init__(targets, **share)
@@ -166,8 +168,8 @@ class ProgressiveSampler(_ClassDrawer):
 
 
 class EvaluationSampler(Sampler[int]):
-    """Every sample of a data set of `length` exactly once over all ranks, in order; the ranks'
-    shares differ by one sample at most. num_replicas, rank: as for `EpochSampler`."""
+    """Gives every sample of a data set of `length` to exactly one rank, in order; the shares differ
+    by one sample at most. num_replicas, rank: as for `EpochSampler`."""
 
     def __init__(
         self, length: int, *, num_replicas: int | None = None, rank: int | None = None

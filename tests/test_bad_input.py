@@ -103,7 +103,7 @@ FEATURES = [
     (lambda: F.compact_(X.clone().requires_grad_(), S), ValueError,
      "features: expected no gradient for compact_, got requires_grad=True"),
     (lambda: F.compact_(X[:, :, ::2], S), ValueError,
-     "features: expected every sample dense in memory, sharing none"),
+     "features: expected every sample dense in memory and no two"),
     (lambda: F.compact_(X[:1].expand(4, 6, 3, 3), S), ValueError, "features: expected every"),
     (lambda: F.exit_head(X[0, 0, 0], W, B, 0.5), ValueError,
      "features: expected shape [N, D], [N, T, D] or [N, D, H, W]"),

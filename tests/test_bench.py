@@ -120,7 +120,7 @@ def test_command(capsys):
         (("--batch", "0"), "--batch, --size, --classes: expected at least 1, 1 and 2, got 0"),
         (("--share", "1.5"), "--share: expected numbers in [0, 1], got [1.5]"),
         (("--model", "resnet_18x"), "name: expected a network"),
-        (("--device", "gpu"), "device: expected cpu, cuda or another of torch's, got 'gpu'"),
+        (("--device", "gpu"), "device: expected cpu, cuda or another device of torch, got 'gpu'"),
         (("--model", "cifar_resnet8", "--exits", "layer7"), "layer7"),
     ],
 )

@@ -276,7 +276,7 @@ def test_weights_that_are_computed_train_and_are_not_written_over(compute):
     compute(linear)
     for method in (reset_classifiers_, learn_scales_, lambda m: tau_normalise_(m, 1.0)):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(TypeError, match="^heads.1.classifier: expected weights of its own"):
+        with pytest.raises(TypeError, match="^heads.1.classifier: expected weights that are a"):
             method(model)
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     with pytest.raises(ValueError, match="expected scales by learn_scales_"):

@@ -369,7 +369,7 @@ def test_all_that_is_wrong_with_lists_is_said_at_once(listed):
         "line 4 ('images/inn/1.png one')",
         f"{train}: expected 3 images, got 4",
         f"{train}: expected 2 images of the largest class and 1 of the smallest, got 3 and 1",
-        f"{train}: 2 of 4 images are not there: {listed}/images/gone/1.png, "
+        f"{train}: 2 of 4 images are missing: {listed}/images/gone/1.png, "
         f"{listed}/images/gone/2.png",
         f"{test}: expected labels from 0 to 1, got 2 others: line 1 (2), line 2 (-1)",
         f"{test}: expected 1 images, got 2",
@@ -383,12 +383,10 @@ def test_missing_lists_empty_classes_and_unknown_names(listed):
     ):
         data.published("Places-LT", listed)
     (listed / "gap.txt").write_text("images/inn/1.png 0\nimages/zoo/1.png 7\n")
-    with pytest.raises(data.DataError, match="every class, got none of 6: 1, 2, 3, 4, 5, ...$"):
+    with pytest.raises(data.DataError, match="every class, 6 have none: 1, 2, 3, 4, 5, ...$"):
         data.from_lists(listed, listed / "gap.txt")
     (listed / "far.txt").write_text(f"images/inn/1.png {10**15}\n")
-    with pytest.raises(
-        data.DataError, match="every class, got none of 1,000,000,000,000,000: 0, 1"
-    ):
+    with pytest.raises(data.DataError, match="every class, 1,000,000,000,000,000 have none: 0, 1"):
         data.from_lists(listed, listed / "far.txt")
     (listed / "empty.txt").write_text("\n")
     with pytest.raises(data.DataError, match="^.*empty.txt: expected images, got none$"):

@@ -17,12 +17,13 @@ from .workload import inference_work, training_work
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """Prints, as `options` of `elf-fast bench` say, and returns one row for each share and mode:
-    {"mode", "share", "microseconds", "speed"}, where `speed` is that of elf_fast over each
-    candidate's, [median, lower, upper quartile].
+    """Prints and returns one row for each share and mode, by the `options` of `elf-fast bench`:
+    {"mode", "share", "microseconds", "speed"}. `microseconds` is the time per call of each
+    candidate, and `speed` the speed of elf_fast divided by the candidate's; both are
+    [median, lower quartile, upper quartile].
 
     Raises:
-        ValueError: an argument that names no network, no module, no device, or no batch.
+        ValueError: the network, a module or the device does not exist, or a number is out of range.
     """
     if options.batch < 1 or options.size < 1 or options.classes < 2:
         raise ValueError(
@@ -73,7 +74,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for mode in dict.fromkeys(row["mode"] for row in rows):
         of_mode = [row for row in rows if row["mode"] == mode]
         others = list(of_mode[0]["speed"])
-        table = Table(title=f"{mode}: elf_fast, and how many times as fast it is as")
+        table = Table(title=f"{mode}: time of elf_fast, and its speed as a multiple of")
         for heading in ("goes on", "elf_fast, ms", *others):
             table.add_column(heading, justify="right")
         for row in of_mode:
@@ -82,7 +83,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
                           *cells)  # fmt: skip
         Console().print(table)
     print(
-        "full: without exits. reference: plain PyTorch. oracle: the stages alone on batches made "
-        "smaller\nbeforehand, as fast as early exit can be. The network is untrained: the share "
-        "that goes on is set,\nnot learned."
+        "full: without exits. reference: plain PyTorch. oracle: the stages alone on batches "
+        "compacted\nbeforehand, which no early exit can beat. The network is untrained: the share "
+        "that goes on is\nset, not learned."
     )

@@ -1,4 +1,4 @@
-"""Inference: the same stages and heads, by whom they are run."""
+"""Candidates for inference: the same stages and heads, run in different ways."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ TIE = 1e-6
 
 
 def check_agreement(fast: ELFOutput, reference: ELFOutput, thresholds: Tensor) -> None:
-    """Raises RuntimeError unless both leave at the same exits with the same predictions, but for
-    samples whose confidence is within TIE of the threshold."""
+    """Raises RuntimeError unless both outputs have the same exits and predictions. Samples whose
+    confidence is within TIE of the threshold may differ in their exit."""
     moved = fast.exit_index != reference.exit_index
     earlier = torch.minimum(fast.exit_index, reference.exit_index)
     left = torch.where(
@@ -35,9 +35,12 @@ def check_agreement(fast: ELFOutput, reference: ELFOutput, thresholds: Tensor) -
 
 
 def runs(work: InferenceWork) -> dict[str, Callable[[], Any]]:
-    """`elf_fast` and `reference`, the model; `full`, the network without exits; `oracle`, its
-    stages on batches compacted beforehand, without heads and tests: the time below which no early
-    exit can go. To be called under `torch.inference_mode()`."""
+    """Functions that run the images once; call them under `torch.inference_mode()`.
+
+    `elf_fast`: the model; `reference`: the model in plain PyTorch; `full`: the network without
+    exits; `oracle`: its stages on batches compacted beforehand, without heads and exit tests, a
+    lower bound on the time of any early exit.
+    """
     model, images = work.model, work.images
     plain = unfuse(model)
     full = nn.Sequential(*model.stages, model.heads[-1])
@@ -55,10 +58,10 @@ def runs(work: InferenceWork) -> dict[str, Callable[[], Any]]:
 
 
 def candidates(work: InferenceWork) -> dict[str, Callable[[], Any]]:
-    """`runs(work)`, once elf_fast and the reference agree.
+    """`runs(work)`, after a check that elf_fast and the reference agree.
 
     Raises:
-        RuntimeError: they do not (`check_agreement`).
+        RuntimeError: they disagree (`check_agreement`).
     """
     found = runs(work)
     with torch.inference_mode():

@@ -1,5 +1,5 @@
-"""Timing side by side: every repetition runs each candidate once, so that whatever else the
-machine does falls on all of them."""
+"""Timing side by side: every repetition times each candidate once, so that other load on the
+machine affects all of them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ class Quartiles(NamedTuple):
 
 
 class Samples(dict[str, list[float]]):
-    """Microseconds a call of every candidate, repetition by repetition."""
+    """Microseconds per call: one number per repetition for every candidate."""
 
     def time(self, name: str) -> Quartiles:
-        """Microseconds a call."""
+        """Microseconds per call."""
         return Quartiles.of(self[name])
 
     def ratio(self, of: str, to: str) -> Quartiles:
-        """Time of one candidate over that of another in the same repetition."""
+        """Time of candidate `of` divided by the time of `to` in the same repetition."""
         return Quartiles.of([a / b for a, b in zip(self[of], self[to], strict=True)])
 
 
@@ -47,11 +47,11 @@ def sample(
     burst: float = 200e-6,
     least: int = 5,
 ) -> Samples:
-    """Runs all candidates in turn for about `seconds` in all, at least `least` times each.
+    """Runs all candidates in turn for about `seconds` in all, for at least `least` repetitions.
 
     A repetition calls a candidate often enough to last `burst` seconds, so that calls of a few
-    microseconds are timed warm and the clock's own cost vanishes. Work that a candidate leaves to
-    the GPU is waited for.
+    microseconds run with warm caches and the cost of reading the clock is negligible. The time
+    includes the GPU work that a candidate started.
     """
     calls = {}
     for name, f in candidates.items():

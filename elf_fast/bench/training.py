@@ -1,4 +1,4 @@
-"""A training step (forward, loss, backward), by whom it is run."""
+"""Candidates for a training step (forward, loss, backward), run in different ways."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from .workload import TrainingWork
 
 
 def candidates(work: TrainingWork) -> dict[str, Callable[[], Any]]:
-    """`elf_fast` and `reference`, the model; `full`, the same network without exits: each returns
-    its loss and leaves the gradients in the parameters, which all of them share. `oracle`: forward
-    and backward of the stages on batches compacted beforehand, without heads, tests and losses:
-    the time below which no training with exits can go.
+    """Functions that run one step.
+
+    `elf_fast`: the model; `reference`: the model in plain PyTorch; `full`: the network without
+    exits. Each returns its loss and leaves gradients in the parameters, which they share.
+    `oracle`: forward and backward of the stages on batches compacted beforehand, without heads,
+    exit tests and losses, a lower bound on the time of any training with exits.
 
     Raises:
         RuntimeError: loss or gradients of elf_fast and of the reference disagree.
@@ -55,14 +57,14 @@ def candidates(work: TrainingWork) -> dict[str, Callable[[], Any]]:
 def _check_agreement(
     model: nn.Module, fast: Callable[[], Tensor], reference: Callable[[], Tensor]
 ) -> None:
-    """Loss and gradient, as vectors, to 1e-3 of their length: float32 sums in another order,
-    through many layers."""
+    """Raises RuntimeError if losses or gradients, as vectors, differ by more than 1e-3 of their
+    norm. Smaller differences come from float32 sums in another order, through many layers."""
     ours, theirs = ((f(), _gradient(model)) for f in (fast, reference))
     for name, a, b in zip(("loss", "gradient"), ours, theirs, strict=True):
         if not bool((a - b).norm() <= 1e-3 * b.norm()):
             raise RuntimeError(
                 f"the {name} of elf_fast and of its reference differ by "
-                f"{float((a - b).norm() / b.norm()):.1e} of its length; "
+                f"{float((a - b).norm() / b.norm()):.1e} of its norm; "
                 "no speed is reported for wrong results"
             )
 

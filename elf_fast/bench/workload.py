@@ -1,8 +1,8 @@
-"""Work of a known shape: settings under which a chosen share of the samples goes on.
+"""Benchmark work: temperatures and thresholds with which a chosen share of the samples goes on.
 
 Temperatures bring the logits of every exit to a standard deviation of 2, because an untrained
-network's confidences may differ by less than rounding, or all be 1; thresholds then lie between
-the confidences of two samples. Neither changes what an exit costs.
+network's confidences may differ by less than rounding, or all be 1. A threshold then lies between
+the confidences of two samples. Neither changes the cost of an exit.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ class InferenceWork(NamedTuple):
     model: ELF  # in evaluation mode, its thresholds set
     images: Tensor  # [N, ...]
     exit_index: Tensor  # [N] int64
-    stage_inputs: list[Tensor]  # what reaches each stage, compacted beforehand
+    stage_inputs: list[Tensor]  # the batch that reaches each stage, compacted beforehand
 
 
 class TrainingWork(NamedTuple):
     model: ELF  # in training mode, its training thresholds set
     images: Tensor  # [N, ...]
-    target: Tensor  # [N] int64, the prediction of whoever leaves
+    target: Tensor  # [N] int64; for a sample that leaves, the prediction
     stage_inputs: list[Tensor]  # as for inference
 
 
 def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
-    """A copy of `model` that lets `share` in [0, 1] of the samples at each exit go on, to the
-    nearest sample. 1 switches the exits off."""
+    """Work with a copy of `model` that lets `share` in [0, 1] of the samples at each exit go on,
+    rounded to whole samples. A share of 1 switches the exits off."""
     model = copy.deepcopy(model).eval()
     alive = torch.arange(len(images), device=images.device)
     exit_index = torch.full_like(alive, len(model.stages) - 1)
@@ -55,8 +55,9 @@ def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
 
 
 def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
-    """The same for a training step: the target of who leaves is what its exit predicts, that of
-    the rest is some class. Buffers (BatchNorm's statistics) are left as they were."""
+    """`inference_work` for a training step. The target of a sample that leaves is the prediction of
+    its exit; the other targets are arbitrary classes. The running statistics of BatchNorm are those
+    of `model`."""
     model = copy.deepcopy(model).train()
     scratch = copy.deepcopy(model)
     alive = torch.arange(len(images), device=images.device)
@@ -82,11 +83,12 @@ def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
 def _decide(
     model: ELF, thresholds: Tensor, e: int, logits: Tensor, share: float
 ) -> tuple[Tensor, Tensor]:
-    """Sets temperature and threshold of exit e. Returns who goes on [n] and the predictions [n]."""
+    """Sets temperature and threshold of exit e. Returns whether each sample goes on, [n] bool, and
+    the predictions [n] int64."""
     model.temperatures[e] = logits.std().clamp_min(1e-6) / 2
     criterion = criteria.find(model.criterion)
     value = statistic(logits, model.temperatures[e], criterion)
-    ordered = value.sort(descending=not criterion.larger_is_surer).values  # the least sure first
+    ordered = value.sort(descending=not criterion.larger_is_surer).values  # least sure first
     k = round(share * len(value))
     if k >= len(value):
         threshold = torch.tensor(criterion.off)
@@ -100,6 +102,6 @@ def _decide(
 
 
 def _select(x: Tensor, which: Tensor) -> Tensor:
-    """Rows of x, in its own memory format."""
+    """The rows `which` of x, in the memory format of x."""
     layout = torch.channels_last if x.dim() == 4 and x.stride(1) == 1 else torch.contiguous_format
     return x[which].contiguous(memory_format=layout)

@@ -1,4 +1,4 @@
-"""The command `elf-fast`: `main` chooses, and every command has a file of its own."""
+"""The command `elf-fast`: `main` parses the arguments; every subcommand has a file of its own."""
 
 from .main import main
 

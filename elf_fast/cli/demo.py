@@ -21,7 +21,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER",
                         help="where to write (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seeds", type=_positive, default=3, metavar="N",
-                        help="trainings of each network (default: %(default)s)")  # fmt: skip
+                        help="how often to train each network (default: %(default)s)")  # fmt: skip
     parser.add_argument("--epochs", type=_positive, default=40, metavar="N",
                         help="passes over the training data (default: %(default)s)")  # fmt: skip
     return parser

@@ -10,8 +10,8 @@ from typing import Any
 def add(commands: Any) -> argparse.ArgumentParser:
     return commands.add_parser(
         "doctor",
-        help="say which kernels serve each device, and why",
-        description="Prints versions, devices and what serves the operators on each, and why.",
+        help="show which kernels serve each device, and why",
+        description="Prints versions and devices, which kernels serve each device, and why.",
     )
 
 

@@ -1,7 +1,7 @@
-"""What the user can put right."""
+"""Errors that the user can correct."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """Shown as one line on stderr; the exit status is 2."""
+    """An error that is shown as one line on stderr; the exit status is 2."""

@@ -16,14 +16,14 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "eval",
         help="evaluate a run, the demo or a checkpoint on its test set",
         description="Prints accuracy, exit shares and the share of FLOPs on the test part, or on "
-        "validation where there is none: the numbers that the run wrote into metrics.json, or the "
-        "demo into results.json.",
+        "validation if there is none. They equal those that the run wrote into metrics.json, or "
+        "the demo into results.json.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN",
-                        help="folder of a run or of the demo, a run's checkpoint, or "
-                        "weights")  # fmt: skip
-    parser.add_argument("--data-dir", metavar="FOLDER", help="where the images are now")
-    parser.add_argument("--lists", metavar="FOLDER", help="where the split lists are now")
+                        help="folder of a run or of the demo, a run's checkpoint, or a weights "
+                        "file")  # fmt: skip
+    parser.add_argument("--data-dir", metavar="FOLDER", help="folder of the images, if they moved")
+    parser.add_argument("--lists", metavar="FOLDER", help="folder of the lists, if they moved")
     parser.add_argument("--json", action="store_true", help="print all metrics as JSON")
     return parser
 
@@ -44,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(path: Path, overrides: dict[str, str]) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """(metadata, part, metrics), by whoever wrote the weights."""
+    """(metadata, part, metrics) of weights that a run or the demo wrote."""
     from ..runs import opening
 
     weights, metadata = opening.read(path)

@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args, get_origin
 from ..runs.config import HINTS, TrainConfig
 from ..runs.values import without_none
 
-#: Flags for true and false that are not --name and --no-name.
+#: Settings whose flags for true and false are not --name and --no-name.
 _SWITCHES = {"drop_exited": ("--drop-exited", "--keep-exited")}
 _METAVAR = {int: "N", float: "X", str: "NAME"}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for every setting. What was not given is not in the namespace."""
+    """Adds a flag for every setting. A flag that is not given sets nothing in the namespace."""
     groups: dict[str, Any] = {}
     for option in dataclasses.fields(TrainConfig):
         title = option.metadata["group"]

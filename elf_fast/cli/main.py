@@ -1,4 +1,4 @@
-"""The command `elf-fast`. Every command imports what it needs when it runs, so help is quick."""
+"""The command `elf-fast`. Subcommands import what they need when they run, so --help is fast."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 from . import bench, demo, doctor, evaluate, train
 from .errors import UserError
 
-#: In the order of `elf-fast --help`.
+#: Subcommands in the order of `elf-fast --help`.
 _COMMANDS = (demo, train, evaluate, bench, doctor)
 #: Modules of the `train` extra that the commands need.
 _EXTRA = {
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         cure = '"elf_fast[train]"' if name in _EXTRA else name
         return _fail(f"{name} is not installed: pip install {cure}")
     except BrokenPipeError:
-        # The reader of stdout (`| head`) is gone; Python's flush at exit must not complain.
+        # The reader of stdout (`| head`) has ended; without this, Python's flush at exit fails.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The flags of all commands. The command's function is in the namespace, as `run`."""
+    """The parser of all subcommands. The chosen one's function is in the namespace, as `run`."""
     made = argparse.ArgumentParser(
         prog="elf-fast", description="Early-exit training and inference for long-tailed data (ELF)."
     )

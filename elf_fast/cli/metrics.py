@@ -1,4 +1,4 @@
-"""The few numbers of an evaluation that the terminal shows."""
+"""Prints the main metrics of an evaluation."""
 
 from __future__ import annotations
 

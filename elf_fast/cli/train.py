@@ -19,15 +19,15 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="Trains, chooses thresholds on validation, evaluates once on the test part and "
         "writes weights, metrics.json, config.yaml and checkpoints into --output. Under torchrun, "
         "trains on all of its processes. Keys of the YAML file are the flags' names with "
-        "underscores; flags go before the file, and the file before the defaults. "
+        "underscores; flags override the file, and the file overrides the defaults. "
         "docs/training.md has examples.",
         usage="elf-fast train [-c FILE] [--resume RUN] [settings]",
     )
     parser.add_argument("-c", "--config", type=Path, metavar="FILE", help="settings as YAML")
     parser.add_argument("--resume", type=Path, metavar="RUN",
-                        help="go on with the run in this folder, with its settings, from its "
-                        "newest good checkpoint; start one there if there is none and other flags "
-                        "say what to train")  # fmt: skip
+                        help="continue the run in this folder, with its settings, from its newest "
+                        "good checkpoint; if it holds no run, start one there from the other "
+                        "flags")  # fmt: skip
     add_flags(parser)
     return parser
 
@@ -43,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
             config = _settings(arguments)
             processes = stack.enter_context(joined(config.device))
             trainer = Trainer(config, processes)
-            if folder is not None:  # in every process, whatever it sees of the folder
+            if folder is not None:  # in every process, even one that sees no run in the folder
                 trainer.resume()
         except (TypeError, ValueError) as error:
             raise UserError(str(error)) from error
@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _settings(arguments: argparse.Namespace) -> Any:
-    """The `TrainConfig` of flags, file and the run to go on with."""
+    """The `TrainConfig` from the flags, the YAML file and the run to resume."""
     from ..runs.plain import from_dict, load_yaml
     from ..training.trainer import CONFIG, resumed_config
 
@@ -68,7 +68,7 @@ def _settings(arguments: argparse.Namespace) -> Any:
     flags = from_arguments(arguments)
     if folder is not None and Path(flags.get("output", folder)) != folder:
         raise UserError(
-            f"--output: expected {folder} or none beside --resume {folder}, got {flags['output']}"
+            f"--output: expected {folder} or none with --resume {folder}, got {flags['output']}"
         )
     given.update(flags)
     if folder is None:

@@ -1,7 +1,8 @@
 """Long-tailed image data: loading functions that return `Splits`, transforms, and a loader.
 
-longtail says which samples a long-tailed set keeps; digits, cifar, folder and lists load one kind
-of data set each. torchvision (extra `train`) is imported when a function needs it.
+`longtail` chooses the samples of a long-tailed training set. `digits`, `cifar`, `folder` and
+`lists` load one kind of data set each. torchvision (extra `train`) is imported when a function
+needs it.
 """
 
 from .cifar import cifar_lt

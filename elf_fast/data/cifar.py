@@ -27,18 +27,19 @@ def cifar_lt(
 ) -> Splits:
     """CIFAR-10-LT or CIFAR-100-LT (classes = 10 or 100) with the balanced test set of CIFAR.
 
-    Seed 0 and validation_fraction 0 give the training sets that results are published on (see
+    Seed 0 and validation_fraction 0 give the training sets of published results (see
     `long_tailed_subset`): 12,406 images for CIFAR-10 and 10,847 for CIFAR-100 at imbalance 100. A
-    validation part cannot be had without leaving them, since class 0 has no image to spare: it is
-    held out first, the same share of every class, and the tail is made from the rest.
+    validation part makes the training set differ from these, because they use every image of class
+    0. It is held out first, the same share of every class; the rest is made long-tailed.
 
     Args:
-        root: the folder that holds cifar-10-batches-py or cifar-100-python, the unpacked archive.
+        root: the folder that holds the unpacked archive, cifar-10-batches-py or cifar-100-python.
         transforms: `small_image_transforms()` if None.
         download: fetch the archive into root if it is not there.
 
     Raises:
         DataError: the archive is not in root, or a file of it is damaged.
+        ValueError: another argument is invalid; the message names it.
     """
     from torchvision import datasets
 

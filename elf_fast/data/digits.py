@@ -18,12 +18,12 @@ DIGITS = 10
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
-    """Images in memory, as tensors that may be used whole."""
+    """Images in memory. The attributes hold all of them, for use without a loader."""
 
     def __init__(self, images: Tensor, targets: Tensor, position: Tensor) -> None:
         self.images = images  # [N, 1, 16, 16] float32 in [-1, 1]
         self.targets = targets  # [N] int64
-        self.position = position  # [N] int64, place in scikit-learn's data set
+        self.position = position  # [N] int64, index into scikit-learn's data set
 
     def __len__(self) -> int:
         return len(self.images)
@@ -49,8 +49,8 @@ def long_tailed_indices(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Disjoint indices (train, validation, test) into `targets` [N] int64, each int64.
 
-    Test and validation are held out first and are balanced; training takes its long-tailed share of
-    what is left, class 0 being the head. The same seed gives the same split on every machine.
+    Test and validation are held out first and are balanced; training is a long-tailed choice from
+    the rest, with class 0 as the head. The same seed gives the same split on every machine.
     """
     generator = torch.Generator().manual_seed(seed)
     per_class = [
@@ -80,7 +80,7 @@ def long_tailed_digits(
         class_order: the digit of every class, from head to tail.
 
     Raises:
-        ValueError: imbalance, or class_order that is not every digit once.
+        ValueError: imbalance is out of range, or class_order does not hold every digit once.
     """
     from sklearn.datasets import load_digits
 
@@ -108,7 +108,8 @@ def long_tailed_digits(
 
 
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Images [N, 1, H, W], each turned, scaled and shifted a little at random."""
+    """Images [N, 1, H, W], each at random rotated (by up to 0.25 rad), scaled (by up to 15%) and
+    shifted (by up to 7.5% of its size)."""
     N = images.shape[0]
 
     def uniform(limit: float, *shape: int) -> Tensor:

@@ -22,20 +22,22 @@ def image_folder(
     seed: int = 0,
     transforms: Transforms | None = None,
 ) -> Splits:
-    """The images in root/train/<class>/, root/val/<class>/ (or validation) and root/test/<class>/,
-    of which the last two may be missing, or, without a root/train, in root/<class>/ for training.
+    """The images in root/train/<class>/, root/val/<class>/ (or root/validation/<class>/) and
+    root/test/<class>/. The last two are optional. If there is no root/train, the images in
+    root/<class>/ are for training.
 
     Args:
-        imbalance: None takes the training images as they are; a number makes them long-tailed
-            (`long_tailed_subset`), the first class in alphabetical order being the head.
+        imbalance: None keeps all training images; a number makes them long-tailed
+            (`long_tailed_subset`), with the first class in alphabetical order as the head.
         profile: "exponential" or "step" (`long_tailed_counts`).
-        validation_fraction: where there is no val folder, the share of every class that is held
-            out of training before it is made long-tailed.
+        validation_fraction: the share of every class that is held out for validation before the
+            rest is made long-tailed; must be 0 if there is a val folder.
         transforms: `image_transforms()` if None.
 
     Raises:
-        DataError: no such folder, or a part has no images or classes that training lacks.
-        FileNotFoundError: no class folders, or one without images.
+        DataError: root is no folder, a part has no images, or it has classes that training lacks.
+        FileNotFoundError: a part has no class folders, or a training class has no images.
+        ValueError: another argument is invalid; the message names it.
     """
     from torchvision.datasets import ImageFolder
 
@@ -82,7 +84,7 @@ def _first_folder(*candidates: Path) -> Path | None:
 
 
 def _part(folder: Path | None, class_names: list[str], transforms: Transforms) -> ImageFiles | None:
-    """An evaluation part, labelled as training is; it may lack some of the classes."""
+    """An evaluation part with the class indices of training; classes may be missing in it."""
     from torchvision.datasets import ImageFolder
     from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 

@@ -1,4 +1,4 @@
-"""Data sets of image files and of images in memory, and the error of a file that is no image."""
+"""Data sets of image files and of images in memory, and the error for an unreadable file."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Transform = Callable[[Image.Image], Tensor]  # an RGB image to [3, H, W]
 
 
 class DecodeError(OSError):
-    """An image file that cannot be read: the message names it, as `path` does.
+    """An image file that cannot be read. The message and `path` name it.
 
     `path` has a default because pickling and torch's DataLoader rebuild an exception from its
     message alone.
@@ -33,14 +33,14 @@ def read_image(path: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert("RGB")
-    # Damaged files end in OSError, SyntaxError, struct.error, zlib.error and more, by format.
+    # By format, damaged files raise OSError, SyntaxError, struct.error, zlib.error and others.
     except Exception as error:
         raise DecodeError(f"{path}: cannot be read as an image: {error!r}", path) from error
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):
-    """Image files, read when they are asked for. One that the transform cannot take, by a
-    ValueError, raises `DecodeError` as one that cannot be read does."""
+    """Image files, each read when it is indexed. A file that cannot be read, or for which the
+    transform raises ValueError, raises `DecodeError`."""
 
     def __init__(self, paths: Sequence[str], targets: Tensor, transform: Transform) -> None:
         self.paths = paths  # [N]

@@ -20,7 +20,7 @@ _SHOWN = 5  # examples of each kind of finding
 
 
 class Facts(NamedTuple):
-    """What is known of a published data set."""
+    """The published sizes of a data set, against which its lists are checked."""
 
     lists: Mapping[str, tuple[str, int]]  # part -> (usual name of its list, images in it)
     classes: int
@@ -28,9 +28,10 @@ class Facts(NamedTuple):
     smallest: int
 
 
-#: ImageNet-LT and Places-LT: Liu et al., arXiv 1904.05160, as their lists count; 20 validation and
-#: 50 and 100 test images a class. iNaturalist 2018: github.com/visipedia/inat_comp; its test labels
-#: were not published, and results are reported on validation (3 images a class).
+#: ImageNet-LT and Places-LT: counted in the lists of Liu et al., arXiv 1904.05160; 20 validation
+#: images per class, and 50 (ImageNet-LT) or 100 (Places-LT) test images. iNaturalist 2018:
+#: github.com/visipedia/inat_comp; its test labels were not published, so results are reported on
+#: validation (3 images per class).
 PUBLISHED = {
     "ImageNet-LT": Facts(
         lists={
@@ -71,17 +72,18 @@ def published(
     *,
     transforms: Transforms | None = None,
 ) -> Splits:
-    """A data set of `PUBLISHED` from the lists of its authors, checked against what is known of it.
+    """A data set of `PUBLISHED` from the lists of its authors, checked against its published sizes.
 
     Args:
         name: "ImageNet-LT", "Places-LT" or "iNaturalist-2018".
-        root: the folder that the paths in the lists start from.
+        root: the folder that the paths in the lists are relative to.
         lists: the folder that holds the lists under their usual names (see `PUBLISHED`); root if
             None.
         transforms: `image_transforms()` if None.
 
     Raises:
-        DataError: with all that `from_lists` finds, and totals and class sizes that differ.
+        DataError: as `from_lists`, or the numbers of images or the class sizes differ.
+        ValueError: `PUBLISHED` has no such name.
     """
     if name not in PUBLISHED:
         raise ValueError(f"name: expected one of {', '.join(PUBLISHED)}, got {name!r}")
@@ -101,16 +103,16 @@ def from_lists(
 ) -> Splits:
     """A data set from lists with a line `relative/path label` for every image, labels from 0.
 
-    There are as many classes as the labels in `train` tell. They are named after the folders that
-    their images lie in, or by number where two classes share one.
+    The largest label in `train` gives the number of classes. Each class is named after the folder
+    of its first training image; if two classes share a folder name, all have numbers as names.
 
     Args:
-        root: the folder that the paths in the lists start from.
+        root: the folder that the paths in the lists are relative to.
         transforms: `image_transforms()` if None.
 
     Raises:
-        DataError: lists that are missing or empty, lines that are malformed, labels out of range,
-            classes without a training image, images that are not there: all in one message.
+        DataError: a list is missing or empty, a line is malformed, a label is out of range, a class
+            has no training image, or an image is missing. The message has a line per finding.
     """
     given = {"train": train, "validation": validation, "test": test}
     files = {part: Path(file) for part, file in given.items() if file is not None}
@@ -160,7 +162,7 @@ def _load(
 
 def _read(file: Path, root: str | Path) -> _List:
     listed = _List([], [], [], [])
-    # A file name may hold any bytes.
+    # File names may hold bytes that are not UTF-8.
     text = file.read_text(encoding="utf-8", errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), start=1):
         fields = line.rsplit(maxsplit=1)
@@ -200,7 +202,7 @@ def _findings(part: str, listed: _List, classes: int, facts: Facts | None) -> It
         without = classes - len(counts)
         if without:
             empty = islice((c for c in range(classes) if c not in counts), _SHOWN + 1)
-            yield f"expected images of every class, got none of {without:,}: {_first(list(empty))}"
+            yield f"expected images of every class, {without:,} have none: {_first(list(empty))}"
         elif facts:
             largest, smallest = max(counts.values()), min(counts.values())
             if (largest, smallest) != (facts.largest, facts.smallest):
@@ -210,7 +212,7 @@ def _findings(part: str, listed: _List, classes: int, facts: Facts | None) -> It
                 )
     absent = [path for path in listed.paths if not os.path.isfile(path)]
     if absent:
-        yield f"{len(absent):,} of {N:,} images are not there: {_first(absent)}"
+        yield f"{len(absent):,} of {N:,} images are missing: {_first(absent)}"
 
 
 def _first(items: Sequence[object]) -> str:
@@ -218,7 +220,7 @@ def _first(items: Sequence[object]) -> str:
 
 
 def _class_names(train: _List, classes: int) -> list[str]:
-    """The folder of each class's first image [C], or numbers where two classes share one."""
+    """[C] the folder of each class's first image, or numbers if two classes share a name."""
     folders: dict[int, str] = {}
     for path, label in zip(train.paths, train.labels, strict=True):
         folders.setdefault(label, os.path.basename(os.path.dirname(path)))

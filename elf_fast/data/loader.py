@@ -1,4 +1,4 @@
-"""Batches of images, loaded by worker processes; what is random depends on the seed alone."""
+"""Batches of images, loaded by worker processes; all randomness depends on the seed alone."""
 
 from __future__ import annotations
 
@@ -22,24 +22,24 @@ from .splits import LabelledImages
 class ImageLoader:
     """Iterates over batches (images [n, 3, H, W], targets [n] int64) of a data set.
 
-    The augmentation of a batch follows from the seed, the epoch and the batch's number: it is the
-    same with any number of workers and in a run that was resumed, and the generators of the calling
-    process are left alone. It holds for torch's, NumPy's and Python's generators.
+    The augmentation of a batch depends on the seed, the epoch and the batch's number only, so it is
+    the same with any number of workers and in a resumed run. This covers the generators of torch,
+    NumPy and Python; the calling process's own keep their state.
 
     Args:
-        sampler: the order of the samples; the data set's own if None.
-        workers: processes that load; 0 loads in this one. They live on from epoch to epoch.
+        sampler: the order of the samples; that of the data set if None.
+        workers: processes that load, kept from epoch to epoch; 0 loads in the calling process.
         seed: of the augmentation. In distributed training give every rank its own.
         channels_last: the memory format of the images.
         drop_last, pin_memory: as in torch's DataLoader.
         skip_errors: leave out images that cannot be read, and count them in `skipped`. Otherwise
             the first one raises `DecodeError`.
-        image_shape: (3, H, W). A batch of which no image can be read is then passed on with n = 0,
-            so that ranks which wait for each other make equally many steps; None leaves it out.
+        image_shape: (3, H, W). If given, a batch without a readable image is yielded with n = 0, so
+            that all ranks run equally many steps. If None, the batch is left out.
 
     Attributes:
-        position: batches of the epoch that were passed so far, those left out included: where
-            `set_epoch` has to start to go on after the last batch.
+        position: batches of the epoch so far, those left out included. `set_epoch` with this as
+            `start` continues after the last batch.
         skipped: how often each unreadable file was left out so far.
     """
 
@@ -68,19 +68,19 @@ class ImageLoader:
         self._loader = DataLoader(
             _BatchReader(dataset, channels_last),
             sampler=self._keys,
-            batch_size=None,  # a key already stands for a whole batch
+            batch_size=None,  # one key is one whole batch
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else every epoch draws from torch's own
+            generator=torch.Generator(),  # else every epoch draws from torch's global one
         )
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
-        """Chooses the epoch (0-based) that the next iteration runs, in the sampler, too.
+        """Sets the epoch (0-based) of the next iteration, in the sampler, too.
 
         Args:
-            start: batches to pass over, for going on in the middle of an epoch. The sampler gives
-                the whole epoch's order; what is passed over is not loaded.
+            start: batches to skip, to resume in the middle of an epoch. The sampler still gives the
+                whole epoch's order; skipped batches are not loaded.
         """
         self._keys.epoch, self._keys.start = epoch, start
         self.position = start
@@ -104,7 +104,7 @@ class ImageLoader:
 
 
 class _Key(NamedTuple):
-    """What a worker needs to know of a batch."""
+    """What a worker needs to load a batch."""
 
     seed: tuple[int, int, int]
     indices: list[int]
@@ -113,9 +113,9 @@ class _Key(NamedTuple):
 class _Batch(NamedTuple):
     images: Tensor  # [n, 3, H, W]
     targets: Tensor  # [n] int64
-    # (message, path) of files without an image. They travel with the batch and are counted, or
-    # raised, in the main process: torch's own way, an exception, hides the message in a worker's
-    # traceback and makes a reference cycle that keeps the workers from ending when asked to.
+    # (message, path) of unreadable files, which the main process counts or raises. If the worker
+    # raised instead, DataLoader would hide the message in the worker's traceback and make a
+    # reference cycle that keeps the workers from ending when asked to.
     unreadable: list[tuple[str, str]]
 
 
@@ -130,7 +130,7 @@ class _BatchKeys(Sampler[_Key]):
 
 
 class _BatchReader(Dataset[_Batch]):
-    """Loads the batch that a key stands for; runs in the workers."""
+    """Loads the batch of a key; runs in the workers."""
 
     def __init__(self, dataset: LabelledImages, channels_last: bool) -> None:
         self.dataset = dataset
@@ -156,7 +156,7 @@ class _BatchReader(Dataset[_Batch]):
 
 @contextlib.contextmanager
 def _seeded(seed: tuple[int, int, int]) -> Iterator[None]:
-    """Seeds the generators of torch (CPU), NumPy and Python; afterwards they are as before."""
+    """Seeds the generators of torch (CPU), NumPy and Python, and restores them at the end."""
     words = [int(word) for word in np.random.SeedSequence(seed).generate_state(3)]
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

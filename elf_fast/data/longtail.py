@@ -1,4 +1,4 @@
-"""How many samples every class of a long-tailed training set has, and which ones those are."""
+"""The number of samples of every class in a long-tailed training set, and their choice."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def long_tailed_counts(
     exponential: n_i = int(n_max f^(i / (C-1))) with f = 1 / imbalance (Cui et al., arXiv
     1901.05555, section 5.1; rounded down as in the code of Cao et al., arXiv 1906.07413).
     step: n_max for the first half of the classes, int(n_max f) for the others (Cao et al., section
-    4); of an odd number of classes the one in the middle is among the others.
+    4); with an odd number of classes, the middle one is among the others.
 
     Raises:
         ValueError: fewer than two classes, imbalance below 1 or above n_max, an unknown profile.
@@ -31,8 +31,8 @@ def long_tailed_counts(
     checks.at_least("imbalance", imbalance, 1.0)
     if imbalance > n_max:
         raise ValueError(
-            f"imbalance: expected at most {n_max}, the samples that the largest class is given, so "
-            f"that the smallest has one, got {imbalance}"
+            f"imbalance: expected at most {n_max}, the samples of the largest class, so that the "
+            f"smallest has one, got {imbalance}"
         )
     if profile == "exponential":
         shares = [imbalance ** (-i / (classes - 1)) for i in range(classes)]
@@ -41,7 +41,7 @@ def long_tailed_counts(
     else:
         raise ValueError(f"profile: expected one of {', '.join(PROFILES)}, got {profile!r}")
     # The small term keeps a whole number from being rounded down: 98 * 49**-1 is 2, not 1.999. It
-    # changes nothing at the imbalances that results are published on (10, 20, 50, 100, 200, 500).
+    # changes no count at the imbalances of published results (10, 20, 50, 100, 200, 500).
     return [math.floor(n_max * share + 1e-9) for share in shares]
 
 
@@ -56,9 +56,10 @@ def long_tailed_subset(
 ) -> Tensor:
     """Indices [n] int64 of a long-tailed choice from targets [N] int64, class by class.
 
-    The choice that the code of Cao et al. (arXiv 1906.07413) makes, so that CIFAR with seed 0 gives
+    It chooses as the code of Cao et al. (arXiv 1906.07413) does, so that CIFAR with seed 0 gives
     their images in their order: one NumPy RandomState(seed) shuffles the indices of every class,
-    classes ascending, and a class keeps its first n_i. n_max is the size of the smallest class.
+    classes ascending, and class i keeps its first n_i (`long_tailed_counts`). n_max is the size of
+    the smallest class in `targets`.
     """
     per_class = members(targets)
     n_max = min(len(indices) for indices in per_class)
@@ -73,10 +74,13 @@ def long_tailed_subset(
 
 
 def hold_out(targets: Tensor, validation_fraction: float, *, seed: int) -> tuple[Tensor, Tensor]:
-    """(kept, held out): ascending indices into targets [N] int64 that share out every class.
+    """(kept, held out): ascending indices into targets [N] int64 that split every class.
 
-    Of n samples of a class round(validation_fraction n) are held out, but at least one and never
-    all, so that few-shot classes are seen on both sides; a class of one sample is kept whole.
+    Of the n samples of a class, round(validation_fraction n) are held out, but at least one and
+    never all, so that few-shot classes are in both parts. The sample of a class of one is kept.
+
+    Raises:
+        ValueError: validation_fraction outside (0, 1).
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(
@@ -102,8 +106,8 @@ def choose(
 ) -> tuple[Tensor, Tensor | None]:
     """Indices (train, validation) into targets [N] int64.
 
-    Validation is held out first, class by class, and training is made long-tailed from what is
-    left (imbalance None: all of it). validation_fraction 0 holds nothing out (None).
+    Validation is held out first, class by class, and training is made long-tailed from the rest;
+    with imbalance None it is all of the rest. With validation_fraction 0, validation is None.
     """
     kept, held_out = torch.arange(len(targets)), None
     if validation_fraction:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class DataError(ValueError):
-    """A data set on disk is not as it should be; the message has one line per finding."""
+    """A data set on disk is incomplete or invalid; the message has one line per finding."""
 
 
 class LabelledImages(Protocol):
@@ -26,7 +26,7 @@ class LabelledImages(Protocol):
 
 @dataclass(frozen=True)
 class Splits:
-    """The parts of a data set; None for one that it lacks."""
+    """The parts of a data set; None for a part that it does not have."""
 
     train: LabelledImages
     validation: LabelledImages | None

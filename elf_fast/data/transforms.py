@@ -10,9 +10,9 @@ from PIL import Image
 
 from .images import Transform
 
-#: Per channel, of pixels in [0, 1]. The deviations are the ones that long-tail work on CIFAR-10 and
-#: CIFAR-100 normalises with (so the code of Cao et al., arXiv 1906.07413): means over images of the
-#: deviation inside an image, smaller than that of all pixels.
+#: Means and standard deviations per channel, of pixels in [0, 1]. CIFAR_STD is the one of long-tail
+#: papers on CIFAR-10 and CIFAR-100 (as in the code of Cao et al., arXiv 1906.07413): the mean over
+#: images of the deviation inside an image, which is smaller than the deviation of all pixels.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -27,9 +27,9 @@ class Transforms(NamedTuple):
 def small_image_transforms(
     size: int = 32, *, mean: Sequence[float] = CIFAR_MEAN, std: Sequence[float] = CIFAR_STD
 ) -> Transforms:
-    """For images that have size x size pixels: in training shifted by up to size / 8 pixels (zeros
-    come in) and mirrored at random (He et al., arXiv 1512.03385, section 4.2). Images of another
-    size raise a ValueError."""
+    """For images of size x size pixels. In training they are shifted by up to size / 8 pixels, with
+    zeros outside the image, and mirrored, both at random (He et al., arXiv 1512.03385, section
+    4.2). An image of another size raises a ValueError."""
     from torchvision.transforms import v2
 
     augment = [v2.RandomCrop(size, padding=size // 8), v2.RandomHorizontalFlip()]
@@ -37,7 +37,7 @@ def small_image_transforms(
 
 
 class _Exactly:
-    """Passes on images of size x size pixels."""
+    """Returns an image of size x size pixels as it is; raises ValueError for another size."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -46,7 +46,7 @@ class _Exactly:
         if image.size != (self.size, self.size):
             raise ValueError(
                 f"expected an image of {self.size}x{self.size} pixels, got "
-                "{}x{}; transforms for large images scale".format(*image.size)
+                "{}x{}; image_transforms takes images of any size".format(*image.size)
             )
         return image
 
@@ -54,8 +54,9 @@ class _Exactly:
 def image_transforms(
     size: int = 224, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Transforms:
-    """For images of any size: in training a random part, of 8% to 100% of the area, and mirrored at
-    random; in evaluation the middle, after the shorter side is scaled to 8/7 of size."""
+    """For images of any size. Training crops a random part of 8% to 100% of the area, scales it to
+    size x size pixels and mirrors it at random. Evaluation scales the shorter side to 8/7 of size
+    and crops the centre."""
     from torchvision.transforms import v2
 
     augment = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]

@@ -31,7 +31,7 @@ class Schedule:
 class EpochStats(NamedTuple):
     epoch: int  # 1-based
     loss: float  # mean over samples
-    accuracy: float  # of the training samples, augmented, at the exit each one took
+    accuracy: float  # of the augmented training samples, each at the exit where it left
     exit_shares: list[float]  # [E]
 
 
@@ -53,8 +53,8 @@ def train(
 ) -> list[EpochStats]:
     """Trains `model` in place on `data` and leaves it in evaluation mode.
 
-    `seed` fixes the order and the augmentation of the samples: two networks trained with the same
-    seed see the same batches. The initial weights are the caller's.
+    `seed` fixes the order and the augmentation of the samples, so two networks trained with the
+    same seed see the same batches. It does not change the initial weights.
     """
     N = len(data.targets)
     generator = torch.Generator().manual_seed(seed)

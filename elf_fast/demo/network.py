@@ -13,7 +13,7 @@ WIDTHS = (32, 64, 96)
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions around a shortcut. [N, in, H, W] -> [N, out, H/stride, W/stride]."""
+    """Two 3x3 convolutions and a shortcut. [N, in, H, W] -> [N, out, H/stride, W/stride]."""
 
     def __init__(self, in_channels: int, channels: int, stride: int) -> None:
         super().__init__()
@@ -53,6 +53,7 @@ def with_exits(
 
 
 def without_exits(num_classes: int, *, widths: tuple[int, ...] = WIDTHS, **options: Any) -> ELF:
-    """The same stages and final classifier as one stage, so that one training loop serves both."""
+    """The same stages and last head as an ELF of one stage, so that one training loop can train
+    both networks."""
     head = ExitHead(widths[-1], num_classes, conv=True)
     return ELF([nn.Sequential(*_stages(widths))], [head], **options)

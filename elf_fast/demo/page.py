@@ -1,4 +1,4 @@
-"""The demo's report: one HTML file with its plots inside, readable on light and dark screens."""
+"""The demo's report: one HTML file with embedded plots, readable in light and dark mode."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ def html(results: dict[str, Any], figures: list[tuple[str, str, Figure]]) -> str
         f"<title>elf_fast demo</title><style>{_STYLE}</style></head><body>"
         "<h1>ELF on long-tailed handwritten digits</h1>"
         "<p>The same small network is trained twice per seed: without exits, and with an exit "
-        "after each of its three stages (ELF), where a sample leaves as soon as a classifier is "
-        "sure of it.</p>"
+        "after each of its three stages (ELF). A sample leaves at the first exit whose confidence "
+        "reaches the threshold.</p>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         f"<ul>{text}</ul>{plots}"
         f"<footer>elf_fast {escape(versions['elf_fast'])}, torch {escape(versions['torch'])}, "

@@ -1,4 +1,4 @@
-"""The report's plots. Transparent, in mid tones that read on light and on dark pages."""
+"""The report's plots, on transparent background and in colours readable on light and dark pages."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _axes(width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def accuracy_against_flops(results: dict[str, Any]) -> Figure:
-    """Test accuracy of ELF as its threshold moves, with the network without exits beside it."""
+    """Test accuracy of ELF for all thresholds, beside that of the network without exits."""
     figure, axes = _axes(7.0, 4.2)
     curves = [run["curve"] for run in results["runs"]]
     share, accuracy, low, high = [], [], [], []
@@ -48,7 +48,7 @@ def accuracy_against_flops(results: dict[str, Any]) -> Figure:
         low.append(mean - (std or 0.0))
         high.append(mean + (std or 0.0))
     axes.fill_between(share, low, high, color=ELF_COLOUR, alpha=0.18, linewidth=0)
-    axes.plot(share, accuracy, color=ELF_COLOUR, linewidth=2, label="ELF, threshold moving")
+    axes.plot(share, accuracy, color=ELF_COLOUR, linewidth=2, label="ELF, threshold varied")
     for model, colour, marker, label in (
         ("elf", ELF_COLOUR, "o", "ELF, threshold chosen on validation"),
         ("without_exits", PLAIN_COLOUR, "s", "the same network without exits"),
@@ -69,7 +69,7 @@ def accuracy_against_flops(results: dict[str, Any]) -> Figure:
 
 
 def exit_shares_by_class(results: dict[str, Any]) -> Figure:
-    """Where the test images of every class left, from head to tail."""
+    """Share of the test images of every class that left at each exit, from head to tail."""
     figure, axes = _axes(7.0, 3.4)
     axes.grid(visible=False)
     per_seed = [run["test"]["elf"]["exit_shares_by_class"] for run in results["runs"]]
@@ -99,7 +99,7 @@ def examples(images: Tensor, targets: Tensor, predictions: Tensor) -> Figure:
         y, guess = int(targets[i]), int(predictions[i])
         right = y == guess
         axes.set_title(
-            f"{y}" if right else f"{y}, said {guess}",
+            f"{y}" if right else f"{y}, got {guess}",
             fontsize=8,
             color=INK if right else PLAIN_COLOUR,
         )

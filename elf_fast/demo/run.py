@@ -35,18 +35,19 @@ IMBALANCE = 50.0
 SPLIT_SEED = 0
 TRAIN_THRESHOLD = 0.9
 LOSS = "balanced softmax"
-# Chosen on data outside the test set, split anew for each of 10 seeds. Against keeping the samples
-# that left, dropping them lowered the accuracy with exits off by 0.7 points (standard deviation
-# 0.7); at the chosen thresholds the difference, 0.4 (1.0), was noise. With cross-entropy, two
-# seeds, it cost 6 points. A training threshold of 0.7 was worse than 0.9 on three seeds of three.
+# Chosen on data outside the test set, with another split for each of 10 seeds. Compared with
+# keeping the samples that left, dropping them lowered the accuracy with exits off by 0.7 points
+# (standard deviation 0.7); at the chosen thresholds the difference, 0.4 (1.0), was noise. With
+# cross-entropy, dropping them cost 6 points (two seeds). A training threshold of 0.7 was worse than
+# 0.9 in all of three seeds.
 DROP_EXITED = False
 
 
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
-    """One CPU thread for torch inside the block. Batches of 64 small images gain little from more,
-    a second thread that waits for a busy core costs tenfold, and with one
-    the numbers do not depend on how many there are."""
+    """Limits torch to one CPU thread inside the block. Batches of 64 small images gain little from
+    more. A second thread that waits for a busy core makes them ten times slower, and the numbers
+    would depend on how many threads there are."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -56,7 +57,7 @@ def one_thread() -> Iterator[None]:
 
 
 class Trained(NamedTuple):
-    """The networks of one seed, the operating point of ELF, and the run's entry in the results."""
+    """The networks of one seed, ELF with its chosen threshold, and their entry in the results."""
 
     without_exits: ELF
     elf: ELF
@@ -64,7 +65,7 @@ class Trained(NamedTuple):
 
 
 def build(kind: str, class_counts: list[int]) -> ELF:
-    """An untrained network: kind "elf" or "without_exits". Weights come from torch's seed."""
+    """An untrained network: kind "elf" or "without_exits". Its weights depend on torch's seed."""
     loss: nn.Module = BalancedSoftmaxLoss(class_counts)
     if kind == "without_exits":
         return network.without_exits(len(class_counts), exit_loss=loss)
@@ -192,10 +193,10 @@ def evaluate(model: ELF, data: DigitSplits, flops: Flops) -> dict[str, Any]:
 def evaluate_saved(
     path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]
 ) -> tuple[str, dict[str, Any]]:
-    """("test", metrics) of weights and metadata that the demo wrote and `opening.read` gave.
+    """("test", metrics) of weights and metadata that the demo wrote and `opening.read` returned.
 
     Raises:
-        files.CheckpointError: they do not fit the network or the split of this version.
+        files.CheckpointError: weights or metadata do not fit this version's network or split.
     """
     missing = {"class_counts", "imbalance", "split_seed"} - set(metadata)
     if missing:
@@ -241,7 +242,7 @@ def _write(output: Path, results: dict[str, Any], first: Trained, data: DigitSpl
                 "Accuracy against FLOPs",
                 "Test accuracy as one threshold for all exits moves from 0.2 (left) to never "
                 "leaving (right); mean over seeds, band and bars: one standard deviation. The "
-                "curve is for looking at: the marked point was chosen on validation.",
+                "marked threshold was chosen on validation, not on this curve.",
                 curve,
             ),
             (
@@ -274,12 +275,13 @@ def _example_figures(model: ELF, data: DigitSplits) -> list[tuple[str, str, Any]
         for heading, caption, rows in (
             (
                 "Left first",
-                "The surest images of exit 1 (first seed), each with its digit.",
+                "The most confident images of exit 1 (first seed), each with its digit.",
                 left_first,
             ),
             (
                 "Left last",
-                "The least sure images of the last exit (first seed); wrong answers in orange.",
+                "The least confident images of the last exit (first seed); wrong predictions in "
+                "orange.",
                 left_last,
             ),
         )

@@ -1,4 +1,4 @@
-"""From the results of all seeds to the table and the sentences: terminal and report say the same.
+"""Turns the results of all seeds into the table and the sentences of terminal and report.
 
 A result is (mean, standard deviation over seeds); the deviation is None with one seed.
 """
@@ -108,7 +108,7 @@ def _is_clear(values: Sequence[float]) -> bool:
 
 
 def sentences(results: dict[str, Any]) -> list[str]:
-    """The result in words, written from the numbers, losses as plainly as gains."""
+    """The results in sentences. A loss of accuracy or speed is stated as plainly as a gain."""
     return [*_accuracy(results), *_tail(results), *_speed(results), *_method(results)]
 
 
@@ -142,9 +142,9 @@ def _accuracy(results: dict[str, Any]) -> list[str]:
         else "ELF loses accuracy in none of the groups that have classes."
     )
     if seeds == 1:
-        lines.append("One seed says little: accuracy moves by points from seed to seed.")
+        lines.append("One seed is weak evidence: accuracy varies by points between seeds.")
     lines.append(
-        "Against the same ELF network run to its end, leaving early changes test accuracy by "
+        "Compared with the same ELF with its exits off, leaving early changes test accuracy by "
         f"{_points(differences(results, 'overall', than='never') or [])}."
     )
     return lines
@@ -157,7 +157,7 @@ def _speed(results: dict[str, Any]) -> list[str]:
         lines.append(
             f"Batch {entry['batch_size']}: elf_fast runs at {ratio['elf_fast/full']} of the full "
             f"network's speed and {ratio['elf_fast/reference']} of the reference's (ELF in plain "
-            f"PyTorch); with its exits off, when nobody leaves, at "
+            f"PyTorch); with its exits off, when no sample leaves, at "
             f"{ratio['elf_fast_off/full']} of the full network's."
         )
     seconds = {
@@ -179,7 +179,7 @@ def _speed_up(quartiles: Sequence[float]) -> str:
 
 
 def _tail(results: dict[str, Any]) -> list[str]:
-    """Who leaves first: the share of exit 1 among the head's and the tail's test images."""
+    """Share of the test images of the first (head) and last (tail) class that leave at exit 1."""
     per_seed = [run["test"]["elf"]["exit_shares_by_class"] for run in results["runs"]]
     counts = results["class_counts"]
     share = {c: statistics.fmean(classes[c][0] for classes in per_seed) for c in (0, -1)}
@@ -199,9 +199,9 @@ def _method(results: dict[str, Any]) -> list[str]:
     lines = [
         f"Both networks: {results['settings']['loss_name']}, the same schedule, batches and "
         f"seeds; last epoch; {size['train']} training, {size['validation']} validation and "
-        f"{size['test']} test images. The split is one; seeds change weights and batches.",
+        f"{size['test']} test images. All seeds use one split; they change weights and batches.",
         f"Thresholds ({thresholds}) are the most accurate on validation, of equals the cheapest; "
-        "the test images decided nothing.",
+        "the test images were not used to choose them.",
     ]
     if kept:
         lines.append(

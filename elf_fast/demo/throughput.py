@@ -33,9 +33,9 @@ def measure(
     [lower quartile, median, upper quartile] over the repetitions.
 
     The variants: `full`, the network without exits as a plain nn.Sequential; `elf_fast` and
-    `reference`, the model with its thresholds; `elf_fast_off` and `reference_off`, the same with
-    its exits off, where early exit can only lose. They take turns inside every repetition, so that
-    a busy machine slows all of them, and ratios are taken repetition by repetition.
+    `reference`, the model with its thresholds; `elf_fast_off` and `reference_off`, the model with
+    its exits off, where exits only add cost. Every repetition times all of them, so that a busy
+    machine slows all of them, and ratios are computed within a repetition.
 
     Raises:
         RuntimeError: elf_fast and the reference disagree (`check_agreement`).
@@ -85,8 +85,8 @@ def _run(forward: Callable[[Tensor], Any], batches: list[Tensor]) -> None:
 
 
 def _batches(images: Tensor, batch_size: int, most: int = 8) -> list[Tensor]:
-    """Up to `most` full batches of `images` in mixed order (one smaller batch if there is none):
-    as they come they are sorted by class, and a class's images leave together."""
+    """Up to `most` full batches of shuffled `images`, or one smaller batch if they fill none. The
+    data set is sorted by class, and images of one class tend to leave together."""
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     mixed = images[order]
     full = [b for b in mixed.split(batch_size) if len(b) == batch_size]

@@ -1,10 +1,10 @@
-"""Checkpoints of a run: folders with all that it needs to go on, written whole or not at all.
+"""Checkpoints of a run: folders with all that it needs to resume, written completely or not at all.
 
 step-00001200/
     model.safetensors   weights, thresholds and temperatures; settings and class counts
-    ema.safetensors     the same of the averaged weights, if there are any
-    state.pt            optimiser, scaler, random generators, position
-    manifest.json       SHA-256 of each, so that the files are known to belong together
+    ema.safetensors     the same with the averaged weights, if there are any
+    state.pt            optimiser, scaler, random generators, progress
+    manifest.json       SHA-256 of each file, to check that they belong together
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from . import files
 from .files import CheckpointError
 
 FORMAT = "elf_fast run checkpoint 1"
-KEPT = 2  # the newest, and the one before it in case that is damaged
+KEPT = 2  # the newest, and the one before it in case the newest is damaged
 WEIGHTS, AVERAGE, STATE, MANIFEST = (
     "model.safetensors", "ema.safetensors", "state.pt", "manifest.json"
 )  # fmt: skip
@@ -52,7 +52,7 @@ def save(
 
     Args:
         state: what `torch.load(weights_only=True)` reads back: tensors, numbers, lists, dicts.
-        metadata: JSON-able.
+        metadata: anything that JSON can hold.
     """
     path = folder / f"step-{step:08}"
     partial = folder / f"{path.name}.partial"
@@ -67,7 +67,7 @@ def save(
     digests = {file.name: _sha256(file.read_bytes()) for file in sorted(partial.iterdir())}
     described = json.dumps({"format": FORMAT, "files": digests}, indent=1)
     files.write(partial / MANIFEST, described.encode())
-    _remove(path)  # a damaged one that the run came past again
+    _remove(path)  # a damaged checkpoint of this step, if the run was resumed from an older one
     os.replace(partial, path)
     files.sync_folder(folder)
     for old in _paths(folder)[KEPT:]:
@@ -79,7 +79,7 @@ def load(path: Path) -> Checkpoint:
     """A checkpoint as it was saved.
 
     Raises:
-        CheckpointError: a file is missing, cut short, changed, or of another checkpoint.
+        CheckpointError: a file is missing, cut short, changed, or from another checkpoint.
     """
     digests = _manifest(path)
     content = {}
@@ -90,7 +90,7 @@ def load(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path}: {name} cannot be read ({error.strerror})") from error
         if _sha256(content[name]) != digest:
             raise CheckpointError(
-                f"{path}: {name} is damaged, or of another checkpoint (checksum differs)"
+                f"{path}: {name} is damaged, or from another checkpoint (checksum differs)"
             )
     weights, metadata = files.load(path / WEIGHTS)
     average = files.load(path / AVERAGE)[0] if AVERAGE in digests else None
@@ -104,7 +104,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
-    """The newest good checkpoint of a run, if there is one, and why newer ones were refused."""
+    """The newest checkpoint of a run that can be loaded, or None, and the errors of newer ones."""
     refused: list[CheckpointError] = []
     for path in _paths(folder):
         try:
@@ -115,7 +115,8 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
 
 
 def set_aside(folder: Path, good: Checkpoint | None) -> None:
-    """Renames what is newer than `good` to *.damaged, and removes what a kill left half written."""
+    """Renames checkpoints newer than `good` (None: all) to *.damaged, and removes incomplete ones
+    of a run that was killed while it wrote them."""
     for path in _paths(folder):
         if good is not None and path == good.path:
             break
@@ -135,7 +136,7 @@ def _manifest(path: Path) -> dict[str, str]:
     if not isinstance(digests, dict) or not {WEIGHTS, STATE} <= set(digests) <= {
         WEIGHTS, AVERAGE, STATE
     }:  # fmt: skip
-        raise CheckpointError(f"{path}: {MANIFEST} is not one of {FORMAT!r}")
+        raise CheckpointError(f"{path}: {MANIFEST} is not in the format {FORMAT!r}")
     return digests
 
 

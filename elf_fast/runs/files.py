@@ -21,13 +21,12 @@ class CheckpointError(ValueError):
 
 
 def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Writes `state` and JSON-able `metadata` to `path`, all or nothing.
-
-    A checkpoint that was there is kept as `<name>.previous.safetensors`.
+    """Writes `state` and `metadata` (anything that JSON can hold) to `path`, completely or not at
+    all. An existing checkpoint is kept as `<name>.previous.safetensors`.
     """
     from safetensors.torch import save as to_bytes
 
-    # Copies, since safetensors refuses tensors that share memory, as two stages may.
+    # Copies, because safetensors refuses tensors that share memory, as those of two stages may.
     state = {
         name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         for name, value in state.items()
@@ -40,7 +39,8 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file, all or nothing: beside its place, flushed to disk and renamed."""
+    """Writes a file completely or not at all: under another name beside `path`, flushed to disk and
+    then renamed."""
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
@@ -49,7 +49,7 @@ def write(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
-        error.filename = str(path)  # a write to a full disk names none
+        error.filename = str(path)  # the error of a full disk names no file
         raise
     finally:
         partial.unlink(missing_ok=True)
@@ -57,7 +57,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flushes the names of a folder's files to disk: a rename lasts from then on."""
+    """Flushes a folder's list of files to disk, so that a rename survives a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -98,7 +98,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def misfit(error: Exception) -> str:
-    """What `load_state_dict` says, without the hundreds of names that it may list."""
+    """The last line of a `load_state_dict` error, cut to 200 characters: it may list hundreds of
+    names."""
     return textwrap.shorten(str(error).splitlines()[-1], 200, placeholder=" ...")
 
 
@@ -117,7 +118,7 @@ def _replace(target: Path, source: Path) -> None:
 
 
 def _digest(state: dict[str, Tensor], described: str) -> str:
-    """Against damage, not against an attacker, who could write a new one."""
+    """SHA-256 of the contents. It detects damage, not an attacker, who could write a new one."""
     digest = hashlib.sha256(described.encode())
     for name in sorted(state):
         value = state[name]

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: rich, TensorBoard, Weights & Biases."""
+"""Progress display and logs of a training run: rich, TensorBoard, Weights & Biases."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ..runs.plain import to_dict
 
 
 class Log:
-    """Shows the epoch that runs as a bar and every finished one as a line.
+    """Shows the current epoch as a progress bar and every finished epoch as a line.
 
     Args:
-        purge_step: the next step; TensorBoard drops what an interrupted run wrote from there on.
-        active: whether to show and write at all, as only the first process does.
+        purge_step: the next step; TensorBoard drops what an interrupted run wrote from it on.
+        active: whether to show and write anything; True in the first process only.
     """
 
     def __init__(
@@ -67,16 +67,16 @@ class Log:
             self._wandb.finish(exit_code=1 if error[0] else 0)
 
     def begin_epoch(self, epoch: int, batch: int) -> None:
-        """An epoch, counted from 0, starts at one of its batches."""
+        """Shows that an epoch, counted from 0, starts, after `batch` of its batches."""
         title = f"epoch {epoch + 1}/{self.epochs}"
         self._progress.reset(self._task, description=title, completed=batch, stats="")
 
     def batch(self, batch: int, stats: dict[str, Any]) -> None:
-        """`batch` batches of the epoch are done."""
+        """Shows that `batch` batches of the epoch are done."""
         self._progress.update(self._task, completed=batch, stats=describe(stats))
 
     def epoch(self, record: dict[str, Any]) -> None:
-        """An epoch is done."""
+        """Prints and logs the record of a finished epoch."""
         validation = record.get("validation")
         text = f"epoch {record['epoch']}/{self.epochs}  {describe(record)}"
         if validation:
@@ -91,7 +91,7 @@ class Log:
 
 
 def describe(stats: dict[str, Any]) -> str:
-    """Loss, accuracy and exit shares of training samples, and speed."""
+    """A line with the loss, accuracy and exit shares of training samples, and images per second."""
     text = f"loss {stats['loss']:.3f}  accuracy {100 * stats['accuracy']:.1f}%"
     if len(stats["exit_shares"]) > 1:
         text += "  exits " + "/".join(f"{100 * s:.0f}" for s in stats["exit_shares"]) + "%"

@@ -1,4 +1,4 @@
-"""How far a run is: what a checkpoint holds beside weights, optimiser and random generators."""
+"""The progress of a run, which a checkpoint holds beside weights, optimiser and generators."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .processes import Processes
 
 @dataclass
 class Totals:
-    """Sums over the training samples of an epoch, each at the exit that it took."""
+    """Sums over the training samples of an epoch, each counted at the exit where it left."""
 
     exits: list[int]  # [E] samples
     loss: float = 0.0
@@ -22,7 +22,7 @@ class Totals:
     skipped: int = 0  # images that could not be read
 
     def add(self, out: ELFOutput, targets: Tensor, loss: float) -> None:
-        """Adds the samples of a batch, the sum of whose losses is `loss`."""
+        """Adds a batch; `loss` is the sum of the losses of its samples."""
         self.loss += loss
         self.correct += int((out.prediction == targets).sum())
         counts = torch.bincount(out.exit_index, minlength=len(self.exits)).tolist()
@@ -46,10 +46,10 @@ class Totals:
 
 @dataclass
 class Progress:
-    """How far a run is; a checkpoint holds it."""
+    """How far a run has come; saved in every checkpoint."""
 
     totals: Totals
     epoch: int = 0  # finished epochs
-    samples: int = 0  # of the epoch that runs, over all processes, in whole batches
+    samples: int = 0  # of the current epoch, over all processes, in whole batches
     step: int = 0  # steps of the optimiser
     history: list[dict[str, Any]] = field(default_factory=list)  # one record per finished epoch

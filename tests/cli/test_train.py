@@ -149,7 +149,7 @@ def test_resuming_a_run_that_is_not_there_yet_starts_it(tmp_path, capsys):
             ["--dataset", "digits", "--model", "cifar_resnet8", "--model-kwargs", "a=1"],
             "model_kwargs: expected options of cifar_resnet8, got {'a': 1}",
         ),
-        (["--resume", "a", "--output", "b"], "--output: expected a or none beside --resume a"),
+        (["--resume", "a", "--output", "b"], "--output: expected a or none with --resume a"),
     ],
 )
 def test_what_the_user_can_put_right_is_one_line(arguments, message, tmp_path, monkeypatch, capsys):

@@ -47,7 +47,7 @@ def test_losing_is_said_in_so_many_words():
     assert "at 0.70x (SLOWER; 0.60 to 0.80) of the full network's speed" in text
     assert "1.00x (level; 0.90 to 1.10) of the reference's" in text
     assert "at 0.95x (SLOWER; 0.94 to 0.96) of the full network's" in text
-    assert "One seed says little" in text
+    assert "One seed is weak evidence" in text
 
 
 def test_a_gain_inside_the_scatter_is_called_a_tie():
