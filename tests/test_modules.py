@@ -470,13 +470,13 @@ def test_fuse_and_unfuse_round_trip_and_share():
 
 def test_hooks_and_replaced_classifiers_still_run():
     """The fused head must not bypass what a user hung on to it."""
-    model = cnn(ELF, thresholds=[0.9, 0.3]).eval()
+    model = cnn(ELF, thresholds=[0.9, 0.28]).eval()
     seen = []
     model.heads[0].register_forward_hook(lambda *_: seen.append("head"))
     model.heads[1].classifier = nn.Sequential(nn.Linear(8, 5), nn.Tanh())
     x = torch.randn(20, 3, 6, 6)
     expected = elf_fast.unfuse(model)(x)
-    assert {0, 1} <= set(expected.exit_index.tolist())
+    assert expected.exit_index.unique().tolist() == [0, 1, 2]
     seen.clear()
     out = model(x)
     assert seen == ["head"]
