@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ from PIL import Image
 from rich.console import Console
 
 from elf_fast import cli
+from elf_fast.cli import flags
+from elf_fast.runs import plain
 from elf_fast.runs.config import TrainConfig
 
 QUIET = Console(quiet=True)
@@ -46,6 +49,13 @@ def coloured_images(root: Path, counts: dict[str, tuple[int, ...]]) -> Path:
                 image[..., c] += 100
                 Image.fromarray(image.numpy()).save(root / part / f"class{c}" / f"{i}.png")
     return root
+
+
+def parsed(*given: str) -> TrainConfig:
+    """The settings that the flags of a command line give, without a YAML file."""
+    parser = argparse.ArgumentParser()
+    flags.add_flags(parser)
+    return plain.from_dict(flags.from_arguments(parser.parse_args(given)))
 
 
 def printed(capsys: pytest.CaptureFixture, *arguments: object) -> str:

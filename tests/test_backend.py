@@ -48,15 +48,28 @@ def test_backends_are_really_different_kernels(monkeypatch):
     assert calls
 
 
-def test_unknown_and_impossible_backends():
+def test_unknown_backends_are_refused():
     message = "backend: expected one of torch, cpu, cuda, triton"
     with pytest.raises(ValueError, match=message), elf_fast.use_backend("tpu"):
         pass
-    for name in ("cuda", "triton"):
-        if elf_fast.backend._why_not(name) is not None:
-            message = f"backend '{name}' cannot run: "
-            with pytest.raises(RuntimeError, match=message), elf_fast.use_backend(name):
-                pass
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "triton"])
+def test_backends_that_cannot_run_are_refused_with_the_reason(name, monkeypatch):
+    before = elf_fast.report()
+    monkeypatch.setitem(elf_fast.backend._unavailable, name, "it is a test")
+    message = f"backend '{name}' cannot run: it is a test"
+    with pytest.raises(RuntimeError, match=message), elf_fast.use_backend(name):
+        pass
+    monkeypatch.undo()
+    assert elf_fast.report() == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="torch sees a CUDA device")
+def test_without_a_gpu_cuda_cannot_run():
+    message = "backend 'cuda' cannot run: "
+    with pytest.raises(RuntimeError, match=message), elf_fast.use_backend("cuda"):
+        pass
 
 
 def test_a_chosen_backend_does_not_fall_back():

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from elf_fast import ELF, ExitHead, criteria
+from elf_fast.base import ELFOutput
 from elf_fast.bench import command, inference, training
 from elf_fast.bench.timing import sample
 from elf_fast.bench.workload import inference_work, training_work
@@ -83,6 +84,25 @@ def test_wrong_results_are_not_timed(monkeypatch):
         inference.candidates(work)
     with pytest.raises(RuntimeError, match="the loss of elf_fast and of its reference differ"):
         training.candidates(training_work(network(), IMAGES, 0.5))
+
+
+def output(exit_index, prediction, confidence):
+    n = len(exit_index)
+    return ELFOutput(
+        torch.zeros(n, 2), torch.tensor(prediction), torch.tensor(confidence),
+        torch.tensor(exit_index), None,
+    )  # fmt: skip
+
+
+def test_speed_is_refused_for_results_that_differ_but_not_for_ties():
+    thresholds = torch.tensor([0.5])
+    ours = output([0, 1], [0, 1], [0.5000001, 0.6])
+    inference.check_agreement(ours, ours, thresholds)
+    inference.check_agreement(ours, output([1, 1], [1, 1], [0.9, 0.6]), thresholds)
+    with pytest.raises(RuntimeError, match="disagree on 1 of 2"):
+        inference.check_agreement(ours, output([0, 1], [0, 0], [0.5, 0.6]), thresholds)
+    with pytest.raises(RuntimeError, match="disagree on 1 of 2"):
+        inference.check_agreement(ours, output([0, 0], [0, 1], [0.5, 0.6]), thresholds)
 
 
 def test_samples_are_paired():

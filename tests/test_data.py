@@ -145,12 +145,33 @@ def test_any_digit_can_be_the_head(digits):
         data.long_tailed_digits(50.0, class_order=[0, 0, 2, 3, 4, 5, 6, 7, 8, 9])
 
 
-def test_augmentation_keeps_shape_and_repeats_with_its_generator(digits):
+def test_augmentation_repeats_with_its_generator(digits):
     images = digits.train.images[:5]
-    one, two = (
-        digits_module.augment(images, torch.Generator().manual_seed(3)) for _ in range(2)
-    )  # fmt: skip
-    assert one.shape == images.shape and torch.equal(one, two) and not torch.equal(one, images)
+    one, two, other = (
+        digits_module.augment(images, torch.Generator().manual_seed(seed)) for seed in (3, 3, 4)
+    )
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_augmentation_turns_scales_and_shifts_within_its_limits():
+    """Of two spots, one in the middle: their distance, direction and place in every image."""
+    images = torch.full((400, 1, 16, 16), -1.0)
+    images[..., 6:10, 6:10] = 1.0
+    images[..., 6:10, 12:15] = 1.0
+    found = digits_module.augment(images, torch.Generator().manual_seed(0)) + 1
+    assert found.shape == images.shape
+    assert found.min() >= 0 and found.max() <= 2
+    y, x = torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij")
+    mass = found[:, 0]
+    mean = torch.stack([(mass * at).sum((1, 2)) for at in (x, y)], 1) / mass.sum((1, 2))[:, None]
+    dx, dy = x - mean[:, :1, None], y - mean[:, 1:, None]
+    xx, xy, yy = ((mass * d).sum((1, 2)) for d in (dx * dx, dx * dy, dy * dy))
+    angle = torch.atan2(2 * xy, xx - yy) / 2
+    area = mass.sum((1, 2)) / (images[0] + 1).sum()
+    assert 0.20 < angle.abs().max() < 0.30 and angle.min() < -0.15 < 0.15 < angle.max()
+    assert 0.70 < area.min() < 0.85 and 1.15 < area.max() < 1.45
+    height = mean[:, 1] - mean[:, 1].mean()
+    assert 1.0 < height.abs().max() < 2.5
 
 
 # CIFAR
@@ -457,13 +478,26 @@ def test_small_images_are_shifted_and_mirrored():
 
 
 def test_large_images_are_cut_and_mirrored():
-    _, image = random_image(40, 60)
-    train = data.image_transforms(16).train
+    """Red rises with the column, green with the row: they tell what part an image is of."""
+    y, x = np.mgrid[:40, :60]
+    image = Image.fromarray(np.stack([4 * x, 4 * y, 0 * x], axis=2).astype(np.uint8))
+    transforms = data.image_transforms(16, mean=[0.0] * 3, std=[4 / 255] * 3)
     torch.manual_seed(0)
-    images = [train(image) for _ in range(4)]
-    assert all(x.shape == (3, 16, 16) for x in images)
-    assert not any(torch.equal(images[0], x) for x in images[1:])
-    assert data.image_transforms(16).evaluate(image).shape == (3, 16, 16)
+    images = [transforms.train(image) for _ in range(40)]
+    assert all(image.shape == (3, 16, 16) for image in images)
+    columns = torch.stack([image[0].mean(0) for image in images])
+    rows = torch.stack([image[1].mean(1) for image in images])
+    mirrored = columns[:, 0] > columns[:, -1]
+    assert 10 < mirrored.sum() < 30
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    for places, size in ((columns, 60), (rows, 40)):
+        assert bool((places.diff() > -0.5).all())  # never turned
+        assert places[:, 0].min() < 3 and places[:, -1].max() > size - 4
+        assert len(places[:, 0].round().unique()) > 8 and places.diff().mean(1).std() > 0.2
+    whole = transforms.evaluate(image)
+    assert whole.shape == (3, 16, 16)
+    for channel, middle in ((0, 29.5), (1, 19.5)):
+        assert whole[channel].mean().item() == pytest.approx(middle, abs=1.5)
 
 
 # Files that are no images

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.library import opcheck
 
 from elf_fast import criteria, functional, ops
@@ -188,35 +187,6 @@ def test_gradcheck_compact(device):
     assert torch.autograd.gradcheck(lambda x: functional.compact(x, survivors), (x,))
     # Of a square, since compaction alone is linear.
     assert torch.autograd.gradgradcheck(lambda x: functional.compact(x, survivors) ** 2, (x,))
-
-
-@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-def test_numbers_mean_the_same_under_any_default_dtype(default):
-    calls = [
-        lambda: functional.exit_gate(_logits(), 0.3, temperature=1.3),
-        lambda: functional.exit_loss(_logits(), TARGET, threshold=0.3),
-    ]
-    expected = [call() for call in calls]
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(default)
-    try:
-        torch.testing.assert_close([call() for call in calls], expected, rtol=0, atol=0)
-    finally:
-        torch.set_default_dtype(before)
-
-
-def test_numbers_first_seen_under_a_mode_serve_everywhere():
-    def gradient(temperature):
-        logits = _logits()
-        functional.exit_gate(logits, 0.5, temperature=temperature).confidence.sum().backward()
-        return logits.grad
-
-    with torch.inference_mode():
-        functional.exit_gate(_logits(), 0.5, temperature=1.234567)
-    assert torch.equal(gradient(1.234567), gradient(torch.tensor(1.234567)))
-    with FakeTensorMode(), pytest.raises(DataDependentOutputException):  # how many survive
-        gradient(1.234568)
-    assert torch.equal(gradient(1.234568), gradient(torch.tensor(1.234568)))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

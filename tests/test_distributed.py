@@ -475,12 +475,13 @@ def test_synchronised_norms_under_autocast(together):
     results = together(autocast_step, *((single, share) for share in rows))
     assert set(results[1]["exits"]) == {0}
     expected = alone(case, joined(rows))
-    for result in results:
-        for part in ("gradients", "buffers"):
-            for name, value in expected[part].items():
-                value = torch.tensor(value).float()
-                error = (torch.tensor(result[part][name]).float() - value).norm()
-                assert error <= 0.25 * value.norm() + 1e-2, name
+    assert list(itertools.chain(*(r["exits"] for r in results))) == expected["exits"]
+    # The gradient of a convolution before a norm is a small difference of bfloat16 numbers.
+    for part, relative, absolute in (("gradients", 0.25, 5e-3), ("buffers", 0.01, 1e-4)):
+        for result, (name, value) in itertools.product(results, expected[part].items()):
+            value = torch.tensor(value).float()
+            error = (torch.tensor(result[part][name]).float() - value).norm()
+            assert error <= relative * value.norm() + absolute, name
 
 
 def fail_on_rank_1(rank: int, store: str) -> None:

@@ -9,14 +9,13 @@ from datetime import timedelta
 
 import pytest
 import torch
-from torch import distributed, multiprocessing, nn
+from torch import distributed, multiprocessing
 
 pytest.importorskip("torchmetrics")
 
 import torchmetrics
 
-import elf_fast
-from elf_fast.flops import Flops, count_flops
+from elf_fast.flops import Flops
 from elf_fast.metrics import ELFMetrics, class_groups
 from elf_fast.reference import ELFOutput
 from elf_fast.samplers import EvaluationSampler
@@ -86,7 +85,8 @@ def test_an_empty_evaluation_is_none_all_over():
     assert (
         m.pop("exit_accuracy") == m.pop("per_class") == m.pop("exit_shares_by_class") == [None] * 3
     )
-    assert m.pop("exit_shares_by_group") == m.pop("early_wrong_by_group")
+    nobody = {"many": None, "medium": None, "few": None}
+    assert m.pop("exit_shares_by_group") == m.pop("early_wrong_by_group") == nobody
     assert set(m.values()) == {None}
 
 
@@ -142,9 +142,11 @@ def test_batches_add_up_in_any_mode_and_a_reset_forgets_them():
 
 def test_a_nan_leaves_the_other_numbers_alone():
     out, target = random_output(10)
+    expected = computed(out, target)
+    assert expected.pop("ece") > 0
     out.logits[3] = torch.nan
     m = computed(out, target)
-    assert m["ece"] is None and m["overall"] is not None
+    assert m.pop("ece") is None and m == expected
 
 
 @pytest.mark.parametrize(
@@ -197,33 +199,6 @@ def test_ranks_together_compute_what_one_process_does(tmp_path):
             # The order of the sum in the calibration error is another one.
             assert shared.pop("ece") == pytest.approx(alone["ece"], rel=1e-5)
             assert shared == {key: value for key, value in alone.items() if key != "ece"}
-
-
-# FLOPs
-
-
-def test_what_a_sample_costs_that_leaves_at_an_exit():
-    assert FLOPS.without_exits == 63
-    assert [FLOPS.leaving_at(e) for e in range(3)] == [11, 33, 66]
-    assert FLOPS.mean([2, 1, 3]) == (2 * 11 + 33 + 3 * 66) / 6
-
-
-def test_flops_of_a_network_small_enough_to_count():
-    model = elf_fast.ELF(
-        [nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2)), nn.Conv2d(2, 4, 1)],
-        [elf_fast.ExitHead(2, 5), elf_fast.ExitHead(4, 5)],
-    ).train()
-    model.stages[0][1].eval()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    modes = [module.training for module in model.modules()]
-    flops = count_flops(model, torch.ones(1, 1, 4, 4))
-    assert flops.stages == (2 * 16 * 2 * 9, 2 * 16 * 4 * 2)
-    assert flops.heads == (2 * 2 * 5, 2 * 4 * 5)
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    for several in (torch.ones(2, 1, 4, 4), torch.ones(0, 1, 4, 4), torch.tensor(1.0)):
-        with pytest.raises(ValueError, match=r"^sample: expected one sample \[1, ...\], got a"):
-            count_flops(model, several)
 
 
 def test_import_of_the_package_leaves_torchmetrics_alone():

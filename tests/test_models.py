@@ -182,29 +182,36 @@ def standardise(head: ExitHead, features: Tensor) -> None:
     head.classifier.bias.sub_(z.mean(dim=0)).div_(z.std(dim=0))
 
 
+@torch.no_grad()
+def one_leaves_at_each_exit(model: elf_fast.ELF, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Sets heads and thresholds so that one sample leaves at every exit but the last. Returns exit
+    indices [N] and logits [N, C], computed for all samples at every exit."""
+    exit_index = torch.full((len(x),), len(model.stages) - 1)
+    logits = torch.empty(len(x), C, dtype=x.dtype)
+    for e, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
+        x = stage(x)
+        here = exit_index >= e
+        if e < len(model.thresholds):
+            standardise(head, x)
+        z = head(x.clone())
+        if e < len(model.thresholds):
+            confidence = z.softmax(dim=1).amax(dim=1)
+            model.thresholds[e] = confidence[here].sort().values[-2:].mean()
+            exit_index[here & (confidence >= model.thresholds[e])] = e
+        logits[here] = z[here]
+    return exit_index, logits
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_samples_leave_at_their_exit_in_input_order(case, memory_format):
     net, x = case.make()
     model = cut(net, x, case.exits).eval().to(memory_format=memory_format)
     x = x.to(memory_format=memory_format)
+    exit_index, logits = one_leaves_at_each_exit(model, x)
+    assert exit_index.unique().tolist() == list(range(len(case.exits) + 1))
     with torch.no_grad():
-        expected = torch.full((len(x),), len(case.exits))
-        logits = torch.empty(len(x), C, dtype=x.dtype)
-        features = x
-        for e, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
-            features = stage(features)
-            here = expected >= e
-            if e < len(case.exits):
-                standardise(head, features)
-            z = head(features.clone())
-            if e < len(case.exits):
-                confidence = z.softmax(dim=1).amax(dim=1)
-                model.thresholds[e] = confidence[here].sort().values[-2:].mean()  # one leaves
-                expected[here & (confidence >= model.thresholds[e])] = e
-            logits[here] = z[here]
         out = model(x)
-    assert expected.unique().tolist() == list(range(len(case.exits) + 1))
-    assert torch.equal(out.exit_index, expected)
+    assert torch.equal(out.exit_index, exit_index)
     torch.testing.assert_close(out.logits, logits, rtol=1e-7, atol=1e-9)
 
 
@@ -230,7 +237,8 @@ def test_training_step(case, drop_exited):
 
 def test_checkpoints_and_copies(case):
     net, x = case.make()
-    model = cut(net, x, case.exits, thresholds=0.5).eval()
+    model = cut(net, x, case.exits).eval()
+    exit_index, _ = one_leaves_at_each_exit(model, x)
     other_net, _ = case.make()
     with torch.no_grad():
         for p in other_net.parameters():
@@ -243,6 +251,7 @@ def test_checkpoints_and_copies(case):
     pickled = torch.load(buffer, weights_only=False)
     with torch.no_grad():
         expected = model(x)
+        assert torch.equal(expected.exit_index, exit_index)
         for twin in (other, pickled, copy.deepcopy(model), elf_fast.unfuse(model)):
             assert list(twin.state_dict()) == list(model.state_dict())
             out = twin(x)
@@ -412,11 +421,18 @@ def test_a_stage_that_writes_into_its_input_works_on_a_copy():
     assert not any("clone" in stage.code for stage in cut(net, x, ["1"]).stages)
 
 
-def test_conv_heads():
+def test_conv_heads_read_the_features_at_their_exit():
     net, x = make_plain()
-    model = cut(net, x, ["1", "3"], conv=True)
-    assert all(isinstance(head.stem, nn.Sequential) for head in list(model.heads)[:-1])
-    assert model.train()(x, torch.arange(4)).loss.isfinite()
+    model = cut(net.eval(), x, ["1", "3"], conv=True)
+    features = (net[:2](x), net[:4](x))
+    assert [head.stem[0].in_channels for head in model.heads[:-1]] == [6, 8]
+    for e, (head, maps) in enumerate(zip(model.heads[:-1], features, strict=True)):
+        model.thresholds = [0.0 if i == e else NEVER for i in range(2)]
+        out = model(x)
+        assert out.exit_index.tolist() == [e] * 4
+        torch.testing.assert_close(out.logits, head.classifier(head.stem(maps).mean((2, 3))))
+    model.train()(x, torch.arange(4)).loss.backward()
+    assert all(p.grad.any() for head in model.heads[:-1] for p in head.stem[0].parameters())
 
 
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (33, 50)])
@@ -454,10 +470,11 @@ def test_split_gives_stages_for_heads_of_ones_own():
     net, x = make_plain()
     first, second = split(net, ("2",))
     assert torch.equal(second.eval()(first.eval()(x)), net.eval()(x))
-    model = elf_fast.ELF(
-        [first, second], [nn.Sequential(nn.Flatten(), nn.LazyLinear(C)), nn.Identity()]
-    )
-    assert model.eval()(x).logits.shape == (4, C)
+    head = nn.Sequential(nn.Flatten(), nn.LazyLinear(C))
+    model = elf_fast.ELF([first, second], [head, nn.Identity()], thresholds=0.0).eval()
+    torch.testing.assert_close(model(x).logits, head(net[:3](x)))
+    model.thresholds = NEVER
+    assert torch.equal(model(x).logits, net(x))
 
 
 def test_options_reach_elf():

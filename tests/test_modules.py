@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -314,7 +314,7 @@ EXIT_LOSSES = {
 }
 
 
-def away_from_ties(model, x, y) -> torch.Tensor:
+def away_from_ties(model, x) -> torch.Tensor:
     """Samples whose statistic is nowhere within 1e-4 of its threshold, judged in float64."""
     exact = copy.deepcopy(model).double()
     clear = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -328,14 +328,14 @@ def away_from_ties(model, x, y) -> torch.Tensor:
     return clear
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 10_000),
     N=st.integers(1, 40),
     exits=st.integers(1, 4),
     classes=st.integers(1, 12),
     criterion=st.sampled_from([*criteria.TABLE]),
-    threshold=st.one_of(st.floats(0.0, 1.0), st.sampled_from(["half", "off", "everyone"])),
+    threshold=st.sampled_from([0.25, 0.5, 0.75, "off", "everyone"]),
     per_class=st.booleans(),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
@@ -349,14 +349,12 @@ def test_drop_in(
     seed, N, exits, classes, criterion, threshold, per_class, temperature, dtype, exit_loss,
     drop_exited, training, channels_last, head,
 ):  # fmt: skip
-    """Exit index, prediction, logits, loss and every gradient agree on random networks. "half": at
-    each exit half of the samples leave."""
+    """Exit index, prediction, logits, loss and every gradient agree on random networks. A number as
+    threshold: that share of the samples at each exit goes on."""
     row = criteria.by_name(criterion)
-    t = {"half": 0.5, "off": row.off, "everyone": row.everyone}.get(threshold, threshold)
+    t = {"off": row.off, "everyone": row.everyone}.get(threshold, 0.5)
     if per_class:
         t = torch.full((exits - 1, classes), t)
-        if exits > 1 and math.isfinite(t.max()):
-            t = (t + torch.linspace(-0.04, 0.04, classes)).clamp(0, 1)
     model = cnn(
         reference.ELF, exits=exits, classes=classes, norm=N > 1, head=head, seed=seed, thresholds=t,
         temperatures=temperature, criterion=criterion, drop_exited=drop_exited,
@@ -367,12 +365,16 @@ def test_drop_in(
         x = x.to(memory_format=torch.channels_last)
         model.to(memory_format=torch.channels_last)
     target = torch.randint(0, classes, (N,))
-    if threshold == "half" and N * classes == 1:
-        return  # a workload scales logits by their standard deviation
-    if threshold == "half" and training:
-        model, _, target, _ = training_work(model, x, 0.5)
-    elif threshold == "half":
-        model = inference_work(model, x, 0.5).model
+    if isinstance(threshold, float):
+        assume(N * classes > 1)  # a workload scales logits by their standard deviation
+        if training:
+            model, _, target, _ = training_work(model, x, threshold)
+        else:
+            model = inference_work(model, x, threshold).model
+        if per_class and exits > 1:
+            apart = torch.linspace(-0.04, 0.04, classes)
+            model.thresholds = (model.thresholds + apart).clamp(row.low, row.high)
+    assume(bool(away_from_ties(model, x).all()))
     assert_drop_in(model, x, target)
 
 
@@ -386,16 +388,15 @@ def test_drop_in_on_every_backend(device, exit_loss, head, drop_exited, training
         exit_loss=EXIT_LOSSES[exit_loss](7), seed=15,
     ).to(device).train(training)  # fmt: skip
     x, y = torch.randn(33, 3, 6, 6), torch.randint(0, 7, (33,))
+    assert bool(away_from_ties(model, x.to(device)).all())
     shares = assert_drop_in(model, x.to(device), y.to(device)).bincount(minlength=3)
     assert bool((shares > 0).all()), "a test of exits that nobody takes"
 
 
 def assert_drop_in(model: reference.ELF, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The fused twin of `model` agrees with it. Returns the exit indices, of no sample if one is
-    too near a threshold to tell."""
+    """The fused twin of `model` agrees with it on samples that are not too near a threshold to
+    tell. Returns the exit indices."""
     fused = elf_fast.fuse(copy.deepcopy(model))
-    if not bool(away_from_ties(model, x, y).all()):
-        return torch.zeros(0, dtype=torch.int64)
     tolerance = (
         {"rtol": 1e-4, "atol": 1e-5} if x.dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
     )
@@ -415,23 +416,23 @@ def assert_drop_in(model: reference.ELF, x: torch.Tensor, y: torch.Tensor) -> to
             torch.testing.assert_close(q.grad, p.grad, **tolerance)
     with torch.no_grad():
         served, plain = fused.eval()(x), model.eval()(x)
-    if bool(away_from_ties(model, x, y).all()):
-        assert torch.equal(served.exit_index, plain.exit_index)
-        torch.testing.assert_close(served.logits, plain.logits, **tolerance)
+    clear = away_from_ties(model, x)  # in evaluation samples do not depend on each other
+    assert torch.equal(served.exit_index[clear], plain.exit_index[clear])
+    torch.testing.assert_close(served.logits[clear], plain.logits[clear], **tolerance)
     return out.exit_index
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_low_precision_and_autocast_follow_the_reference(dtype):
-    model = cnn(reference.ELF, thresholds=0.6).eval()
-    x = torch.randn(64, 3, 6, 6)
+    x = torch.randn(64, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    model = elf_fast.unfuse(inference_work(cnn(ELF), x, 0.5).model)
     with torch.inference_mode(), torch.autocast("cpu", dtype=dtype):
         plain, fast = model(x), elf_fast.fuse(model)(x)
+    assert bool((plain.exit_index.bincount(minlength=3) > 8).all())
     same = plain.exit_index == fast.exit_index
-    assert same.float().mean() > 0.9  # ties within the dtype's rounding may differ
-    torch.testing.assert_close(
-        fast.logits[same].float(), plain.logits[same].float(), rtol=5e-2, atol=5e-2
-    )
+    assert same.sum() >= 62  # a tie within the dtype's rounding may differ
+    rounding = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(fast.logits[same], plain.logits[same], rtol=rounding, atol=rounding)
 
 
 def test_settings_are_buffers_and_keep_their_precision():
@@ -447,9 +448,11 @@ def test_settings_are_buffers_and_keep_their_precision():
 def test_state_dict_loads_both_ways():
     plain, fast = cnn(reference.ELF, seed=1, thresholds=0.3), cnn(ELF, seed=2, thresholds=0.8)
     assert list(plain.state_dict()) == list(fast.state_dict())
-    fast.load_state_dict(plain.state_dict())
-    assert torch.equal(fast.thresholds, plain.thresholds)
-    plain.load_state_dict(fast.state_dict())
+    for source, model in ((plain, fast), (cnn(ELF, seed=3, thresholds=0.6), plain)):
+        model.load_state_dict(source.state_dict())
+        assert model.state_dict().keys() == source.state_dict().keys()
+        for name, value in source.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
 
 
 def test_fuse_and_unfuse_round_trip_and_share():
@@ -467,12 +470,13 @@ def test_fuse_and_unfuse_round_trip_and_share():
 
 def test_hooks_and_replaced_classifiers_still_run():
     """The fused head must not bypass what a user hung on to it."""
-    model = cnn(ELF).eval()
+    model = cnn(ELF, thresholds=[0.9, 0.28]).eval()
     seen = []
     model.heads[0].register_forward_hook(lambda *_: seen.append("head"))
     model.heads[1].classifier = nn.Sequential(nn.Linear(8, 5), nn.Tanh())
-    x = torch.randn(4, 3, 6, 6)
+    x = torch.randn(20, 3, 6, 6)
     expected = elf_fast.unfuse(model)(x)
+    assert expected.exit_index.unique().tolist() == [0, 1, 2]
     seen.clear()
     out = model(x)
     assert seen == ["head"]
@@ -537,13 +541,6 @@ def test_thresholds_of_any_dtype_may_be_put_in_place(cls, dtype):
     model(x.to(dtype))
 
 
-@BOTH
-@pytest.mark.parametrize("weights", [torch.tensor([0.1, 0.2, 0.3]).double(), 0.3, torch.tensor(2)])
-def test_exit_weights_may_be_tensors(cls, weights):
-    exact = tuple(torch.as_tensor(weights, dtype=torch.float64).expand(3).tolist())
-    assert cnn(cls, exit_weights=weights).exit_weights == exact
-
-
 def test_the_whole_network_compiles():
     """In evaluation with a graph for the gradient, too, where nobody asked for one."""
     torch.compiler.reset()
@@ -600,5 +597,7 @@ def test_copies_and_pickles():
 
     model = cnn(ELF).eval()
     x = torch.randn(5, 3, 6, 6)
+    out = model(x)
+    assert len(out.exit_index.unique()) > 1
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert torch.equal(twin(x).logits, model(x).logits)
+        torch.testing.assert_close(twin(x), out, rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""The command line: help, bad arguments, missing packages, `elf-fast doctor`."""
+"""The command line: help, bad arguments, missing packages."""
 
 from __future__ import annotations
 
@@ -6,10 +6,8 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from run_cases import refused
 
-import elf_fast
 from elf_fast import cli
 
 
@@ -39,13 +37,6 @@ def test_a_reader_that_stops_early_is_no_error():
     running.stdout.close()
     assert (running.stderr.read(), running.wait()) == (b"", 0)
     running.stderr.close()
-
-
-def test_doctor_says_what_serves_each_device(capsys):
-    assert cli.main(["doctor"]) == 0
-    printed = capsys.readouterr().out
-    assert elf_fast.__version__ in printed and torch.__version__ in printed
-    assert all(line in printed for line in elf_fast.report().values())
 
 
 def test_help_imports_none_of_the_heavy_libraries():

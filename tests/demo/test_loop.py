@@ -7,14 +7,6 @@ import torch
 
 from elf_fast.demo import network
 from elf_fast.demo.loop import Schedule, learning_rate_factor, train
-from elf_fast.flops import count_flops
-
-
-def test_the_twin_without_exits_costs_what_the_shares_are_taken_of():
-    image = torch.zeros(1, 1, 16, 16)
-    with_exits = count_flops(network.with_exits(10), image)
-    without = count_flops(network.without_exits(10), image)
-    assert with_exits.without_exits == without.leaving_at(0)
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():

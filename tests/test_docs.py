@@ -1,0 +1,118 @@
+"""What README.md and docs/ name exists, and their examples run."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from run_cases import parsed
+from torch import nn
+
+from elf_fast import ELF, ExitHead, cli
+from elf_fast.runs import networks
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
+#: Options on docs/training.md of other commands.
+OTHERS = {"--nproc-per-node"}
+
+
+def read(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def named_files(text: str) -> set[str]:
+    """Paths of this project between backticks."""
+    return set(
+        re.findall(r"`((?:tests|docs|elf_fast|benchmarks|csrc|kernels)/[\w./-]*\.\w+)`", text)
+    )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_linked_files_exist(page):
+    links = re.findall(r"\]\(([^)#]+)", read(page))
+    missing = [to for to in links if "://" not in to and not (page.parent / to).exists()]
+    assert missing == []
+
+
+def test_links_are_seen():
+    assert "docs/training.md" in re.findall(r"\]\(([^)#]+)", read(ROOT / "README.md"))
+
+
+@pytest.mark.parametrize("page", ["training", "data", "distributed"])
+def test_files_named_on_a_page_exist(page):
+    missing = [
+        name for name in named_files(read(DOCS / f"{page}.md")) if not (ROOT / name).exists()
+    ]
+    assert missing == []
+
+
+def test_the_guarantees_of_distributed_training_name_their_tests():
+    page = read(DOCS / "distributed.md")
+    assert "tests/training/test_resume.py" in named_files(page)
+    table = page[page.index("| guarantee | test |") : page.index("The one difference")]
+    named = re.findall(r"`([a-z_]{12,})`", table)
+    written = set(re.findall(r"^def test_(\w+)", read(ROOT / "tests/test_distributed.py"), re.M))
+    assert len(named) >= 12 and set(named) <= written
+
+
+# docs/training.md
+
+
+def test_the_documented_commands_name_settings_that_exist():
+    text = read(DOCS / "training.md").replace("\\\n", "")
+    commands = re.findall(r"(?:elf-fast|elf_fast\.cli) train ([^`\n]+)", text)
+    assert len(commands) >= 7
+    for command in commands:
+        flags = [
+            flag for flag in command.partition("#")[0].split() if flag not in ("...", "--help")
+        ]
+        if flags[:1] == ["--resume"]:
+            del flags[:2]
+        parsed("--data-dir", "any", *flags)
+
+
+def test_every_flag_on_the_page_of_training_exists(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["train", "--help"])
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
+    named = set(re.findall(r"(?<!\w)--[a-z][a-z-]+", read(DOCS / "training.md")))
+    assert len(named) > 20 and named - known == OTHERS
+
+
+def test_the_documented_forms_of_thresholds_are_read():
+    """The rows of the table: a flag, and the same as YAML and Python write it."""
+    rows = re.findall(r"^\|[^|]+\| `(--thresholds [^`]+)` \| `([^`]+)` \|$",
+                      read(DOCS / "training.md"), re.M)  # fmt: skip
+    assert len(rows) == 4
+    for flag, value in rows:
+        given = parsed("--dataset", "digits", *flag.split())
+        assert given == type(given)(dataset="digits", thresholds=eval(value))
+
+
+def test_the_examples_of_thresholds_run():
+    page = read(DOCS / "training.md")
+    section = page[page.index("## Thresholds") : page.index("## What a run leaves")]
+    by_class, moved, criterion = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    torch.manual_seed(0)
+    stages = [nn.Linear(6, 6) for _ in range(3)]
+    model = ELF(stages, [ExitHead(6, 4) for _ in stages]).eval()
+    names = {"model": model, "class_counts": [400, 100, 20, 19]}
+    exec(by_class, names)
+    before = model.thresholds.clone()
+    assert before.tolist() == [pytest.approx([0.95, 0.9, 0.9, 0.8])] * 2
+    exec(moved, names)
+    assert not torch.equal(model.thresholds, before)
+    shift = model.thresholds.logit() - before.logit()
+    torch.testing.assert_close(shift, shift[:1, :1].expand(2, 4))
+    assert model.thresholds.logit().mean().sigmoid().item() == pytest.approx(0.9)
+    exec(criterion, names)
+    x = torch.randn(40, 6)
+    sure = model.heads[0](stages[0](x)).logsumexp(dim=1)
+    model.thresholds = sure.median().item()
+    assert torch.equal(model(x).exit_index == 0, sure >= model.thresholds[0])
+    made = networks.network(names["config"], [10] * 10)
+    assert made.criterion is names["evidence"] and made.thresholds.tolist() == [5.0, 5.0]
