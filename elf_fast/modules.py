@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -83,9 +84,10 @@ class ELF(ELFBase):
         samples = _Samples(N, target)
         out: ELFOutput | None = None
         loss: Tensor | None = None
-        for e, (stage, test) in enumerate(zip(self.stages, self._tests(), strict=True)):
+        parts = zip(self.stages, self.heads, self._tests(), strict=True)
+        for e, (stage, head, test) in enumerate(parts):
             x = stage(x)
-            result = self._exit(e, x, samples, test)
+            result = self._exit(e, head, x, samples, test)
             n = 0 if test.is_last else int(result.survivor_count)
             if n < 0:
                 checks.target_range(samples.target, result.logits.shape[1])
@@ -114,15 +116,14 @@ class ELF(ELFBase):
         assert out is not None
         return out._replace(loss=None if loss is None else batch.mean(loss))
 
-    def _tests(self) -> list[_Test]:
-        """One per exit. At the last one every sample stays."""
+    def _tests(self) -> Iterator[_Test]:
+        """One per exit, made when it is reached. At the last one every sample stays."""
         criterion = self._active_criterion()
-        settings = zip(
-            self._active_thresholds().unbind(0), self.temperatures.unbind(0), strict=True
-        )
-        tests = [_Test(t, T, criterion, False) for t, T in settings]
+        thresholds, temperatures = self._active_thresholds(), self.temperatures
+        for t, T in zip(thresholds.unbind(0), temperatures.unbind(0), strict=True):
+            yield _Test(t, T, criterion, False)
         never, one = torch.scalar_tensor(criterion.off), torch.scalar_tensor(1.0)
-        return [*tests, _Test(never, one, criterion, True)]
+        yield _Test(never, one, criterion, True)
 
     def _drop(self, x: Tensor, survivors: Tensor, samples: _Samples, reaching: int) -> Tensor:
         """The features of the survivors, which are indices among the samples that stood in x."""
@@ -131,12 +132,12 @@ class ELF(ELFBase):
         keep, samples.present = self._rows_to_keep(keep, x.shape[0], reaching)
         return call(ops.compact, (x,), (x, keep))
 
-    def _exit(self, e: int, x: Tensor, samples: _Samples, test: _Test) -> _Exit:
+    def _exit(self, e: int, head: nn.Module, x: Tensor, samples: _Samples, test: _Test) -> _Exit:
         """Logits, gate and losses at exit e, by as few kernels as there are for it."""
-        head, y = self.heads[e], samples.target
+        y = samples.target
         whole = y is None and samples.present is None and test.criterion.score is None
-        if whole and _is_fusable(head):
-            return self._fused_head(e, x, samples, test)
+        if whole and isinstance(head, ExitHead) and _is_fusable(head):
+            return self._fused_head(e, head, x, samples, test)
         z = head(x)
         if samples.present is not None:
             z = z[samples.present]
@@ -151,9 +152,9 @@ class ELF(ELFBase):
         gate = _fused_gate(z, y if self.training else None, test)
         return gate._replace(losses=None if y is None else self._losses(z, y))
 
-    def _fused_head(self, e: int, x: Tensor, samples: _Samples, test: _Test) -> _Exit:
-        head = self.heads[e]
-        assert isinstance(head, ExitHead)
+    def _fused_head(
+        self, e: int, head: ExitHead, x: Tensor, samples: _Samples, test: _Test
+    ) -> _Exit:
         features = head.stem(x)
         checks.poolable(features)
         weight, bias = head.classifier.weight, head.classifier.bias
@@ -166,7 +167,7 @@ class ELF(ELFBase):
             (features, weight, bias, t, T, test.criterion.code, None, not test.is_last, True),
         )
         self._check_logits(z, e, samples.n)
-        return _Exit(z, *gate)._replace(logits_are_shared=False)
+        return _Exit(z, *gate, logits_are_shared=False)
 
     def _losses(self, z: Tensor, y: Tensor) -> Tensor:
         family = self._family()
@@ -198,7 +199,7 @@ def _fused_loss(z: Tensor, y: Tensor, family: dict[str, Any], test: _Test) -> _E
          family.get("label_smoothing", 0.0), t, T, test.criterion.code),
         lambda: checks.target_range(y, z.shape[1]),
     )  # fmt: skip
-    return _Exit(z, *gate)._replace(losses=losses)
+    return _Exit(z, *gate, losses=losses)
 
 
 def _unfused_gate(z: Tensor, target: Tensor | None, test: _Test) -> _Exit:
