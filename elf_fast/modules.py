@@ -161,13 +161,13 @@ class ELF(ELFBase):
         checks.classifier(weight, bias, features.shape[2 if features.dim() == 3 else 1])
         self._check_classes(weight.shape[0], e)
         t, T = in_arithmetic_of(weight, test.threshold, test.temperature)
-        z, _, *gate = call(
+        z, _, confidence, prediction, survivors, count = call(
             ops.exit_head,
             (features, weight, bias),
             (features, weight, bias, t, T, test.criterion.code, None, not test.is_last, True),
         )
         self._check_logits(z, e, samples.n)
-        return _Exit(z, *gate, logits_are_shared=False)
+        return _Exit(z, confidence, prediction, survivors, count, logits_are_shared=False)
 
     def _losses(self, z: Tensor, y: Tensor) -> Tensor:
         family = self._family()
@@ -192,14 +192,14 @@ def _fused_loss(z: Tensor, y: Tensor, family: dict[str, Any], test: _Test) -> _E
     names = ("weight", "margins", "bias")
     vectors = class_vectors(z, **{name: family.get(name) for name in names})
     t, T = in_arithmetic_of(z, test.threshold, test.temperature)
-    losses, _, *gate = call(
+    losses, _, confidence, prediction, survivors, count = call(
         ops.exit_loss,
         (z,),
         (z, y, *vectors, family.get("gamma", 0.0), family.get("scale", 1.0),
          family.get("label_smoothing", 0.0), t, T, test.criterion.code),
         lambda: checks.target_range(y, z.shape[1]),
     )  # fmt: skip
-    return _Exit(z, *gate, losses=losses)
+    return _Exit(z, confidence, prediction, survivors, count, losses)
 
 
 def _unfused_gate(z: Tensor, target: Tensor | None, test: _Test) -> _Exit:
