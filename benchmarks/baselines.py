@@ -50,6 +50,8 @@ def gate_without_sync(
         confidence = best[:, 0] - best[:, 1]
     elif criterion == "entropy":
         confidence = torch.special.entr(p).sum(dim=1) / math.log(C)
+    elif criterion != "confidence":
+        raise ValueError(f"criterion: expected one that has a baseline, got {criterion!r}")
     leaves = criteria.TABLE[criterion].passes(confidence, threshold)
     if target is not None:
         leaves = leaves & (prediction == target)

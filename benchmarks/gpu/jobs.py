@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from elf_fast import criteria
+
 from .cases import STAGES, Case, compaction, gate, head, loss
 from .networks import NETWORKS, inference_case
 from .timing import Gpu
@@ -99,7 +101,7 @@ def _with_targets() -> Iterator[Job]:
     yield _loss(4096, 8142, F32, "all of it")
     yield _head(layer4, 256, 8142, BF16)
     yield _head(layer4, 1024, 1000, BF16, "channels_last")
-    for criterion in ("margin", "entropy"):
+    for criterion in [name for name in criteria.TABLE if name != "confidence"]:
         yield _gate(256, 1000, F32, criterion)
         yield _gate(8192, 8142, F32, criterion)
 
