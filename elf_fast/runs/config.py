@@ -1,8 +1,8 @@
 """The settings of a training run: one table for the command line, YAML files and code.
 
 A field of `TrainConfig` is a flag (`batch_size` is `--batch-size`) and a key of the YAML file. Its
-annotation says what values it takes, its `_option` the help text and its place in `--help`.
-`TrainConfig` converts and checks every value where it is made, so all three ways in agree.
+annotation says what values it takes, its `_option` the help text and its group in `--help`. Only
+`TrainConfig` converts and checks values, so all three ways give the same result.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Thresholds = float | tuple[float, ...]
 
 
 def _option(default: Any, group: str, help: str, **metadata: Any) -> Any:
-    """A setting. metadata: its metavar in the help, its limits (lowest,) or (lowest, highest), the
-    names it takes (choices), the value that the bare flag stands for (const)."""
+    """A setting. metadata: metavar in the help; limits (lowest,) or (lowest, highest); choices,
+    the names it takes; const, its value if the flag is given without one."""
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run does. Equal settings give equal weights, on one kind of machine.
+    """The settings of a run. On one kind of machine, equal settings give equal weights.
 
     Raises:
         ValueError, TypeError: naming the setting, what was expected and what came.
@@ -267,5 +267,5 @@ def _check_compiler(backend: str) -> None:
 
 #: The annotation of every setting.
 HINTS = get_type_hints(TrainConfig)
-#: Data sets whose parts a run may cut itself.
+#: Data sets that the settings may make long-tailed and split.
 _SUBSETTABLE = ("folder", "digits", "cifar10", "cifar100")
