@@ -2,8 +2,7 @@
 
 The reference, the checks, the operators, calibration, the settings of a run, the benchmarks and
 the tests all read `TABLE`. `csrc/criterion.h` and `kernels/row_state.py` repeat its codes, and a
-test compares them. CONTRIBUTING.md says how to
-add one.
+test compares them. CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations

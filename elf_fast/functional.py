@@ -188,7 +188,7 @@ def exit_loss(
 
     Raises:
         ValueError, TypeError: naming the argument. On a GPU a target out of range raises only
-            with a threshold. Without one no call waits for the device, and its loss is NaN.
+            with a threshold. Without one no call waits for the device: the sample's loss is NaN.
     """
     checks.logits(logits)
     N, C = logits.shape

@@ -63,9 +63,9 @@ class ELF(ELFBase):
     """A network with early exits, on fused kernels: same arguments, `state_dict` and results as
     `reference.ELF` (see there), faster.
 
-    At every exit one kernel does softmax, test and survivor indices. With `ExitHead` it also does
-    pool and classifier, and in training the loss of the long-tail family. If samples are dropped,
-    survivors move into a dense batch, so that the later stages compute on them alone.
+    At every exit one kernel does softmax, test and survivor indices. Without a target it also does
+    pool and classifier of an `ExitHead`; in training, the loss of the long-tail family. If samples
+    are dropped, survivors move into a dense batch, so that the later stages compute on them alone.
 
     Example:
         >>> model = ELF([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)],
