@@ -1,4 +1,4 @@
-"""From a user's arguments to an operator's call: settings as tensors, the call, its survivors."""
+"""Calls operators with a user's arguments: settings become tensors, survivors are counted."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def call(
 ) -> Any:
     """op(*args), past the autograd layer (about 5 us) if nothing asks for a gradient.
 
-    Kernels check targets and survivors themselves before they use them as indices; to read those
-    values here as well would cost more than a small kernel. When a kernel refuses, `explain` reads
-    them again and raises an error that says what is wrong.
+    Kernels check the values of targets and survivors before they use them as indices. A second
+    check here would cost more than a small kernel. If a kernel raises, `explain` reads the values
+    and raises an error that says what is wrong.
     """
     if torch.compiler.is_compiling():
         return op(*args)
@@ -62,8 +62,8 @@ def _setting(name: str, value: float | Tensor, logits_dtype: torch.dtype, classe
     """A threshold or temperature as the kernels take it: [] or [C] in the arithmetic dtype."""
     dtype = torch.float64 if logits_dtype == torch.float64 else torch.float32
     if not isinstance(value, Tensor):
-        # On the CPU for any device, as PyTorch's own scalars. Rounded to float32 first, as the
-        # thresholds of ELF are, so that both decide alike for float64 logits.
+        # A CPU tensor for every device, like PyTorch's own scalars. It is rounded to float32 first,
+        # like the thresholds of ELF, so that both give the same result for float64 logits.
         number = checks.number(name, value)
         return torch.scalar_tensor(number, dtype=torch.float32, device="cpu").to(dtype)
     if value.dim() > 1 or (value.dim() == 1 and (value.shape[0] != classes or name != "threshold")):
@@ -96,8 +96,8 @@ def _made_gate_settings(threshold, temperature, criterion, logits_dtype, classes
 
 @functools.lru_cache(maxsize=256)
 def _known_gate_settings(threshold: float, temperature: float, criterion: str, dtype: torch.dtype):
-    """Numbers, checked and made into tensors once: that saves 3 us a call."""
-    with torch.inference_mode(False):  # or autograd could not save them in a later call
+    """Checks numbers and makes tensors of them only once, which saves 3 us per call."""
+    with torch.inference_mode(False):  # otherwise autograd could not save them in a later call
         return _made_gate_settings(threshold, temperature, criterion, dtype, 0, None)
 
 

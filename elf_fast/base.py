@@ -1,7 +1,7 @@
 """What `reference.ELF` and `elf_fast.ELF` share: arguments, buffers, checks, empty batches.
 
-Neither specification nor speed lives here. The two classes differ in `forward` and in how they
-compute a loss, and in nothing else.
+The two classes differ only in `forward` and in how they compute a loss. The specification is in
+`reference.py`, the fast operators are called in `modules.py`.
 
 Shapes: N samples, C classes, E exits (exit E is the network's own classifier).
 """
@@ -37,7 +37,7 @@ class ELFOutput(NamedTuple):
 
 
 def accumulated(x: Tensor) -> Tensor:
-    """Arithmetic is float32, or float64 for float64 input."""
+    """x in the dtype of the arithmetic: float32, or float64 for float64 x."""
     return x if x.dtype == torch.float64 else x.float()
 
 
@@ -92,7 +92,7 @@ class ELFBase(nn.Module):
     # Settings
 
     def _checked(self, name: str, value: Any) -> Tensor | None:
-        """A setting as its buffer holds it."""
+        """A setting, checked and converted to the tensor that its buffer holds."""
         exits = len(self.stages) - 1
         if name == "temperatures":
             return exit_settings.temperatures(value, exits)
@@ -119,7 +119,7 @@ class ELFBase(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """Thresholds [E-1] and [E-1, C] load into each other's place. All are checked first."""
+        """Loads thresholds [E-1] into a buffer [E-1, C] and vice versa. All are checked first."""
         state_dict = dict(state_dict)
         for name in _SETTINGS:
             key, held = prefix + name, getattr(self, name)
@@ -150,8 +150,8 @@ class ELFBase(nn.Module):
 
     @property
     def drops_exited(self) -> bool:
-        """Whether samples that left are dropped from the later stages, in the mode that the network
-        is in: always in evaluation, by `drop_exited` in training."""
+        """Whether exited samples are dropped from the later stages in the network's current mode:
+        always in evaluation, as `drop_exited` says in training."""
         if not self.training:
             return True
         if self.drop_exited is not None:
@@ -173,8 +173,8 @@ class ELFBase(nn.Module):
     # Losses
 
     def _family(self) -> dict[str, Any] | None:
-        """The arguments of `functional.exit_loss` that stand for the loss; None: a callable of the
-        user's, which `_called_loss` calls."""
+        """The arguments of `functional.exit_loss` that compute the loss. None if `exit_loss` is the
+        user's own callable, which `_called_loss` calls."""
         if self.exit_loss is None:
             return {}
         as_family = getattr(self.exit_loss, "as_family", None)  # of elf_fast.losses
@@ -198,7 +198,7 @@ class ELFBase(nn.Module):
     # Checks
 
     def _check_input(self, x: Tensor, target: Tensor | None) -> int:
-        """N."""
+        """Checks the arguments of `forward` and returns N."""
         checks.tensor("x", x)
         if x.dim() < 1:
             raise ValueError(f"x: expected a batch [N, ...], got {checks.describe(x)}")
@@ -214,7 +214,7 @@ class ELFBase(nn.Module):
         self._check_classes(z.shape[1], e)
 
     def _check_classes(self, classes: int, e: int) -> None:
-        """Of heads that do not say how many classes they have: see `exit_settings.classes_of`."""
+        """Checks C of per-class thresholds where `exit_settings.classes_of` could not tell it."""
         for name in ("thresholds", "train_thresholds"):
             t = getattr(self, name)
             if t is not None and t.dim() == 2 and t.shape[1] != classes:
@@ -228,11 +228,11 @@ class ELFBase(nn.Module):
     def _rows_to_keep(
         self, survivors: Tensor, rows: int, reaching: int
     ) -> tuple[Tensor, Tensor | None]:
-        """The rows [m] of the features that go on, and where the survivors [n] then stand among
-        them (None: the rows are the survivors).
+        """The rows [m] of the features to keep, and the positions [n] of the survivors among them
+        (None: the rows are exactly the survivors).
 
-        In training, batch statistics need two values per channel. If only one sample goes on (over
-        all ranks under SyncBatchNorm: reaching = 1), one exited sample goes along with weight 0.
+        In training, batch statistics need two values per channel. If reaching = 1, only one sample
+        survives (on all ranks, under SyncBatchNorm), and one exited sample is kept with weight 0.
         """
         if self.training and reaching == 1 < rows:
             first = torch.zeros_like(survivors)
@@ -243,7 +243,7 @@ class ELFBase(nn.Module):
         """N = 0: empty outputs and a zero loss that still backpropagates into every parameter."""
         z, zero = self._run_without_samples(x, batch, 0, batch.entering())
         if target is not None:
-            zero = zero + self._losses(z, target).sum()  # which may have parameters, too
+            zero = zero + self._losses(z, target).sum()  # because the loss may have parameters, too
         indices = x.new_zeros(0, dtype=torch.int64)
         loss = None if target is None else batch.mean(zero)
         confidence = z.new_zeros(0, dtype=torch.float32)
@@ -258,8 +258,8 @@ class ELFBase(nn.Module):
         first: int,
         reaching: int,
     ) -> tuple[ELFOutput, Tensor | None]:
-        """Runs the stages from `first` on without a sample of this process, because other ranks'
-        samples may go on. Logits and loss get a zero that backpropagates into those stages."""
+        """Runs the stages from `first` on without samples, because other ranks may have survivors
+        there. Adds a zero to logits and loss that backpropagates into those stages."""
         if not batch.shared:
             return out, loss
         _, zero = self._run_without_samples(x, batch, first, reaching)

@@ -1,9 +1,8 @@
-"""The exit criteria: what an exit's test reads, and which way it goes.
+"""The exit criteria: what an exit's test reads, and whether larger or smaller values are surer.
 
-This is the only place that knows them. The reference, the checks, the operators, calibration, the
-settings of a run, the benchmarks and the tests ask `TABLE`. The codes stand again in
-`csrc/criterion.h` and `kernels/row_state.py`, and a test compares them. CONTRIBUTING.md says how to
-add one.
+The reference, the checks, the operators, calibration, the settings of a run, the benchmarks and
+the tests all read `TABLE`. `csrc/criterion.h` and `kernels/row_state.py` repeat its codes, and a
+test compares them. CONTRIBUTING.md says how to add one.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from torch import Tensor
 
 __all__ = ["TABLE", "Criterion", "Score", "by_code", "by_name", "find"]
 
-#: A criterion of the user's: logits [n, C], divided by the temperature, -> score [n].
+#: A user's own criterion: logits [n, C], divided by the temperature, -> score [n].
 Score = Callable[[Tensor], Tensor]
 
-#: Thresholds of a criterion in [0, 1] that a sweep tries, from those that let most samples leave.
+#: Thresholds that a sweep tries for a criterion in [0, 1]. At the first ones most samples leave.
 _GRID = (*(k / 100 for k in range(100)), 0.995, 0.999)
 
 
@@ -30,7 +29,7 @@ class Criterion:
     """One criterion. Its statistic [n] of logits [n, C] says how sure an exit is of each sample."""
 
     name: str
-    #: Stands for the criterion in the operators' schemas; None: no kernel computes it.
+    #: The number of the criterion in calls of operators; None: no kernel computes it.
     code: int | None
     #: True: a sample leaves at a statistic >= threshold. False: at a statistic <= threshold.
     larger_is_surer: bool = True
@@ -47,7 +46,7 @@ class Criterion:
 
     @property
     def everyone(self) -> float:
-        """The threshold at which every sample leaves whose statistic is a number."""
+        """The threshold at which every sample leaves, except those whose statistic is NaN."""
         return self.low if self.larger_is_surer else self.high
 
     @property
@@ -66,7 +65,7 @@ class Criterion:
         A fixed grid over a bounded range. Without bounds, the statistic's own percentiles.
 
         Args:
-            statistic: values that the exits gave, of any shape. NaN is left out.
+            statistic: the statistic at the exits, of any shape. NaN is ignored.
         """
         if self.is_bounded:
             span = self.high - self.low
@@ -92,7 +91,7 @@ TABLE = {
 
 
 def by_name(name: Any) -> Criterion:
-    """The criterion of a name, which kernels compute.
+    """The criterion with this name. Kernels compute it.
 
     Raises:
         ValueError: there is none.
@@ -103,7 +102,7 @@ def by_name(name: Any) -> Criterion:
 
 
 def by_code(code: int) -> Criterion:
-    """The criterion of a code.
+    """The criterion with this code.
 
     Raises:
         ValueError: there is none.
@@ -116,8 +115,8 @@ def by_code(code: int) -> Criterion:
 
 
 def find(criterion: str | Score | Criterion) -> Criterion:
-    """The criterion of a name, or the one that a callable (logits [n, C]) -> score [n] makes:
-    larger scores are surer, and may be any number. A `Criterion` stays as it is.
+    """The criterion with a name, or one made from a callable (logits [n, C]) -> score [n]: a larger
+    score is surer, and scores may be any numbers. A `Criterion` is returned as it is.
 
     Raises:
         ValueError, TypeError: no such name, or neither a name nor a callable.

@@ -1,4 +1,4 @@
-"""The settings of the exits, from what a user gives to checked tensors.
+"""Converts a user's settings of the exits to checked tensors.
 
 Shapes: C classes, E exits. Every exit but the last has a threshold and a temperature.
 """
@@ -22,7 +22,7 @@ def thresholds(
     """[E-1] or [E-1, C] float32 from a scalar, E-1 values or [E-1, C]; exits: E-1.
 
     Args:
-        classes: C, where it is known.
+        classes: C, if it is known.
 
     Raises:
         TypeError, ValueError: another shape, or values outside the criterion's range.
@@ -76,7 +76,7 @@ def _per_exit(
 
 
 def classes_of(heads: nn.ModuleList) -> int | None:
-    """C, if a head ends in a layer that says it; None: only a forward pass can tell."""
+    """C, if the last layer of a head defines it. None: only a forward pass can tell."""
     for head in heads:
         while isinstance(head, nn.Sequential) and len(head):
             head = head[-1]

@@ -1,7 +1,7 @@
-"""The operators as functions: checked arguments, exact survivors.
+"""The operators as functions, with checked arguments and the exact number of survivors.
 
-Each does what the function of that name in `reference.py` does, in one kernel if the device has
-one; `elf_fast.report()` says what serves. Otherwise the reference runs.
+Each computes what the function of that name in `reference.py` does, in one kernel if the device
+has one, else by the reference. `elf_fast.report()` shows which kernels are used.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def exit_head(
     target: Tensor | None = None,
     return_logits: bool = True,
 ) -> ExitHeadOutput:
-    """Global average pool, linear classifier and gate in one.
+    """Global average pool, linear classifier and gate in one call.
 
     Args:
         features: [N, D, H, W] in any memory format, tokens [N, T, D] or vectors [N, D].
         weight: [C, D]. bias: [C] or None.
         threshold, temperature, criterion, target: as for `exit_gate`.
-        return_logits: False saves writing them, where a fused kernel has no need to.
+        return_logits: False returns no logits; a fused kernel then need not write them.
 
     Returns:
         ExitHeadOutput(logits [N, C] or None, confidence [N], prediction [N], survivors [n]). The
@@ -130,8 +130,9 @@ def compact(features: Tensor, survivors: Tensor) -> Tensor:
 def compact_(features: Tensor, survivors: Tensor) -> Tensor:
     """Moves the survivors into the first n rows of `features`, in place and out of order.
 
-    Rows below n that survive stay where they are and survivors of the tail fill the holes, so about
-    2 s (1 - s) of the batch moves instead of 2 s (s = n / N). Rows from n on are left as they were.
+    Survivors in rows below n stay where they are. Survivors in later rows move into the free rows
+    below n, so about 2 s (1 - s) of the batch moves instead of 2 s (s = n / N). Rows from n on are
+    not changed.
 
     Args:
         features: [N, ...] without a gradient, every sample dense in memory. survivors: as above.
@@ -179,15 +180,15 @@ def exit_loss(
         weight, margins, bias: [C] or None. They and the settings carry no gradient.
         gamma: >= 0. scale: > 0. label_smoothing: eps in [0, 1].
         threshold: None (no sample leaves), or as for `exit_gate`, with `temperature`, `criterion`;
-            the gate reads the logits, not x, and asks for a right prediction.
+            the gate reads the logits, not x, and a sample leaves only if its prediction is right.
 
     Returns:
         ExitLoss(loss [N], confidence [N], prediction [N], survivors [n]); the loss is
         differentiable in the logits. `reference.exit_loss` gives the sources of the formula.
 
     Raises:
-        ValueError, TypeError: naming the argument. On a GPU a target out of range is named only
-            with a threshold; without one nothing waits for the device: the sample's loss is NaN.
+        ValueError, TypeError: naming the argument. On a GPU a target out of range raises only
+            with a threshold. Without one no call waits for the device: the sample's loss is NaN.
     """
     checks.logits(logits)
     N, C = logits.shape

@@ -21,8 +21,9 @@ class ExitHead(nn.Module):
     Args:
         in_features: D, channels of the features [N, D, H, W], tokens [N, T, D] or vectors [N, D].
         num_classes: C.
-        conv: put a 3x3 stride-2 convolution, BatchNorm and ReLU in front ([N, D, H, W] only). It
-            lets the stage before keep features for the stages after, instead of classes.
+        conv: put a 3x3 stride-2 convolution, BatchNorm and ReLU in front ([N, D, H, W] only). With
+            it, the stage before need not separate the classes itself and can keep features for
+            later stages.
 
     Shape: features -> logits [N, C].
     """

@@ -18,7 +18,7 @@ __all__ = ["ELF", "ELFOutput", "ExitHead", "fuse", "unfuse"]
 
 
 class _Test(NamedTuple):
-    """The test of one exit, its settings as ELF keeps them."""
+    """The settings of one exit's test, as ELF stores them."""
 
     threshold: Tensor  # [] or [C]
     temperature: Tensor  # []
@@ -32,15 +32,15 @@ class _Exit(NamedTuple):
     logits: Tensor  # [n, C]
     confidence: Tensor  # [n]
     prediction: Tensor  # [n]
-    survivors: Tensor  # [n] of which the first `survivor_count` are survivors
+    survivors: Tensor  # [n]; only the first `survivor_count` are survivors
     survivor_count: Tensor  # []
     losses: Tensor | None = None  # [n] or None without a target
-    #: Whether the user's code may hold the logits, as a head of theirs returned them.
+    #: Whether the user's code may hold the logits: the user's own head returned them.
     logits_are_shared: bool = True
 
 
 class _Samples:
-    """Which samples of the batch reach the current stage, and where they stand in its features."""
+    """The samples of the batch that reach the current stage, and their rows in its features."""
 
     def __init__(self, N: int, target: Tensor | None) -> None:
         self.n = N
@@ -52,7 +52,7 @@ class _Samples:
         self.target = None if target is None else target.contiguous()
 
     def narrow(self, survivors: Tensor) -> None:
-        """To the survivors [n], which are indices among those that were alive."""
+        """Keeps only the survivors [n], given as indices into the current samples."""
         self.n = survivors.shape[0]
         alive, y = self.alive, self.target
         self.alive = survivors if alive is None else alive.index_select(0, survivors)
@@ -63,9 +63,9 @@ class ELF(ELFBase):
     """A network with early exits, on fused kernels: same arguments, `state_dict` and results as
     `reference.ELF` (see there), faster.
 
-    At every exit one kernel does softmax, test and survivor indices (with `ExitHead`, pool and
-    classifier as well; in training, the loss of the long-tail family). Where samples are dropped,
-    survivors move into a dense batch, so that the later stages compute on them alone.
+    At every exit one kernel does softmax, test and survivor indices. Without a target it also does
+    pool and classifier of an `ExitHead`; in training, the loss of the long-tail family. If samples
+    are dropped, survivors move into a dense batch, so that the later stages compute on them alone.
 
     Example:
         >>> model = ELF([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)],
@@ -93,7 +93,7 @@ class ELF(ELFBase):
                 checks.target_range(samples.target, result.logits.shape[1])
             if e == 0:
                 dtype = result.logits.dtype
-            # If nobody leaves, a later exit overwrites every row, but backward needs this one.
+            # If no sample leaves, a later exit overwrites every row, but backward needs this one.
             if n < samples.n or torch.is_grad_enabled():
                 out = _written(out, samples.alive, result, e, dtype)
             if result.losses is not None:
@@ -117,7 +117,7 @@ class ELF(ELFBase):
         return out._replace(loss=None if loss is None else batch.mean(loss))
 
     def _tests(self) -> Iterator[_Test]:
-        """One per exit, made when it is reached. At the last one every sample stays."""
+        """One per exit, made when it is reached. The last exit's threshold keeps every sample."""
         criterion = self._active_criterion()
         thresholds, temperatures = self._active_thresholds(), self.temperatures
         for t, T in zip(thresholds.unbind(0), temperatures.unbind(0), strict=True):
@@ -126,14 +126,14 @@ class ELF(ELFBase):
         yield _Test(never, one, criterion, True)
 
     def _drop(self, x: Tensor, survivors: Tensor, samples: _Samples, reaching: int) -> Tensor:
-        """The features of the survivors, which are indices among the samples that stood in x."""
+        """The features of the survivors, given as indices into the samples of x."""
         present = samples.present
         keep = survivors if present is None else present.index_select(0, survivors)
         keep, samples.present = self._rows_to_keep(keep, x.shape[0], reaching)
         return call(ops.compact, (x,), (x, keep))
 
     def _exit(self, e: int, head: nn.Module, x: Tensor, samples: _Samples, test: _Test) -> _Exit:
-        """Logits, gate and losses at exit e, by as few kernels as there are for it."""
+        """Logits, gate and losses at exit e, with as few kernels as possible."""
         y = samples.target
         whole = y is None and samples.present is None and test.criterion.score is None
         if whole and isinstance(head, ExitHead) and _is_fusable(head):
@@ -203,7 +203,7 @@ def _fused_loss(z: Tensor, y: Tensor, family: dict[str, Any], test: _Test) -> _E
 
 
 def _unfused_gate(z: Tensor, target: Tensor | None, test: _Test) -> _Exit:
-    """For a criterion of the user's, which no kernel computes."""
+    """The gate for a user's own criterion, which no kernel computes."""
     checks.target_range(target, z.shape[1])
     with torch.no_grad():
         gate = reference.exit_gate(
@@ -220,14 +220,14 @@ def _unfused_gate(z: Tensor, target: Tensor | None, test: _Test) -> _Exit:
 def _written(
     out: ELFOutput | None, alive: Tensor | None, r: _Exit, e: int, dtype: torch.dtype
 ) -> ELFOutput:
-    """As in the reference, but in place where no gradient forbids it. dtype: of the logits."""
+    """As in the reference, but in place unless a gradient forbids it. dtype: of the logits."""
     confidence = r.confidence
     if torch.is_grad_enabled():
         confidence = confidence.detach()
     if confidence.dtype != torch.float32:
         confidence = confidence.float()
     if out is None or alive is None:
-        # Later exits write into the logits, which must not be the user's tensor.
+        # A copy, because later exits write into these logits, which may be the user's tensor.
         copy = r.logits_are_shared and not torch.is_grad_enabled()
         logits = r.logits.to(dtype, copy=copy)
         exit_index = torch.full_like(r.prediction, e)
@@ -245,7 +245,7 @@ def _written(
 
 
 def _is_fusable(head: nn.Module) -> bool:
-    """An ExitHead as it was made: without hooks, its classifier still linear."""
+    """Whether an ExitHead is unchanged: it has no hooks, and its classifier is still linear."""
     return (
         type(head) is ExitHead
         and type(head.classifier) is nn.Linear
@@ -264,8 +264,8 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _recast(model: nn.Module, source: type[nn.Module], to: type[nn.Module]) -> nn.Module:
-    """A model that shares every submodule, parameter and buffer with `model`. Modules of type
-    `source`, at any depth, become `to`."""
+    """A model that shares every submodule, parameter and buffer with `model`, except that modules
+    of type `source`, at any depth, become `to`."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected an nn.Module, got {checks.describe(model)}")
     if not any(type(module) is source for module in model.modules()):
@@ -301,5 +301,5 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def unfuse(model: nn.Module) -> nn.Module:
-    """The way back from `fuse`."""
+    """The reverse of `fuse`: every `ELF` becomes a `reference.ELF`."""
     return _recast(model, ELF, reference.ELF)

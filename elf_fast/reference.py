@@ -2,8 +2,8 @@
 
 ELF (Duggal et al., "ELF: An Early-Exiting Framework for Long-Tailed Classification",
 arXiv 2006.11979) adds a classifier after every stage of a network; a sample leaves at the first
-one that is sure of it, in training too, where it must also be right. Easy samples therefore stop
-adding to the loss early, and hard ones, whatever their class, weigh more.
+one that is sure of it. In training the prediction must also be right. Easy samples therefore stop
+adding to the loss early, and hard samples of any class weigh more.
 
 Everything here is written to be read. `elf_fast.functional` and `elf_fast.ELF` compute the same,
 faster, and are tested against this file.
@@ -151,7 +151,7 @@ def _entropy_slope(log_s: Tensor) -> Tensor:
     return -(s * (log_s + entropy)) / math.log(C) if C > 1 else torch.zeros_like(s)
 
 
-#: By name of a criterion: the statistic of p [N, C], and its gradient from log p.
+#: By a criterion's name: the statistic of p [N, C], and its gradient from log p.
 _STATISTICS = {"confidence": _confidence, "margin": _margin, "entropy": _entropy}
 _SLOPES = {"confidence": _confidence_slope, "margin": _margin_slope, "entropy": _entropy_slope}
 
@@ -257,7 +257,8 @@ def exit_loss(
         loss = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(dim=1)
     if gamma > 0:
         rest = -torch.expm1(-nll)  # 1 - p
-        # At p = 1 the slope of a power below 1 is infinite; its product with a zero loss is not.
+        # At p = 1 and gamma < 1 the slope of the power is infinite; its product with a loss of 0
+        # must be 0, not NaN.
         loss = rest.clamp_min(torch.finfo(rest.dtype).tiny) ** gamma * loss
     if weight is not None:
         loss = weight[target] * loss
@@ -283,7 +284,7 @@ class ELF(ELFBase):
             (logits [n, C]) -> score [n] whose larger scores are surer. It gets the logits divided
             by the temperature, and no fused kernel computes it.
         exit_loss: callable (logits [n, C], target [n]) -> losses [n], n >= 0, or a loss of
-            `elf_fast.losses`, of which the arguments are read, whatever its reduction; None:
+            `elf_fast.losses`, whose arguments are used and whose reduction is ignored; None:
             cross-entropy.
         exit_weights: a scalar or E values w_k >= 0.
         drop_exited: whether training drops samples that left from the later stages, as evaluation
@@ -291,11 +292,11 @@ class ELF(ELFBase):
             the two give the same gradients, but for random draws, and dropping is cheaper; with
             BatchNorm, keeping trained the more accurate networks (docs/accuracy.md). None: drop
             unless a later stage or head has a BatchNorm of torch's (or derived from it) that
-            normalises by the batch. Other layers with batch statistics ask for False.
+            normalises by the batch. If other layers use batch statistics, pass False.
 
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
-    never rounded to another dtype. What is assigned or loaded is checked and converted as here, so
-    `model.thresholds = 0.8` works; [E-1] and [E-1, C] load into each other's place.
+    never rounded to another dtype. Assigned and loaded values are checked and converted like
+    arguments, so `model.thresholds = 0.8` works. Values [E-1] also load into [E-1, C] and back.
 
     forward(x, target=None) -> ELFOutput. A sample leaves at the first exit whose test it passes;
     in training with a target its prediction there must be right, too. With a target,
@@ -322,7 +323,7 @@ class ELF(ELFBase):
         thresholds = [*self._active_thresholds(), criterion.off]
         temperatures = [*self.temperatures, 1.0]
         alive = torch.arange(N, device=x.device)  # [n] the samples that reach the current stage
-        present: Tensor | None = None  # [n] their rows in x, where x holds others, too
+        present: Tensor | None = None  # [n] their rows in x, if x holds other samples too
         out: ELFOutput | None = None
         loss: Tensor | None = None
         for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):

@@ -1,4 +1,4 @@
-"""Devices and backends: one place that knows what can be tested here."""
+"""Devices and backends that can be tested on this machine, and common fixtures."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ torch.backends.cudnn.allow_tf32 = False  # the tests' tolerances are those of fl
 if not torch.cuda.is_available() and backends._why_not("triton") is None:
     from elf_fast.kernels import row_state
 
-    row_state.TILE *= 16  # interpreted programs cost by their number: fewer and larger ones
+    row_state.TILE *= 16  # fewer, larger programs: the interpreter's time grows with their number
 
 
 def pytest_runtest_logfinish() -> None:
-    """After an invalid access or an assertion in a kernel every CUDA call of the process fails. No
-    test that has yet to run shall fail for it: pytest-xdist puts another worker in the place of one
-    that ends, and without it the run ends."""
+    """After an invalid access or an assertion in a kernel, every CUDA call of the process fails.
+    The process ends then, so that later tests do not fail for it. pytest-xdist starts another
+    worker; without it the run ends."""
     if not torch.cuda.is_initialized():
         return
     try:

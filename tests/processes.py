@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
-_context = multiprocessing.get_context("forkserver")  # which imports once, for all of them
+_context = multiprocessing.get_context("forkserver")  # imports modules only once
 _context.set_forkserver_preload(
     ["elf_fast.training.trainer", "timm.optim", "sklearn.datasets", "torchvision"]
 )
 
 
 def start(ranks: int, task: Callable, *arguments: Any) -> list[BaseProcess]:
-    """task(*arguments) in as many processes; several have the environment that torchrun gives."""
+    """Runs task(*arguments) in `ranks` processes; if several, with torchrun's environment."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -42,7 +42,7 @@ def _run(rank: int, ranks: int, port: int, task: Callable, arguments: tuple) -> 
 
 
 def kill(started: list[BaseProcess]) -> None:
-    """SIGKILL to all that still run."""
+    """Sends SIGKILL to the processes that still run."""
     for process in started:
         process.kill()
     for process in started:

@@ -29,7 +29,7 @@ DIGITS = TrainConfig(
     log_tensorboard=False,
 )
 
-#: Of a short run on the images of `coloured_images`.
+#: Flags of a short run on `coloured_images`.
 FLAGS = (
     "--model cifar_resnet8 --transforms small --img-size 16 --epochs 4 --batch-size 16 --lr 0.05 "
     "--warmup-epochs 0 --workers 0 --no-log-tensorboard --loss balanced_softmax "
@@ -59,13 +59,13 @@ def parsed(*given: str) -> TrainConfig:
 
 
 def printed(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """What a command prints that succeeds."""
+    """What a successful command prints."""
     assert cli.main([str(a) for a in arguments]) == 0
     return capsys.readouterr().out
 
 
 def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
-    """What a command says that the user can put right: one line on stderr, exit status 2."""
+    """The message of an error that the user can correct: one line on stderr, exit status 2."""
     assert cli.main([str(a) for a in arguments]) == 2
     captured = capsys.readouterr()
     assert captured.err.count("\n") == 1 and captured.err.startswith("elf-fast: ")

@@ -1,6 +1,6 @@
-"""torch's own SyncBatchNorm on CPU tensors: what it sends, in which order and of which dtype can be
-tested without a GPU. Only the operators that torch has on GPUs alone are ours, from their formulas
-(Ioffe and Szegedy, arXiv 1502.03167, Algorithm 1).
+"""torch's own SyncBatchNorm on CPU tensors: the values it sends, their
+order and their dtype can be tested without a GPU. Only the operators that torch has on GPUs alone
+are replaced here by their formulas (Ioffe and Szegedy, arXiv 1502.03167, Algorithm 1).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""docs/architecture.md and CONTRIBUTING.md name what is there."""
+"""Files that docs/architecture.md and CONTRIBUTING.md name exist."""
 
 from __future__ import annotations
 

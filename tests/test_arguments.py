@@ -1,4 +1,4 @@
-"""Numbers that a user gives, as the tensors that operators take."""
+"""A user's numbers become the tensors that operators take."""
 
 from __future__ import annotations
 

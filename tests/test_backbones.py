@@ -1,4 +1,4 @@
-"""Networks by name, and the exits that they get when nobody says."""
+"""Networks by name, and their default exits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Choosing what serves, and saying so."""
+"""Choosing the backend, and reporting it."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_unknown_isa_is_refused():
 @pytest.mark.skipif(not NATIVE, reason="built without native CPU kernels")
 @pytest.mark.parametrize("isa", ["portable", "avx2"])
 def test_narrower_instruction_sets_pass_the_same_tests(isa):
-    """The suite of test_ops.py on the code that lesser processors run."""
+    """test_ops.py on the code for processors with narrower instruction sets."""
     probe = run("import torch; from elf_fast import functional as F;"
                 "F.exit_gate(torch.randn(2, 3), 0.5)", ELF_FAST_ISA=isa)  # fmt: skip
     if "this processor does not have it" in probe.stderr:

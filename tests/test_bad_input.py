@@ -180,7 +180,7 @@ def test_wrong_call(number):
         call()
 
 
-def test_nothing_is_lost_by_a_refused_call():
+def test_a_refused_call_changes_nothing():
     """compact_ with bad survivors leaves the features as they were."""
     x = X.clone()
     with pytest.raises(ValueError):

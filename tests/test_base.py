@@ -84,7 +84,7 @@ def test_the_criterion_decides_what_is_off_and_in_range(cls):
     [
         (0.25, [0.25, 0.25]),
         (1, [1.0, 1.0]),
-        (torch.tensor(0.5), [0.5, 0.5]),  # of no dimension
+        (torch.tensor(0.5), [0.5, 0.5]),  # a tensor without dimensions
         ([0.5, math.inf], [0.5, math.inf]),
         (torch.tensor([0.5, 0.25], dtype=torch.float64), [0.5, 0.25]),
         ([[0.5] * 5, [0.25] * 5], [[0.5] * 5, [0.25] * 5]),

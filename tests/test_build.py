@@ -1,4 +1,4 @@
-"""The package as its users get it: built from the sdist alone, installed, run, and refused."""
+"""The package as users get it: built from the sdist alone, installed, run; errors of the build."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOT_SOURCE = shutil.ignore_patterns(
 #: The oldest torch that pyproject.toml asks for.
 OLDEST_TORCH = "2.11.0"
 
-#: Gates two rows, of which the second is undecided, and says what served them.
+#: Gates two rows, of which the second is unsure, and prints the kernels that ran.
 PROBE = """
 import json, torch, elf_fast, elf_fast.kernels
 gate = elf_fast.functional.exit_gate(torch.tensor([[9.0, 0.0], [1.0, 1.0]]), 0.9)
@@ -119,7 +119,7 @@ def installed(wheel, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def oldest_torch(tmp_path_factory) -> Path:
-    """Only torch itself: what it imports comes from the environment that runs the tests."""
+    """Only torch itself. Its dependencies come from the environment that runs the tests."""
     target = tmp_path_factory.mktemp("torch") / "packages"
     flags = ("-q", "--no-deps", "--only-binary", ":all:", "--target", target)
     got = pip("install", *flags, f"torch=={OLDEST_TORCH}", cwd=target.parent, check=False)

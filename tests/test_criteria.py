@@ -1,4 +1,4 @@
-"""The exit criteria: one table in Python, and the same in C++ and in Triton."""
+"""The exit criteria: the tables in Python, C++ and Triton agree."""
 
 from __future__ import annotations
 
@@ -65,18 +65,18 @@ def test_an_unknown_code_is_refused(name, code, rows, device):
         calls[name](code)
 
 
-# A criterion that stands in the table alone
+# A criterion that only the table has
 
 
 @pytest.fixture
 def newcomer(monkeypatch):
-    """A criterion that no reference and no kernel knows, with its own range and direction."""
+    """A criterion that stands only in the table: neither reference nor kernels have a formula."""
     made = criteria.Criterion("newcomer", code=9, larger_is_surer=False, low=-1.0, high=2.0)
     monkeypatch.setitem(criteria.TABLE, made.name, made)
     return made
 
 
-def test_whoever_computes_a_statistic_refuses_a_newcomer(newcomer, device):
+def test_operators_refuse_a_criterion_without_a_formula(newcomer, device):
     z, y = torch.randn(4, 3, device=device), torch.zeros(4, dtype=torch.int64, device=device)
     weight = torch.randn(3, 3, device=device)
     known = "criterion: expected one of (the codes 0, 1, 2, got 9|confidence, margin, entropy, whi)"
@@ -94,7 +94,7 @@ def test_whoever_computes_a_statistic_refuses_a_newcomer(newcomer, device):
 
 @pytest.mark.parametrize("cls", [reference.ELF, ELF], ids=["reference", "elf_fast"])
 @pytest.mark.parametrize("head", [ExitHead, nn.Linear])
-def test_networks_calibration_and_workloads_refuse_a_newcomer(newcomer, cls, head):
+def test_networks_calibration_and_workloads_refuse_it_too(newcomer, cls, head):
     heads = [head(6, 3), head(6, 3)]
     model = cls([nn.Identity()] * 2, heads, criterion="newcomer", thresholds=1.5)
     x, y = torch.randn(4, 6), torch.zeros(4, dtype=torch.int64)
@@ -108,7 +108,7 @@ def test_networks_calibration_and_workloads_refuse_a_newcomer(newcomer, cls, hea
             call()
 
 
-def test_whoever_needs_only_the_row_handles_a_newcomer(newcomer):
+def test_code_that_needs_only_the_row_accepts_it(newcomer):
     """Thresholds, sweeps, settings and flags."""
     with pytest.raises(ValueError, match=r"expected values in \[-1, 2\], or -inf to switch .* 3"):
         checks.threshold_values("threshold", 3.0, newcomer)

@@ -144,7 +144,7 @@ def test_gates_of_two_graphs_on_two_streams_do_not_disturb_each_other():
 @pytest.mark.parametrize("shape", [(90_001, 10), (20_003, 100), (5001, 1003)], ids=str)
 @pytest.mark.parametrize("name", ["cuda", "triton"])
 def test_more_rows_than_the_device_holds_at_once(name, shape, dtype):
-    """Every row is read, its flag seen by whoever places the survivors: in each of many runs."""
+    """Every row is read, and its flag reaches the block that places survivors, in many runs."""
     if (reason := backend._why_not(name)) is not None:
         pytest.skip(reason)
     N, C = shape
@@ -175,7 +175,7 @@ def test_no_operator_waits_for_the_device(call):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchronizing"):
-            int(x["count"])  # the mode is on
+            int(x["count"])  # synchronising raises: the mode is on
         call(x)
     finally:
         torch.cuda.set_sync_debug_mode("default")
@@ -206,7 +206,7 @@ def test_a_loss_alone_does_not_wait():
 
 
 def test_work_goes_to_the_current_stream(call):
-    """Its inputs arrive on that stream, long after the call has returned."""
+    """The inputs are written on that stream long after the call has returned."""
     expected = results(call(inputs(5)))
     x, late = inputs(4), inputs(5)
     call(x)

@@ -154,7 +154,7 @@ def test_augmentation_repeats_with_its_generator(digits):
 
 
 def test_augmentation_turns_scales_and_shifts_within_its_limits():
-    """Of two spots, one in the middle: their distance, direction and place in every image."""
+    """Measured by two spots: their distance, direction and place in every image."""
     images = torch.full((400, 1, 16, 16), -1.0)
     images[..., 6:10, 6:10] = 1.0
     images[..., 6:10, 12:15] = 1.0
@@ -478,7 +478,7 @@ def test_small_images_are_shifted_and_mirrored():
 
 
 def test_large_images_are_cut_and_mirrored():
-    """Red rises with the column, green with the row: they tell what part an image is of."""
+    """Red rises with the column, green with the row: so an image shows where it was cut."""
     y, x = np.mgrid[:40, :60]
     image = Image.fromarray(np.stack([4 * x, 4 * y, 0 * x], axis=2).astype(np.uint8))
     transforms = data.image_transforms(16, mean=[0.0] * 3, std=[4 / 255] * 3)
@@ -500,7 +500,7 @@ def test_large_images_are_cut_and_mirrored():
         assert whole[channel].mean().item() == pytest.approx(middle, abs=1.5)
 
 
-# Files that are no images
+# Files that are not images
 
 
 def spoil(path):

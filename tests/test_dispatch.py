@@ -85,7 +85,7 @@ CALLS = {
 
 
 def place(x, device):
-    """Tensors on the device, leaves where they were leaves."""
+    """Tensors moved to the device; leaves of autograd stay leaves."""
     if not isinstance(x, torch.Tensor):
         return x
     return x.detach().to(device).requires_grad_(x.requires_grad)
@@ -185,7 +185,7 @@ def test_gradcheck_compact(device):
     x = torch.randn(7, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
     survivors = SURVIVORS.to(device)
     assert torch.autograd.gradcheck(lambda x: functional.compact(x, survivors), (x,))
-    # Of a square, since compaction alone is linear.
+    # Of a square, because compaction alone is linear.
     assert torch.autograd.gradgradcheck(lambda x: functional.compact(x, survivors) ** 2, (x,))
 
 
@@ -221,7 +221,7 @@ def test_autocast_gradients_reach_float32_parameters(device):
 
 
 def test_in_place_compaction_is_seen_by_autograd():
-    """A tensor saved for backward must not change unnoticed."""
+    """Backward raises if a tensor saved for it was changed."""
     x = torch.randn(4, 3)
     w = torch.randn(4, 3, requires_grad=True)
     product = (w * x).sum()

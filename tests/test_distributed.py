@@ -1,7 +1,7 @@
 """ELF under DistributedDataParallel, against one process that has the whole batch.
 
-Ranks are processes in a gloo group. They make networks and data from seeds, take rows of the data
-and answer with arrays, in float64 unless a test says otherwise.
+Ranks are processes in a gloo group. They make networks and data from seeds, take their rows
+of the data and return arrays, in float64 unless a test says otherwise.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from elf_fast import ELF, ExitHead, losses, reference
 
 CLASSES, CHANNELS, SAMPLES = 4, 4, 48
 COLLECTIVE = timedelta(seconds=45)  # a rank that waits longer fails
-TASK = 120.0  # seconds, for what hangs elsewhere
+TASK = 120.0  # seconds for a task, in case it hangs outside of a collective
 
 
 class Ranks:
-    """Processes in one gloo group. The first R run a task together, in a group of their own."""
+    """Processes in one gloo group. The first R run a task together, in a subgroup of R."""
 
     MOST = 3
 
@@ -46,7 +46,7 @@ class Ranks:
             )
             for rank in range(self.MOST)
         ]
-        for executor in self.ranks:  # a process starts with its first task, and all of them join
+        for executor in self.ranks:  # its first task starts a process, and every process must join
             executor.submit(int)
 
     def run(self, task: Callable, *arguments: tuple) -> list:
@@ -65,7 +65,7 @@ class Ranks:
             rank.shutdown()
 
 
-_groups: dict[int, Any] = {}  # in a rank: by its size, None for the default one
+_groups: dict[int, Any] = {}  # in a rank: each group by its size; None: the default group
 _kernels = None
 
 
@@ -87,7 +87,7 @@ def _in_group(R: int, task: Callable, args: tuple) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """As the ranks have: a second one would only wait for a core."""
+    """One CPU thread, as the ranks have: a second one would only wait for a core."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -104,7 +104,7 @@ def ranks() -> Iterator[list[Ranks]]:
 
 @pytest.fixture
 def together(ranks, tmp_path) -> Callable:
-    """`Ranks.run`. Ranks that failed are not used again: who knows what they still wait for."""
+    """`Ranks.run`. Ranks that failed are not used again: they may still wait in a collective."""
 
     def run(task: Callable, *arguments: tuple) -> list:
         if not ranks:
@@ -118,11 +118,11 @@ def together(ranks, tmp_path) -> Callable:
     return run
 
 
-# What ranks and the single process both make
+# What the ranks and the single process have in common
 
 
 class Scaled(nn.Module):
-    """An exit loss of the user's with a parameter."""
+    """A user's exit loss that has a parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ def alone(case: Case, rows: list[int]) -> dict[str, Any]:
 
 
 def shares(case: Case, R: int) -> list[list[int]]:
-    """Rows for R ranks, unevenly; of rank 1, and no other, all samples leave at exit 0."""
+    """Rows for R ranks, in uneven shares. Only on rank 1 do all samples leave at exit 0."""
     rows = list(range(SAMPLES))
     exits = alone(case, rows)["exits"]
     assert {0, 1, 2} == set(exits)
@@ -218,7 +218,7 @@ def joined(rows: list[list[int]]) -> list[int]:
 
 
 def assert_equal(results: list[dict], expected: dict) -> None:
-    """Every rank has the gradients and buffers of the single process, their mean loss is its."""
+    """Every rank has the gradients and buffers of the single process, whose loss is their mean."""
     assert sum(r["loss"] for r in results) / len(results) == pytest.approx(expected["loss"])
     for result in results:
         for part in ("gradients", "buffers"):
@@ -259,7 +259,7 @@ def test_a_rank_without_samples_takes_part(together, drop_exited, norm):
 
 @functools.lru_cache
 def rows_of_which_go_on(norm: str, survivors: int) -> list[int]:
-    """Rows of which, in one batch, so many do not leave at exit 0; the first does."""
+    """Rows of one batch of which `survivors` do not leave at exit 0. The first row leaves."""
     rows = list(range(SAMPLES))
     while True:
         exits = alone(Case(norm=norm), rows)["exits"]
@@ -273,21 +273,21 @@ def rows_of_which_go_on(norm: str, survivors: int) -> list[int]:
 @BOTH
 @NORM
 @DROP
-def test_where_nobody_goes_on_norms_stand_still(together, drop_exited, norm, cls):
+def test_without_survivors_running_statistics_do_not_change(together, drop_exited, norm, cls):
     case = Case(cls, drop_exited, norm=norm)
     rows = rows_of_which_go_on(case.norm, 0)
     assert_equal(together(step, (case, rows[:3]), (case, rows[3:])), alone(case, rows))
 
 
 @BOTH
-def test_a_lone_survivor_of_all_ranks_takes_one_along(together, cls):
+def test_a_lone_survivor_of_all_ranks_gets_one_exited_sample(together, cls):
     case = Case(cls, norm="sync")
     rows = rows_of_which_go_on(case.norm, 1)
     assert_equal(together(step, (case, rows[:8]), (case, rows[8:])), alone(case, rows))
 
 
 @BOTH
-def test_lone_survivors_of_several_ranks_take_nobody_along(together, cls):
+def test_lone_survivors_of_several_ranks_get_no_exited_sample(together, cls):
     case = Case(cls, norm="sync")
     rows = rows_of_which_go_on(case.norm, 2)
     exits = alone(case, rows)["exits"]
@@ -330,7 +330,7 @@ def test_a_rank_reports_its_part_of_the_loss_times_the_ranks(together):
 
 
 def train(model: nn.Module, sync: Callable[[], Any], batches: list[list[int]]) -> None:
-    """SGD over the batches, two to a step; `sync` says how the first of two is run."""
+    """SGD over the batches, two to a step; the first of two runs inside `sync()`."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=0.01)
     for first, second in zip(batches[::2], batches[1::2], strict=True):
         with sync():
@@ -374,7 +374,7 @@ def test_training_with_accumulated_gradients_ends_with_the_same_weights(
 
 
 def step_by_logits(group: Any, case: Case, rows: list[int]) -> dict[str, Any]:
-    """A loss of the user's, on the outputs, without or beside the one with a target."""
+    """Backpropagates a user's loss of the logits, in passes with and without a target."""
     parallel = case.shared(group)
     x, y = samples(rows)
     for target in (y, None):
@@ -391,11 +391,11 @@ def test_every_parameter_takes_part_whatever_is_backpropagated(together):
         assert gradient.any() == name.startswith(("stages.0", "heads.0"))
 
 
-# What makes no collective
+# What runs no collective
 
 
 def uneven(group: Any, extra: int, case: Case, rows: list[int]) -> dict[str, Any]:
-    """A step, after `extra` rounds of other work."""
+    """A step, after `extra` rounds of work that other ranks do not do."""
     parallel = case.shared(group, broadcast_buffers=False)
     x, y = samples(rows)
     own = dataclasses.replace(case, norm="").model()
@@ -410,18 +410,18 @@ def uneven(group: Any, extra: int, case: Case, rows: list[int]) -> dict[str, Any
 
 
 @NORM
-def test_evaluation_and_training_outside_of_ddp_ask_nobody(together, norm):
+def test_evaluation_and_training_outside_of_ddp_run_no_collective(together, norm):
     case = Case(norm=norm)
     rows = shares(case, 2)
     results = together(uneven, (3, case, rows[0]), (0, case, rows[1]))
     assert_equal(results, alone(case, joined(rows)))
 
 
-# Beside other versions and features of torch
+# With other versions and features of torch
 
 
 def passes_without_the_name(group: Any) -> list[str]:
-    """What is said to training inside of DDP, training alone and evaluation."""
+    """Error messages, or "", of training inside of DDP, training outside of it, and evaluation."""
     parallel, said = Case().shared(group), []
     with mock.patch("elf_fast.ranks._running_ddp", None):
         for model, training in ((parallel, True), (Case().model(), True), (parallel.module, False)):
@@ -468,7 +468,7 @@ def autocast_step(group: Any, case: Case, rows: list[int]) -> dict[str, Any]:
 
 
 def test_synchronised_norms_under_autocast(together):
-    """Ranks with and without survivors send each other numbers of one dtype."""
+    """Ranks with and without survivors send values of the same dtype."""
     case = Case(norm="sync")
     rows = shares(case, 2)
     single = dataclasses.replace(case, dtype=torch.float32)

@@ -1,4 +1,4 @@
-"""What README.md and docs/ name exists, and their examples run."""
+"""Files and options named in README.md and docs/ exist, and the examples run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from elf_fast.runs import networks
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
-#: Options on docs/training.md of other commands.
+#: Options of other commands that docs/training.md names.
 OTHERS = {"--nproc-per-node"}
 
 

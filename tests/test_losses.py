@@ -108,7 +108,7 @@ def test_weights_run_from_even_to_inverse_counts():
 
 
 @pytest.mark.parametrize("T", [0.9, 0.5])
-def test_who_leaves_is_sure_by_the_logits_that_the_loss_sees(T):
+def test_samples_leave_by_the_logits_that_the_loss_reads(T):
     loss = losses.DeferredReweighting(losses.LDAMLoss(COUNTS), COUNTS, start_epoch=1)
     z = torch.randn(8000, 4, generator=torch.Generator().manual_seed(0)) / 4
     y = z.argmax(1)
@@ -118,7 +118,7 @@ def test_who_leaves_is_sure_by_the_logits_that_the_loss_sees(T):
     leaves = torch.ones(len(z), dtype=torch.bool)
     gate = functional.exit_gate(z, t, temperature=1 / loss.scale, target=y)
     leaves[gate.survivors] = False
-    # The largest margin, 15, asks for 1 - 3e-8 or 1 - 3e-7, which float32 holds to 6e-8.
+    # The largest margin, 15, gives thresholds of 1 - 3e-8 or 1 - 3e-7; float32 rounds by 6e-8.
     rest = 1 - (loss.scale * z.double()).softmax(1).amax(1)
     clear = (rest < 2e-8) | ((rest - 1 + t[y].double()).abs() > 1e-7)
     assert torch.equal(leaves[clear], expected[clear]) and clear.double().mean() > 0.95

@@ -71,7 +71,7 @@ def test_against_numbers_worked_out_by_hand():
     assert m["ece"] == pytest.approx(4 / 6 - 0.5)
 
 
-def test_what_nobody_counts_for_is_none():
+def test_metrics_without_samples_are_none():
     m = computed(output([0], [1]), [0], [30, 30, 500])
     assert m["exit_accuracy"] == [None, 1.0, None]
     assert m["exit_shares_by_class"] == [[0, 1, 0], None, None]

@@ -55,7 +55,7 @@ class Case:
     size: int = 32
 
     def make(self) -> tuple[nn.Module, Tensor]:
-        """In float64, so that the sums' order in smaller batches decides nothing."""
+        """In float64, so that the order of sums in smaller batches changes no result."""
         torch.manual_seed(0)
         return self.build().double(), torch.randn(6, 3, self.size, self.size).double()
 
@@ -118,7 +118,7 @@ def case(request):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """Operators on batches this small spend longer on waiting for a second thread."""
+    """One CPU thread: on small batches, waiting for a second one takes longer."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -175,8 +175,8 @@ def test_gradients_are_the_backbones(case):
 
 
 def standardise(head: ExitHead, features: Tensor) -> None:
-    """An untrained network tells samples apart by little; give the logits mean 0 and deviation 1
-    over them."""
+    """Gives the logits mean 0 and standard deviation 1 over the samples. In an untrained network
+    they hardly differ."""
     z = head(features)
     head.classifier.weight /= z.std(dim=0)[:, None]
     head.classifier.bias.sub_(z.mean(dim=0)).div_(z.std(dim=0))
@@ -221,7 +221,7 @@ def test_training_step(case, drop_exited):
     thresholds = [0.9] + [NEVER] * (len(case.exits) - 1)
     model = cut(net, x, case.exits, thresholds=thresholds, drop_exited=drop_exited).train()
     with torch.no_grad():
-        model.heads[0].classifier.bias[0] = 1e4  # whatever comes, exit 0 is sure of class 0
+        model.heads[0].classifier.bias[0] = 1e4  # exit 0 is sure of class 0 for any input
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
     out = model(x, torch.tensor([1, 0, 2, 0, 3, 1]))
     last = len(case.exits)

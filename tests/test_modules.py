@@ -1,4 +1,4 @@
-"""`ELF`: what the specification says, and that the fused module is a drop-in for the reference."""
+"""`ELF` follows the specification, and the fused module is a drop-in for the reference."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Constant(nn.Module):
 
 
 class ScaledNorm(nn.Module):
-    """A criterion with a parameter of its own."""
+    """A criterion that has a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -149,7 +149,7 @@ def test_under_a_criterion_of_the_users_nan_goes_on(cls):
 
 @BOTH
 @pytest.mark.parametrize("threshold", [0.9, math.inf])
-def test_the_first_head_gives_the_dtype_whoever_leaves_there(cls, threshold):
+def test_the_first_head_gives_the_dtype_whichever_samples_leave(cls, threshold):
     model = lookup(cls, [[SURE, UNSURE, UNSURE], [SURE] * 3], thresholds=threshold).eval()
     model.heads[0].to(torch.bfloat16)
     with torch.no_grad():
@@ -202,7 +202,7 @@ def test_empty_batch(cls, training, criterion):
 def test_everyone_leaving_ends_the_forward_pass(cls):
     class Unreachable(nn.Module):
         def forward(self, x):
-            raise AssertionError("a stage ran for nobody")
+            raise AssertionError("a stage ran without samples")
 
     model = cls([nn.Identity(), Unreachable()], [Constant([SURE] * 3)] * 2, thresholds=0.5).eval()
     assert model(SAMPLES).exit_index.tolist() == [0, 0, 0, 0]
@@ -222,8 +222,8 @@ def test_everyone_leaving_ends_the_forward_pass(cls):
     ],
 )
 @pytest.mark.parametrize("place", ["stage 0", "stage 2", "head 1"])
-def test_who_is_dropped_in_training(cls, norm, drop_exited, in_training, place):
-    """By default nobody, where a stage or head that not all may reach normalises by the batch."""
+def test_which_samples_are_dropped_in_training(cls, norm, drop_exited, in_training, place):
+    """By default none, if a stage or head behind an early exit normalises by the batch."""
     sizes = []
 
     class Spy(nn.Module):
@@ -248,7 +248,7 @@ def test_who_is_dropped_in_training(cls, norm, drop_exited, in_training, place):
 
 @BOTH
 def test_a_lone_survivor_passes_batch_norm(cls):
-    """One sample of one pixel has no batch statistics: an exited one rides along, without a say."""
+    """One sample of one pixel has no batch statistics: one exited sample is added with weight 0."""
     seen = []
 
     class Norm(nn.BatchNorm1d):
@@ -279,7 +279,7 @@ def test_a_lone_survivor_passes_batch_norm(cls):
                 expected += reference.exit_loss(head(normed[None]), y[:1]).loss.sum()
         assert out.loss.item() == pytest.approx(expected.item() / 3, rel=1e-5)
         elf.eval()(x)
-        assert seen.pop() == [float(survivor)]  # in evaluation nobody rides along
+        assert seen.pop() == [float(survivor)]  # in evaluation no sample is added
 
 
 def test_dropping_and_keeping_agree_without_batch_statistics():
@@ -315,7 +315,7 @@ EXIT_LOSSES = {
 
 
 def away_from_ties(model, x) -> torch.Tensor:
-    """Samples whose statistic is nowhere within 1e-4 of its threshold, judged in float64."""
+    """Samples whose statistic is at no exit within 1e-4 of the threshold, in float64."""
     exact = copy.deepcopy(model).double()
     clear = torch.ones(len(x), dtype=torch.bool, device=x.device)
     z, thresholds = x.double(), exact._active_thresholds()
@@ -390,12 +390,12 @@ def test_drop_in_on_every_backend(device, exit_loss, head, drop_exited, training
     x, y = torch.randn(33, 3, 6, 6), torch.randint(0, 7, (33,))
     assert bool(away_from_ties(model, x.to(device)).all())
     shares = assert_drop_in(model, x.to(device), y.to(device)).bincount(minlength=3)
-    assert bool((shares > 0).all()), "a test of exits that nobody takes"
+    assert bool((shares > 0).all()), "an exit that no sample takes is not tested"
 
 
 def assert_drop_in(model: reference.ELF, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    """The fused twin of `model` agrees with it on samples that are not too near a threshold to
-    tell. Returns the exit indices."""
+    """The fused `model` agrees with it on samples whose statistic is not too close to a threshold.
+    Returns the exit indices."""
     fused = elf_fast.fuse(copy.deepcopy(model))
     tolerance = (
         {"rtol": 1e-4, "atol": 1e-5} if x.dtype == torch.float32 else {"rtol": 1e-6, "atol": 1e-8}
@@ -469,7 +469,7 @@ def test_fuse_and_unfuse_round_trip_and_share():
 
 
 def test_hooks_and_replaced_classifiers_still_run():
-    """The fused head must not bypass what a user hung on to it."""
+    """The fused head must not bypass hooks and modules that a user added to it."""
     model = cnn(ELF, thresholds=[0.9, 0.28]).eval()
     seen = []
     model.heads[0].register_forward_hook(lambda *_: seen.append("head"))
@@ -542,7 +542,7 @@ def test_thresholds_of_any_dtype_may_be_put_in_place(cls, dtype):
 
 
 def test_the_whole_network_compiles():
-    """In evaluation with a graph for the gradient, too, where nobody asked for one."""
+    """Also in evaluation with gradients enabled, where no result is backpropagated."""
     torch.compiler.reset()
     model = cnn(ELF, exits=2, norm=False, head=generic_head, thresholds=0.9).eval()
     x = torch.randn(20, 3, 6, 6)
@@ -559,7 +559,7 @@ def test_the_whole_network_compiles():
 
 @pytest.mark.parametrize("keeper", [0, 1])
 def test_a_tensor_that_a_head_keeps_is_not_written_into(keeper):
-    """Whether its exit is the first or the first that anybody leaves at."""
+    """At the first exit, and at the first exit where a sample leaves."""
 
     class Keeps(nn.Module):
         def __init__(self):

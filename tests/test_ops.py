@@ -203,7 +203,7 @@ REFUSE_AT_ONCE = ("torch", "cpu", "emulated cuda")
 
 
 def test_exit_loss_of_a_target_out_of_range_is_refused_or_nan_by_backend(device, request):
-    """Triton gives NaN where nobody asks who leaves: to refuse it is to wait for the GPU."""
+    """Without a gate Triton gives NaN, because raising would need a wait for the GPU."""
     logits = torch.randn(3, 4, device=device)
     target = torch.tensor([0, 7, 1], device=device)
     if request.node.callspec.params["device"][0] in REFUSE_AT_ONCE:
@@ -329,7 +329,7 @@ def test_compact_in_place_moves_only_what_must(shape, channels_last, kept, devic
 
 
 def test_compact_of_samples_without_elements(device):
-    """There is nothing to move, and still an order to tell."""
+    """Nothing is moved, and the order is still returned."""
     x, survivors = torch.empty(4, 0, 3, device=device), torch.tensor([1, 3], device=device)
     assert functional.compact(x, survivors).shape == (2, 0, 3)
     assert sorted(functional.compact_(x, survivors).tolist()) == [1, 3]
@@ -337,7 +337,7 @@ def test_compact_of_samples_without_elements(device):
 
 @pytest.mark.parametrize("n", [65_535, 65_536, 200_003])
 def test_compact_of_long_samples(n, device):
-    """On the CPU threads take pieces of 64 KB of them."""
+    """On the CPU, threads share the samples in pieces of 64 KB."""
     before = torch.randint(0, 256, (7, n), dtype=torch.uint8, device=device)
     survivors = torch.tensor([0, 3, 4, 6], device=device)
     assert torch.equal(functional.compact(before, survivors), before[survivors])
@@ -349,7 +349,7 @@ def test_compact_of_long_samples(n, device):
 @pytest.mark.parametrize("n", [0, 1, 5, 8])
 @pytest.mark.parametrize("shape, channels_last", FEATURES, ids=str)
 def test_count_on_the_device(shape, channels_last, n, device):
-    """Only the first `count` survivors are meant, whatever the rest hold; other rows stay."""
+    """Only the first `count` survivors count, whatever the others are; other rows do not change."""
     x = features(shape, channels_last, torch.float32).to(device)
     N = len(x)
     meant = sorted(torch.randperm(N, generator=torch.Generator().manual_seed(n))[:n].tolist())
@@ -411,8 +411,8 @@ def test_same_input_same_bits(device):
 @pytest.mark.parametrize("function", [functional.exit_gate, functional.exit_loss])
 @pytest.mark.parametrize("C", [5, 1000])
 @pytest.mark.parametrize("y", [-1, "C"])
-def test_target_out_of_range_is_heard_of(function, C, y, device):
-    """One of 2000, so that it is not in the block that writes the count."""
+def test_target_out_of_range_is_reported(function, C, y, device):
+    """One of 2000 targets, so that it is not in the block that writes the count."""
     target = torch.zeros(2000, dtype=torch.int64, device=device)
     target[1234] = C if y == "C" else y
     logits = torch.randn(2000, C, device=device)

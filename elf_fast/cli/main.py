@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
         cure = '"elf_fast[train]"' if name in _EXTRA else name
         return _fail(f"{name} is not installed: pip install {cure}")
     except BrokenPipeError:
-        # The reader of stdout (`| head`) has ended; without this, Python's flush at exit fails.
+        # The reader of stdout (`| head`) has ended. Without this, the flush at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:

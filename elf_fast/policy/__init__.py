@@ -1,4 +1,4 @@
-"""How the exits' thresholds are chosen from validation data.
+"""Chooses the exits' thresholds on validation data.
 
-`exit_table` keeps what every exit says of every sample, `calibrate` chooses on such a table.
+`exit_table` stores the result of every exit for every sample; `calibrate` chooses from that table.
 """

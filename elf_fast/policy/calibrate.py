@@ -1,10 +1,10 @@
 """Choosing the thresholds of the exits on validation data.
 
-One number is swept, and all thresholds move together. The rule: the one that is most accurate on
-validation, and the cheapest of equally accurate ones; where FLOPs are limited, among those within
-the limit. Another rule, the cheapest that is as accurate as never leaving early, was a point less
-accurate on test when a few validation images chose among eighty thresholds (docs/accuracy.md). Test
-data plays no part.
+A sweep moves all thresholds together with one number. The rule takes the number that is most
+accurate on validation, and the cheapest of equally accurate ones. If FLOPs are limited, it takes
+only numbers within the limit. Another rule took the cheapest number that is as accurate as no early
+exit. With few validation images and eighty thresholds to choose from, its test accuracy was a point
+lower (docs/accuracy.md). Test data is not used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ..criteria import Criterion, find
 from ..flops import Flops
 from .exit_table import ExitTable
 
-#: How near to the ends of the range a threshold may count as lying, for its distance to others.
+#: For distances between log-odds, thresholds count as at least this far from the range's ends.
 _EDGE = 1e-6
 
 
@@ -36,8 +36,8 @@ def moved_to(value: float, thresholds: Tensor, criterion: Criterion) -> Tensor:
 
     Equal thresholds all become `value`. Unequal ones keep their distances, with `value` as their
     centre: distances between log-odds for a criterion with bounds, log((t - low) / (high - t)), and
-    plain differences for one without. One that is off stays off, unless all are. The two ends of
-    the sweep, everybody leaves and nobody leaves, hold for all.
+    plain differences for one without. A threshold that is off stays off, unless all are.
+    At the two ends of the sweep, where all samples or none leave, all thresholds become `value`.
     """
     on = thresholds.isfinite()
     known = thresholds[on].double()
@@ -64,9 +64,9 @@ def sweep(
     """Accuracy and FLOPs at each value to which the thresholds are moved.
 
     Args:
-        values: None: those of `Criterion.candidates`, from bold to cautious.
-        thresholds: [E-1] or [E-1, C], such as the model's, whose differences stay: see `moved_to`.
-            None: equal ones.
+        values: from the least to the most cautious; None: those of `Criterion.candidates`.
+        thresholds: [E-1] or [E-1, C], usually the model's, whose distances stay: see `moved_to`.
+            None: all thresholds are equal.
     """
     E = len(table.statistic)
     if thresholds is None:
@@ -84,9 +84,9 @@ def sweep(
 
 
 def choose(points: Sequence[OperatingPoint], max_flops: float = math.inf) -> OperatingPoint:
-    """The most accurate point of at most `max_flops` per sample. Of equally accurate ones the one
-    with the fewest FLOPs, then the last: `sweep` goes from bold to cautious. A limit below the
-    first exit's FLOPs counts as these."""
+    """The most accurate point of at most `max_flops` per sample. Of equally accurate points: the
+    one with the fewest FLOPs, and then the last, the most cautious one of a `sweep`. A limit below
+    the first exit's FLOPs is raised to them."""
     limit = max(max_flops, min(p.flops for p in points))
     affordable = (p for p in reversed(points) if p.flops <= limit)
     return max(affordable, key=lambda p: (p.accuracy, -p.flops))

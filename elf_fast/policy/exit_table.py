@@ -1,4 +1,4 @@
-"""What every exit says of every sample, so that a sweep over thresholds runs the network once."""
+"""The results of every exit for every sample: a sweep over thresholds runs the network once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..reference import statistic
 
 
 class ExitTable(NamedTuple):
-    """The answers of E exits for N samples."""
+    """The results of E exits for N samples."""
 
     statistic: Tensor  # [E, N] what the exit test reads
     prediction: Tensor  # [E, N] int64
@@ -38,7 +38,7 @@ class ExitTable(NamedTuple):
 
     @staticmethod
     def joined(tables: Sequence[ExitTable]) -> ExitTable:
-        """One table of the samples of all."""
+        """One table with the samples of all tables."""
         return ExitTable(
             torch.cat([table.statistic for table in tables], 1),
             torch.cat([table.prediction for table in tables], 1),
@@ -49,8 +49,8 @@ class ExitTable(NamedTuple):
 
 @torch.inference_mode()
 def exit_table(model: ELFBase, batches: Iterable[tuple[Tensor, Tensor]]) -> ExitTable:
-    """Every exit's answers for batches of images [n, ...] and targets [n]. Without batches, as a
-    process may be left, the table has N = 0."""
+    """Every exit's results for batches of images [n, ...] and targets [n]. Without batches (a
+    process may have none) the table has N = 0."""
     device = model.thresholds.device
     criterion = find(model.criterion)
     temperatures = [*model.temperatures, torch.tensor(1.0)]

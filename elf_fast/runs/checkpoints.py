@@ -1,4 +1,4 @@
-"""Checkpoints of a run: folders with all that it needs to resume, written completely or not at all.
+"""Checkpoints of a run: folders with all it needs to resume, written completely or not at all.
 
 step-00001200/
     model.safetensors   weights, thresholds and temperatures; settings and class counts
@@ -51,7 +51,7 @@ def save(
     """Writes folder/step-<step> and removes all but the newest `KEPT`.
 
     Args:
-        state: what `torch.load(weights_only=True)` reads back: tensors, numbers, lists, dicts.
+        state: tensors, numbers, lists and dicts, which `torch.load(weights_only=True)` can read.
         metadata: anything that JSON can hold.
     """
     path = folder / f"step-{step:08}"
@@ -115,8 +115,8 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
 
 
 def set_aside(folder: Path, good: Checkpoint | None) -> None:
-    """Renames checkpoints newer than `good` (None: all) to *.damaged, and removes incomplete ones
-    of a run that was killed while it wrote them."""
+    """Renames checkpoints newer than `good` (None: all) to *.damaged, and removes incomplete ones,
+    which a run leaves if it is killed while writing."""
     for path in _paths(folder):
         if good is not None and path == good.path:
             break

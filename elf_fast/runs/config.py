@@ -1,8 +1,8 @@
 """The settings of a training run: one table for the command line, YAML files and code.
 
 A field of `TrainConfig` is a flag (`batch_size` is `--batch-size`) and a key of the YAML file. Its
-annotation says what values it takes, its `_option` the help text and its place in `--help`.
-`TrainConfig` converts and checks every value where it is made, so all three ways in agree.
+annotation says what values it takes, its `_option` the help text and its group in `--help`. Only
+`TrainConfig` converts and checks values, so all three ways give the same result.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Thresholds = float | tuple[float, ...]
 
 
 def _option(default: Any, group: str, help: str, **metadata: Any) -> Any:
-    """A setting. metadata: its metavar in the help, its limits (lowest,) or (lowest, highest), the
-    names it takes (choices), the value that the bare flag stands for (const)."""
+    """A setting. metadata: metavar in the help; limits (lowest,) or (lowest, highest); choices,
+    the names it takes; const, its value if the flag is given without one."""
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What a run does. Equal settings give equal weights, on one kind of machine.
+    """The settings of a run. On one kind of machine, equal settings give equal weights.
 
     Raises:
         ValueError, TypeError: naming the setting, what was expected and what came.
@@ -60,7 +60,7 @@ class TrainConfig:
     data_seed: int = _option(
         0,
         "data",
-        "of the choice of images for the tail and for validation; published CIFAR-LT: 0",
+        "seed that chooses images for the tail and for validation; published CIFAR-LT: 0",
         limits=(0,),
     )
     img_size: int | None = _option(
@@ -75,7 +75,7 @@ class TrainConfig:
     )  # fmt: skip
     skip_errors: bool = _option(False, "data", "leave out images that cannot be read")
 
-    model: str = _option("resnet50", "model", "of timm or torchvision, or cifar_resnet32")
+    model: str = _option("resnet50", "model", "network of timm or torchvision, or cifar_resnet32")
     model_kwargs: dict[str, Any] = dataclasses.field(
         default_factory=dict,
         metadata={"group": "model", "help": "options of the network, such as drop_path_rate=0.1"},
@@ -94,14 +94,14 @@ class TrainConfig:
         choices=criteria.TABLE,  # in Python also a callable: see `criteria.find`
     )
     thresholds: tuple[Thresholds, ...] = _option(
-        (0.9,), "exits", "of the exit test at inference: one, one per exit, or for each exit one "
+        (0.9,), "exits", "for the exit test at inference: one, one per exit, or for each exit one "
         "per class as 0.9,0.8,...; calibration moves them together",
     )  # fmt: skip
     train_thresholds: tuple[Thresholds, ...] | None = _option(
-        None, "exits", "the same in training; equal to --thresholds if not given"
+        None, "exits", "thresholds in training; equal to --thresholds if not given"
     )
     exit_weights: tuple[float, ...] = _option(
-        (1.0,), "exits", "of the losses: one, or one per exit with the last"
+        (1.0,), "exits", "weights of the exits' losses: one, or one per exit, the last included"
     )
     drop_exited: bool | None = _option(
         None, "exits", "in training, drop samples that left from the later stages, or keep them "
@@ -118,7 +118,7 @@ class TrainConfig:
 
     loss: Literal[
         "cross_entropy", "focal", "class_balanced", "ldam", "balanced_softmax", "logit_adjusted"
-    ] = _option("cross_entropy", "loss and sampling", "at every exit; ldam brings its classifier")
+    ] = _option("cross_entropy", "loss and sampling", "at every exit; ldam uses its own classifier")
     label_smoothing: float = _option(0.0, "loss and sampling", "in [0, 1]")
     gamma: float = _option(2.0, "loss and sampling", "of focal")
     beta: float = _option(0.9999, "loss and sampling", "of class_balanced and --drw-epoch")
@@ -143,11 +143,11 @@ class TrainConfig:
     lr: float = _option(0.1, "optimisation", "learning rate after the warm-up", limits=(0.0,))
     momentum: float = _option(0.9, "optimisation", "of sgd", limits=(0.0, 1.0))
     weight_decay: float = _option(
-        2e-4, "optimisation", "not on biases and normalisation", limits=(0.0,)
+        2e-4, "optimisation", "not applied to biases and normalisation layers", limits=(0.0,)
     )
     sched: Literal["cosine", "step"] = _option("cosine", "optimisation", "of the learning rate")
     warmup_epochs: float = _option(
-        5.0, "optimisation", "in which the learning rate rises", limits=(0.0,)
+        5.0, "optimisation", "epochs in which the learning rate rises", limits=(0.0,)
     )
     min_lr: float = _option(0.0, "optimisation", "where cosine ends", limits=(0.0,))
     decay_milestones: tuple[int, ...] = _option(
@@ -161,7 +161,7 @@ class TrainConfig:
         False, "optimisation", "average the weights over steps; the average is the result"
     )
     model_ema_decay: float = _option(
-        0.9998, "optimisation", "of the average, per step", limits=(0.0, 1.0)
+        0.9998, "optimisation", "decay of the average, per step", limits=(0.0, 1.0)
     )
 
     device: str | None = _option(None, "speed", "cuda if there is one, else cpu")
@@ -180,7 +180,7 @@ class TrainConfig:
     output: str = _option(
         "run", "run", "folder for checkpoints, weights and results", metavar="FOLDER"
     )
-    seed: int = _option(0, "run", "of weights, order and augmentation", limits=(0,))
+    seed: int = _option(0, "run", "seed of weights, order and augmentation", limits=(0,))
     val_interval: int = _option(1, "run", "epochs from one validation to the next", limits=(1,))
     checkpoint_epochs: int = _option(
         1, "run", "epochs from one checkpoint to the next", limits=(1,)
@@ -267,5 +267,5 @@ def _check_compiler(backend: str) -> None:
 
 #: The annotation of every setting.
 HINTS = get_type_hints(TrainConfig)
-#: Data sets whose parts a run may cut itself.
+#: Data sets that the settings may make long-tailed and split.
 _SUBSETTABLE = ("folder", "digits", "cifar10", "cifar100")

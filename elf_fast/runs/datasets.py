@@ -1,4 +1,4 @@
-"""From the settings of a run to its images."""
+"""Makes the images of a run from its settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def load_splits(config: TrainConfig) -> data.Splits:
     """The data set of a run.
 
     Raises:
-        data.DataError: it is not there, or not as it should be.
+        data.DataError: it is missing, incomplete or malformed.
         ValueError: a setting that does not fit the data set.
     """
     tail: dict[str, Any] = {
@@ -69,7 +69,7 @@ def _transforms(config: TrainConfig) -> data.Transforms:
 
 
 class _DigitImages(Dataset[tuple[Tensor, int]]):
-    """Digits with three equal channels, for networks made for colour."""
+    """Digits with three equal channels, for networks that expect colour images."""
 
     def __init__(self, digits: Digits, *, augmented: bool) -> None:
         self.digits, self.augmented = digits, augmented

@@ -19,7 +19,7 @@ from .config import TrainConfig
 def evaluation_loader(
     config: TrainConfig, part: LabelledImages, device: torch.device
 ) -> ImageLoader:
-    """Batches of every sample once, shared out over the processes."""
+    """Batches that hold every sample once, divided among the processes."""
     return ImageLoader(
         part,
         config.batch_size,

@@ -1,4 +1,4 @@
-"""Checkpoints: weights and what is needed to rebuild the network, in one safetensors file."""
+"""Weights and the metadata to rebuild the network, in one safetensors file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None
     """
     from safetensors.torch import save as to_bytes
 
-    # Copies, because safetensors refuses tensors that share memory, as those of two stages may.
+    # Copies, because safetensors refuses tensors that share memory, and two stages may share some.
     state = {
         name: value.detach().to("cpu", memory_format=torch.contiguous_format, copy=True)
         for name, value in state.items()
@@ -66,7 +66,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(state, metadata) as they were saved.
+    """Returns (state, metadata) as they were saved.
 
     Raises:
         CheckpointError: the file is missing, cut short, changed or not a checkpoint of elf_fast.
@@ -118,7 +118,7 @@ def _replace(target: Path, source: Path) -> None:
 
 
 def _digest(state: dict[str, Tensor], described: str) -> str:
-    """SHA-256 of the contents. It detects damage, not an attacker, who could write a new one."""
+    """SHA-256 of the contents. It detects damage, but no attack: an attacker can recompute it."""
     digest = hashlib.sha256(described.encode())
     for name in sorted(state):
         value = state[name]

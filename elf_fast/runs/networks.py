@@ -1,4 +1,4 @@
-"""From the settings of a run to its loss and its network."""
+"""Makes the loss and the network of a run from its settings."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..modules import ELF
 from .config import TrainConfig
 from .datasets import image_size
 
-#: The loss of each name, from the settings, the class counts [C] and what all losses take.
+#: By name, a function of the settings, the class counts [C] and the arguments of all losses.
 _LOSSES: dict[str, Callable[[TrainConfig, list[int], dict[str, Any]], LongTailLoss]] = {
     "cross_entropy": lambda config, counts, options: CrossEntropyLoss(**options),
     "focal": lambda config, counts, options: FocalLoss(config.gamma, **options),
@@ -94,8 +94,9 @@ def network(config: TrainConfig, class_counts: list[int]) -> ELF:
 
 
 def _train_thresholds(config: TrainConfig, loss: LongTailLoss, exits: int) -> Any:
-    """Always set, even if equal to the inference thresholds, because calibration overwrites those.
-    A loss with margins moves them: `LongTailLoss.margin_thresholds`."""
+    """The training thresholds. They are always set, even if equal to the inference thresholds,
+    because calibration overwrites those. A loss with margins changes them: see
+    `LongTailLoss.margin_thresholds`."""
     thresholds = _one_or_many(config.train_thresholds or config.thresholds, exits)
     if loss.margins is None or config.criterion != "confidence":
         return thresholds

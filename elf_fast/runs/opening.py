@@ -1,4 +1,4 @@
-"""Opening what a run left: its folder, one of its checkpoints, or a file of weights."""
+"""Opens the folder of a run, one of its checkpoints, or a file of weights."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ CHECKPOINTS = "checkpoints"
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights, metadata) of a folder or a file. Metadata["network"] says who can build the
-    network: `NETWORK`, or another writer such as the demo.
+    """(weights, metadata) of a folder or a file. metadata["network"] names the program that can
+    build the network: `NETWORK`, or another writer such as the demo.
 
     Args:
         path: a folder with weights, a run that has only checkpoints so far, one of its
-            checkpoints, or a file of weights. Averaged weights go before the others.
+            checkpoints, or a file of weights. Averaged weights are preferred.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there are no weights, or they are damaged.
     """
     if not path.is_dir():
         return files.load(path)
@@ -65,15 +65,15 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
 def evaluate_run(
     path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], **overrides: Any
 ) -> tuple[str, dict[str, Any]]:
-    """("test" or "validation", metrics) of what `read` gave for the path of a run: on the test
-    part, or on validation where a data set has no test part.
+    """("test" or "validation", metrics) of the weights and metadata that `read` returned for the
+    path of a run. The part is validation only if the data set has no test part.
 
     Args:
         overrides: settings that differ from the run's, such as data_dir.
 
     Raises:
         CheckpointError: the weights or the data do not fit.
-        ValueError, TypeError: its settings no longer fit the data, this version or this machine.
+        ValueError, TypeError: the run's settings do not fit the data, this version or this machine.
     """
     config = from_dict({**metadata["config"], **overrides})
     splits = load_splits(config)
@@ -84,7 +84,7 @@ def evaluate_run(
         )
     try:
         device = checks.device(config.device)
-    except ValueError:  # that of the machine it was trained on
+    except ValueError:  # this machine lacks the device of the training
         device = checks.device(None)
     model = network(config, splits.class_counts)
     load_weights(model, weights, path)

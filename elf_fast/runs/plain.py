@@ -1,4 +1,4 @@
-"""Settings as plain values: dicts, strict JSON and YAML, there and back."""
+"""Converts settings to plain values (dicts, strict JSON and YAML) and back."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Any
 from .. import checks, criteria
 from .config import HINTS, TrainConfig
 
-#: Settings of earlier versions, by their present names.
+#: Settings that had other names in earlier versions.
 _RENAMED = {"train_threshold": "train_thresholds"}
-#: How files name a criterion that is a function.
+#: What stands in files before the name of a criterion that is a function.
 _CALLABLE = "callable "
 
 
@@ -55,7 +55,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """The settings that a YAML file names.
 
     Raises:
-        ValueError: it is no YAML, or not a table of keys and values.
+        ValueError: the file is not valid YAML, or not a table of keys and values.
     """
     import yaml
 

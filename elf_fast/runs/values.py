@@ -1,4 +1,4 @@
-"""From plain values, as YAML and the command line give them, to the values of settings."""
+"""Converts plain values from YAML or the command line to the values of settings."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .. import checks
 
 
 def without_none(hint: Any) -> Any:
-    """The annotation `hint` less its None."""
+    """The annotation `hint` without its None."""
     if get_origin(hint) in (Union, types.UnionType):
         arms = tuple(arm for arm in get_args(hint) if arm is not type(None))
         return arms[0] if len(arms) == 1 else Union[arms]  # noqa: UP007
@@ -33,7 +33,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         if value in arguments:
             return value
         raise ValueError(f"{name}: expected one of {', '.join(arguments)}, got {value!r}")
-    if origin in (Union, types.UnionType):  # one value, or what comes last: a tuple or a callable
+    if origin in (Union, types.UnionType):  # one value, or the last arm
         if get_origin(arguments[-1]) is Callable:
             return value if callable(value) else convert(name, value, arguments[0])
         if isinstance(value, str) and "," in value:

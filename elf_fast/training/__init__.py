@@ -1,10 +1,11 @@
 """Training networks with and without exits, as `elf-fast train` does.
 
-`trainer` is the loop and shows how the rest fits together: `learner` makes steps, `schedule` has
-the optimiser and its rate, `processes` those of torchrun, `progress` and `resume` what a checkpoint
-holds, `results` what is measured at the end, `log` what is shown, `ema` the average of the weights.
+`trainer` has the loop and calls the others. `learner` makes optimiser steps; `schedule` makes the
+optimiser and its learning rate; `processes` handles torchrun's processes; `progress` and `resume`
+write and read checkpoints; `results` calibrates and evaluates at the end; `log` shows progress;
+`ema` averages the weights.
 
 The demo has a loop of its own (`demo/loop.py`): some twenty lines as a user would write them, on
-images in memory, without files, processes or resumption. It shows ELF in a plain training loop, and
-1,340 recorded trainings of benchmarks/accuracy depend on its exact order of random draws.
+images in memory, without files, several processes or resuming. It shows ELF in a plain training
+loop, and 1,340 recorded trainings of benchmarks/accuracy depend on its exact order of random draws.
 """

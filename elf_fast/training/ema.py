@@ -13,8 +13,8 @@ from ..modules import ELF
 class Average:
     """a <- decay a + (1 - decay) w after every step, for parameters and running statistics.
 
-    Other buffers are copied. They hold settings such as thresholds, which must not be averaged: inf
-    would become NaN, and a changed threshold would take effect slowly.
+    Other buffers are copied. They hold settings, for example thresholds, which must not be
+    averaged: inf would become NaN, and a changed threshold would take effect slowly.
 
     Attributes:
         model: a copy of the model, with the averaged weights.

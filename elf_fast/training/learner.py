@@ -22,8 +22,9 @@ class Learner:
     """A network on its device with optimiser, loss scaler and weight average.
 
     Attributes:
-        model: the network that trains. average: of its weights, or None.
-        optimizer, scaler: torch's. The scaler does nothing but for float16.
+        model: the network that trains.
+        average: the average of its weights, or None.
+        optimizer, scaler: torch's. The scaler acts only for float16.
 
     Raises:
         ValueError: settings that this device or the optimiser refuses.
@@ -49,7 +50,7 @@ class Learner:
 
     @property
     def result(self) -> ELF:
-        """The network that counts: the averaged one if there is one."""
+        """The network to evaluate and save: the averaged one if there is one."""
         return self.model if self.average is None else self.average.model
 
     @property
@@ -86,7 +87,7 @@ class Learner:
         return contextlib.nullcontext()
 
     def set_epoch(self, epoch: int) -> None:
-        """Gives a loss with deferred weights those of an epoch, in the average's copy, too."""
+        """Tells a loss with deferred class weights the epoch, also in the averaged model."""
         for model in (self.model, self.result):
             if isinstance(model.exit_loss, DeferredReweighting):
                 model.exit_loss.set_epoch(epoch)

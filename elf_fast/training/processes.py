@@ -42,7 +42,7 @@ class Processes:
         return values
 
     def share_buffers(self, model: nn.Module) -> None:
-        """Gives every process the first one's buffers: batch statistics differ between them."""
+        """Copies the first process's buffers to all: running statistics differ between them."""
         if self.world_size > 1:
             for buffer in model.buffers():
                 distributed.broadcast(buffer, 0)
@@ -54,7 +54,7 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     GPUs, one per process, and Gloo on CPUs. device: None takes a GPU if there is one.
 
     Raises:
-        ValueError: torch lacks the device, or the environment tells only part of what it should.
+        ValueError: torch lacks the device, or variables of the environment are missing.
     """
     own = checks.device(device)
     if "WORLD_SIZE" not in os.environ:
@@ -65,5 +65,5 @@ def joined(device: str | None = None) -> Iterator[Processes]:
         torch.cuda.set_device(own)
     distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
     yield Processes(own, distributed.get_rank(), distributed.get_world_size())
-    # Not after an error: the other processes may wait in a collective that this one never enters.
+    # Not after an error: other processes may wait in a collective that this process never enters.
     distributed.destroy_process_group()

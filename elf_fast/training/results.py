@@ -1,4 +1,4 @@
-"""What a run measures: metrics of its parts, the calibrated threshold, and the file of results."""
+"""Evaluates and calibrates a run's network, and writes the file of results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RESULTS = "metrics.json"
 
 
 class Evaluator:
-    """Measures a run's network over all processes, and names the files that none could read."""
+    """Measures a run's network over all processes, and names the unreadable files."""
 
     def __init__(
         self,
@@ -49,18 +49,18 @@ class Evaluator:
         self.processes.share_buffers(model)
         try:
             found = evaluate(self.config, model, loader, self.class_counts, self.flops)
-        except DataError:  # all processes raise it, so that all may talk
+        except DataError:  # every process raises it, so a collective here cannot hang
             self.name_skipped(loader)
             raise
         self.name_skipped(loader)
         return found
 
     def calibrate(self, model: ELF, validation: ImageLoader) -> dict[str, Any]:
-        """Chooses the thresholds of the exits on validation, and says what they gave there."""
+        """Chooses the exits' thresholds on validation; returns their accuracy and FLOPs there."""
         self.processes.share_buffers(model)
         with autocast(self.config, self.processes.device):
             own = exit_table(model, validation)
-        # Tensors alone, because a criterion of the user's need not be picklable.
+        # Only tensors are sent, because a user's criterion need not be picklable.
         answers = self.processes.gather((own.statistic, own.prediction, own.target))
         table = ExitTable.joined([ExitTable(s, p, t, own.criterion) for s, p, t in answers])
         if not len(table.target):

@@ -1,4 +1,4 @@
-"""What a run writes into a checkpoint, and what it takes back from one.
+"""Writes checkpoints of a run and resumes from them.
 
 Weights, optimiser, progress and random generators come from the checkpoint. Thresholds,
 temperatures, the loss and the optimiser's constants follow from the settings, which may have
@@ -37,7 +37,7 @@ def save(
     global_batch: int,
     metadata: dict[str, Any],
 ) -> None:
-    """Writes a checkpoint of the run as it is. Every process calls this; the first one writes.
+    """Writes a checkpoint of the current state. Every process calls this; the first one writes.
 
     Args:
         global_batch: samples per batch over all processes.
@@ -64,8 +64,8 @@ def save(
 
 
 def newest(folder: Path, processes: Processes, console: Console) -> Checkpoint | None:
-    """The newest good checkpoint, which all processes must see; None if none was written yet.
-    Damaged ones are named, and set aside by the first process.
+    """The newest good checkpoint, which all processes must see; None if none was written yet. The
+    console names damaged ones, and the first process renames them.
 
     Raises:
         CheckpointError: all are damaged, or processes see different ones.
@@ -116,7 +116,7 @@ def restore(
             f"{saved.path}: does not fit the network and optimiser of these settings "
             f"({files.misfit(error)})"
         ) from error
-    # The saved sums are those of all processes: the first one takes them over.
+    # The saved sums are over all processes, so only the first process takes them.
     sums = Totals(**state[_PROGRESS]["totals"])
     totals = sums if processes.is_first else Totals([0] * len(sums.exits))
     if len(state["random"]) == processes.world_size:
@@ -125,7 +125,7 @@ def restore(
 
 
 def _check_settings(saved: Checkpoint, config: TrainConfig, global_batch: int) -> None:
-    """Whether a run with these settings can go on. The message names the setting if not."""
+    """Raises CheckpointError, naming the setting, if a run cannot resume with these settings."""
     state, progress = saved.state, saved.state[_PROGRESS]
     if progress["samples"] % global_batch:
         raise CheckpointError(
@@ -149,7 +149,7 @@ def _check_settings(saved: Checkpoint, config: TrainConfig, global_batch: int) -
 
 
 def _load_learnt(model: ELF, saved: dict[str, Tensor]) -> None:
-    """Loads stages and heads, and leaves what follows from the settings."""
+    """Loads stages and heads only. Everything else follows from the settings."""
 
     def learnt(name: str) -> bool:
         return name.startswith(("stages.", "heads."))
@@ -159,7 +159,7 @@ def _load_learnt(model: ELF, saved: dict[str, Tensor]) -> None:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads what the optimiser has gathered. Momentum and weight decay stay as the settings say;
+    """Loads the optimiser's state. Momentum and weight decay stay as the settings say;
     the learning rate follows its schedule."""
     settled: list[dict[str, Any]] = [
         {key: group[key] for key in ("momentum", "weight_decay") if key in group}
@@ -171,7 +171,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> 
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """Of the generators that training draws from in this process."""
+    """The states of the random generators that training uses in this process."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)

@@ -34,7 +34,7 @@ def optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:
-    """Of a step, counted from 0 over the whole run: linear up to lr in the warm-up, then
+    """The rate of a step, counted from 0 over the whole run: linear up to lr in the warm-up, then
     `step` (times decay_rate from every milestone on) or `cosine`,
     min_lr + (lr - min_lr) (1 + cos(pi t)) / 2 (Loshchilov and Hutter, arXiv 1608.03983, eq. 5),
     with t from 0 after the warm-up to 1 at the end."""

@@ -1,5 +1,5 @@
 """The trainer behind `elf-fast train`: one loop for networks with and without exits, in one process
-or in those that torchrun started. An interrupted run goes on to the same result."""
+or in those that torchrun started. A resumed run ends with the result of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _BY_CLASS = ("per_class", "exit_shares_by_class")
 
 
 class NonFiniteError(ArithmeticError):
-    """The loss or a weight became NaN or infinite. The message names the step and what is left."""
+    """The loss or a weight became NaN or infinite. The message names step and checkpoints."""
 
 
 def train(
@@ -48,7 +48,7 @@ def train(
     """Trains as the settings say, and returns what it writes to <output>/metrics.json.
 
     Args:
-        resume: go on with the run in config.output from its newest good checkpoint.
+        resume: continue the run in config.output from its newest good checkpoint.
 
     Raises:
         FileExistsError: config.output holds a run, and `resume` is False.
@@ -71,7 +71,7 @@ def resumed_config(folder: Path, **overrides: Any) -> TrainConfig:
 class Trainer:
     """A run: its data, its network, its progress.
 
-    `run` trains from where it is to the end. Nothing is written before that.
+    `run` trains from the current step to the end. Nothing is written before it is called.
 
     Raises:
         ValueError: settings that do not fit each other, the data or the machine.
@@ -92,7 +92,7 @@ class Trainer:
             )
         self.learner = Learner(config, network(config, self.class_counts), processes)
         flops = count_flops(self.model, blank_image(config, processes.device))
-        # Every process has a seed of its own, for augmentation and for dropout and its like.
+        # Every process has its own seed for augmentation and for random layers such as dropout.
         seed = config.seed * processes.world_size + processes.rank
         self.loader = self._training_loader(seed)
         self.global_batch = config.batch_size * processes.world_size
@@ -129,7 +129,7 @@ class Trainer:
 
     def _check_last_batch(self, N: int) -> None:
         """Fails now, not after an epoch, if the last batch of N images per process and epoch has
-        one image and the network normalises single values over the batch."""
+        one image and the network cannot normalise one value per channel over the batch."""
         if N % self.config.batch_size != 1 and self.config.batch_size > 1:
             return
         x = blank_image(self.config, self.processes.device)
@@ -152,8 +152,8 @@ class Trainer:
     # Checkpoints
 
     def resume(self) -> None:
-        """Goes on from the newest good checkpoint of the run in config.output; from the start if
-        it has written none yet.
+        """Continues from the newest good checkpoint of the run in config.output, or from the start
+        if there is none yet.
 
         Raises:
             CheckpointError: all of them are damaged, it does not fit the settings, or processes
@@ -188,7 +188,7 @@ class Trainer:
         )
 
     def metadata(self) -> dict[str, Any]:
-        """What the files of weights say of themselves."""
+        """The metadata of files of weights."""
         return {
             "network": NETWORK,
             "config": to_dict(self.config),
@@ -230,7 +230,7 @@ class Trainer:
         if not self.resumed and (self.output / CONFIG).exists():
             why = "holds a run already: go on with it by --resume, or choose another folder"
             raise FileExistsError(errno.EEXIST, why, str(self.output))
-        for leftover in self.output.glob("*.partial"):  # of a kill
+        for leftover in self.output.glob("*.partial"):  # from a killed process
             leftover.unlink()
         files.write(self.output / CONFIG, to_yaml(self.config).encode())
 
@@ -277,7 +277,7 @@ class Trainer:
         """
         p, learner, device = self.progress, self.learner, self.processes.device
         p.step += 1
-        # Processes may have unequally many: those that lost images to `skip_errors` have fewer.
+        # With `skip_errors`, processes may have different numbers of readable images.
         sizes = self.processes.total(torch.tensor([len(targets) for _, targets in group])).tolist()
         batches = [(*batch, n) for batch, n in zip(group, sizes, strict=True) if n]
         N = sum(sizes)
@@ -301,8 +301,8 @@ class Trainer:
         return N
 
     def _learning_rate(self) -> float:
-        """Of the step to come. It follows the share of the epoch that is done, not p.step, which
-        may count steps of other batch sizes as well."""
+        """The rate of the next step. It depends on the share of the epoch that is done, not on
+        p.step, which may include steps of other batch sizes."""
         config, p = self.config, self.progress
         done = p.samples // (self.global_batch * config.grad_accum_steps)
         step = p.epoch * self.steps_per_epoch + done

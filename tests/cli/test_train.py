@@ -1,4 +1,4 @@
-"""`elf-fast train`: a run from end to end, what the user can put right."""
+"""`elf-fast train`: a run from end to end, and errors that the user can correct."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ def test_an_exit_that_is_off_stays_off_unless_all_are():
 
 
 def test_the_sweep_moves_the_thresholds_it_is_given(digits, trained):
-    """The chosen point must give on the model what the sweep said, class by class."""
+    """At the chosen point the model must have the accuracy and FLOPs of the sweep."""
     model = copy.deepcopy(trained)
     table = exit_table(model, batches(digits.validation))
     spread = torch.linspace(-1.0, 1.0, 10)

@@ -1,4 +1,4 @@
-"""The table of what every exit says."""
+"""The table of every exit's results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from elf_fast.policy.exit_table import ExitTable, exit_table
 
 
 def length(logits: torch.Tensor) -> torch.Tensor:
-    """A criterion of a user's: large logits are sure."""
+    """A user's criterion: large logits are sure."""
     return logits.norm(dim=1)
 
 
@@ -25,7 +25,7 @@ def test_the_table_leaves_where_the_model_leaves(digits, trained, criterion, per
     model.criterion = criterion
     images, targets = digits.validation.images, digits.validation.targets
     table = exit_table(model, batches(digits.validation))
-    # Between two samples: no tie for rounding to settle.
+    # Between the values of two samples, so that rounding decides nothing.
     middle = table.statistic[:-1].sort(dim=1).values[:, 99:101].mean(dim=1)
     thresholds = middle
     if per_class:

@@ -1,4 +1,4 @@
-"""Files of weights: whole or refused."""
+"""Files of weights: complete, or an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From settings to networks."""
+"""The network that settings give."""
 
 from __future__ import annotations
 

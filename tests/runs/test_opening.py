@@ -1,4 +1,4 @@
-"""Opening what a run left."""
+"""Opening finished runs and files of weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elf_fast.training.trainer import train
 
 
 def surest(logits):
-    """A criterion of a user's."""
+    """A user's criterion."""
     return logits.amax(dim=1) - logits.mean(dim=1)
 
 

@@ -1,4 +1,4 @@
-"""Settings as YAML and JSON, there and back."""
+"""Settings to YAML and JSON and back."""
 
 from __future__ import annotations
 

@@ -47,13 +47,13 @@ EXITS = pytest.mark.parametrize("exits", [None, ()], ids=["exits", "no exits"])
 
 # Steps
 
-#: For each rank steps of two batches of so many samples. In turn: a batch that one rank lacks, and
-#: one that the other lacks; unequal ones; a step without any sample; a last batch without any.
+#: For each rank, the samples in the two batches of every step. In turn: either rank has an empty
+#: batch; unequal batches; a step without samples; a last batch without samples.
 BATCHES = (((8, 0), (3, 8), (0, 0), (2, 0)), ((0, 5), (8, 1), (0, 0), (4, 0)))
 
 
 def steps(batches: tuple, config: TrainConfig, file: Path) -> None:
-    """Makes steps on this rank's batches, and saves what came of them; one process takes all."""
+    """Makes steps on this rank's batches (one process: on all), and saves the results."""
     torch.set_default_dtype(torch.float64)
     images = torch.randn(39, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     targets = torch.arange(39) % 10
@@ -124,8 +124,8 @@ def train_and_tell(config: TrainConfig, said: Path) -> None:
 def test_ranks_stay_in_step_where_one_cannot_read_a_batch(exits, folder, tmp_path):
     splits = data.image_folder(folder)
     order = list(InstanceSampler(splits.train.targets, num_replicas=2, rank=1))
-    bad = spoil([splits.train.paths[i] for i in order[4:8]])  # its second batch, whole
-    bad += spoil(splits.validation.paths[1::2])  # all that it evaluates
+    bad = spoil([splits.train.paths[i] for i in order[4:8]])  # the whole second batch
+    bad += spoil(splits.validation.paths[1::2])  # all of its share of validation
     bad += spoil(splits.test.paths[:1])
     config = replace(
         CONFIG, dataset="folder", data_dir=str(folder), transforms="small", img_size=16,

@@ -1,4 +1,4 @@
-"""What a run measures at its end, by the parts that its data have."""
+"""The results of a run, with and without validation and test parts."""
 
 from __future__ import annotations
 

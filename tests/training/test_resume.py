@@ -1,4 +1,4 @@
-"""Nothing is lost: a run that was interrupted ends as one that was not."""
+"""A resumed run ends with the result of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ QUIET = Console(quiet=True)
 
 
 def outcome(folder: Path):
-    """Everything that a finished run leaves, but for how fast it was."""
+    """All results of a finished run, except its speed."""
     results = json.loads((folder / RESULTS).read_text())
     for record in results["history"]:
         del record["images_per_second"]
@@ -87,7 +87,7 @@ def assert_same_outcome(ours: Path, theirs: Path):
 
 
 def start(config: TrainConfig, ranks: int = 1):
-    """Processes that train, and go on with a run that is there."""
+    """Processes that train, and resume the run if there is one."""
     resume = (Path(config.output) / trainer.CONFIG).exists()
     return processes.start(ranks, train_quietly, config, resume)
 
@@ -142,7 +142,7 @@ def newest_step(folder: Path) -> int:
 
 
 def kill_after(step: int, config: TrainConfig) -> None:
-    """Trains by two processes, and ends both by SIGKILL when the checkpoint of a step is there."""
+    """Trains with two processes, and kills both when the checkpoint of a step exists."""
     started = start(config, ranks=2)
     deadline = time.monotonic() + 60
     while newest_step(Path(config.output)) < step:
@@ -154,7 +154,7 @@ def kill_after(step: int, config: TrainConfig) -> None:
 
 @pytest.fixture(scope="module")
 def whole_of_two(tmp_path_factory):
-    """A run of TWO by two processes that nothing interrupted: 3 steps an epoch."""
+    """An uninterrupted run of TWO by two processes: 3 steps an epoch."""
     folder = tmp_path_factory.mktemp("whole of two")
     assert processes.wait(start(replace(TWO, output=str(folder)), ranks=2)) == [0, 0]
     return folder
@@ -186,7 +186,7 @@ def test_a_run_of_two_processes_goes_on_in_one_where_its_batches_divide_what_is_
 
 
 def resume_from_own_folder(folder: Path, flags: list[str]) -> None:
-    """Each rank sees other checkpoints, and rank 1 not even a run."""
+    """Each rank has a folder of its own, and that of rank 1 holds no run."""
     rank = os.environ["RANK"]
     with open(folder / f"said by {rank}", "w") as said, contextlib.redirect_stderr(said):
         assert cli.main(["train", "--resume", str(folder / rank), *flags]) == 2
@@ -226,7 +226,7 @@ def interrupt(monkeypatch, config: TrainConfig, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of CONFIG that nothing interrupted."""
+    """An uninterrupted run of CONFIG."""
     folder = tmp_path_factory.mktemp("whole")
     torch.set_num_threads(1)
     train(replace(CONFIG, output=str(folder)), console=QUIET)
@@ -366,7 +366,7 @@ def remove(file: Path, other: Path) -> None:
 
 
 def swap(file: Path, other: Path) -> None:
-    """A torn set: the file is good, but of another checkpoint."""
+    """Replaces a file by that of another checkpoint: undamaged, but it does not belong."""
     shutil.copyfile(other, file)
 
 

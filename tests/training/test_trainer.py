@@ -1,4 +1,4 @@
-"""The training loop: steps, precision, what it refuses."""
+"""The training loop: steps, precision and errors."""
 
 from __future__ import annotations
 
