@@ -71,7 +71,8 @@ def _setting(name: str, value: float | Tensor, logits_dtype: torch.dtype, classe
         raise ValueError(f"{name}: expected shape {shape}, got {checks.describe(value)}")
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating tensor, got {checks.describe(value)}")
-    if value.dim() == 1:
+    # A scalar on the CPU serves any device, as PyTorch's own scalars do.
+    if value.dim() == 1 or value.device.type != "cpu":
         checks.same_device(name, value, device)
     return value.float().to(dtype).contiguous()
 

@@ -102,12 +102,34 @@ class ELFBase(nn.Module):
         return exit_settings.thresholds(name, value, exits, criteria.find(self.criterion), classes)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigned thresholds and temperatures are checked and converted as in the constructor."""
+        """What is assigned to a setting is checked and converted as in the constructor."""
         if name in _SETTINGS and name in self.__dict__.get("_buffers", ()):
-            value = self._checked(name, value)
+            given, value = value, self._checked(name, value)
             if value is not None:
-                value = value.to(self.thresholds.device)
+                # A model that waits on the meta device takes the device of the tensor it gets.
+                waits = self.thresholds.is_meta and isinstance(given, Tensor)
+                value = value.to(given.device if waits else self.thresholds.device)
+        elif name == "criterion" and "thresholds" in self.__dict__.get("_buffers", ()):
+            self._change_criterion(value)
+            return
+        elif name == "exit_weights":
+            value = exit_settings.exit_weights(value, len(self.stages))
+        elif name == "drop_exited" and value not in (None, True, False):
+            raise TypeError(f"drop_exited: expected True, False or None, got {value!r}")
         super().__setattr__(name, value)
+
+    def _change_criterion(self, value: str | Score) -> None:
+        """Exits that are off stay off. Other thresholds must lie in the new criterion's range."""
+        before, after = self._active_criterion(), criteria.find(value)
+        changed = {}
+        for name in ("thresholds", "train_thresholds"):
+            t = getattr(self, name)
+            if t is not None and not t.is_meta:
+                changed[name] = t.masked_fill(t == before.off, after.off)
+                checks.threshold_values(name, changed[name], after)
+        self._modules.pop("criterion", None)  # one that was a module
+        super().__setattr__("criterion", value)  # type: ignore[arg-type]
+        self._buffers.update(changed)
 
     def _load_from_state_dict(
         self,
@@ -132,6 +154,7 @@ class ELFBase(nn.Module):
                 state_dict[key] = held
                 continue
             assert found is not None
+            state_dict[key] = found
             if found.shape != held.shape:
                 self._buffers[name] = held.new_empty(found.shape)
         super()._load_from_state_dict(

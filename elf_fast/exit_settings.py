@@ -65,7 +65,9 @@ def _per_exit(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     try:
-        t = torch.as_tensor(value, dtype=dtype).detach().clone()
+        # Numbers stay on the CPU also where torch makes new tensors on the meta device.
+        device = None if isinstance(value, Tensor) else "cpu"
+        t = torch.as_tensor(value, dtype=dtype, device=device).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected {shape}, got {checks.describe(value)}") from error
     if t.dim() == 0:

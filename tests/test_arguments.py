@@ -43,3 +43,18 @@ def test_numbers_first_seen_under_a_mode_serve_everywhere():
     with FakeTensorMode(), pytest.raises(DataDependentOutputException):  # how many survive
         gradient(1.234568)
     assert torch.equal(gradient(1.234568), gradient(torch.tensor(1.234568)))
+
+
+@pytest.mark.parametrize("name", ["threshold", "temperature"])
+def test_a_scalar_of_another_device_is_refused(name):
+    z, y = torch.randn(3, 4), torch.zeros(3, dtype=torch.int64)
+    elsewhere = {"threshold": torch.tensor(0.5), "temperature": torch.tensor(1.0)}
+    elsewhere[name] = elsewhere[name].to("meta")
+    t, T = elsewhere["threshold"], elsewhere["temperature"]
+    for call in (
+        lambda: functional.exit_gate(z, t, temperature=T),
+        lambda: functional.exit_loss(z, y, threshold=t, temperature=T),
+        lambda: functional.exit_head(z, torch.randn(4, 4), None, t, temperature=T),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: expected device cpu, got meta"):
+            call()

@@ -142,3 +142,59 @@ def test_copies_pickles_and_devices_keep_assigned_thresholds(cls):
     moved = model.to("meta")
     moved.thresholds = 0.5
     assert moved.thresholds.is_meta and moved.thresholds.shape == (2,)
+
+
+@BOTH
+def test_a_new_criterion_keeps_exits_off_and_checks_the_other_thresholds(cls):
+    model = elf(cls, thresholds=[math.inf, 0.5], train_thresholds=math.inf)
+    model.criterion = "entropy"
+    assert model.thresholds.tolist() == [-math.inf, 0.5]
+    assert model.train_thresholds.tolist() == [-math.inf] * 2
+    model.load_state_dict(model.state_dict())
+    model.criterion = nn.Softplus()  # a module is a callable, too
+    assert model.thresholds.tolist() == [math.inf, 0.5]
+    model.thresholds = 7.0
+    with pytest.raises(ValueError, match=r"thresholds: expected values in \[0, 1\], .* got 7.0"):
+        model.criterion = "confidence"
+    assert isinstance(model.criterion, nn.Softplus) and model.thresholds.tolist() == [7.0] * 2
+    model.thresholds = 0.5
+    model.criterion = "confidence"
+    assert model.criterion == "confidence" and "criterion" not in dict(model.named_children())
+    with pytest.raises(ValueError, match="criterion: expected one of confidence"):
+        model.criterion = "max"
+
+
+@BOTH
+def test_weights_and_drop_exited_are_checked_when_assigned(cls):
+    model = elf(cls)
+    model.exit_weights = 0.5
+    assert model.exit_weights == (0.5, 0.5, 0.5)
+    for bad in ([1.0, 1.0], [1.0, -1.0, 1.0], [1.0, math.nan, 1.0]):
+        with pytest.raises(ValueError, match="exit_weights: expected "):
+            model.exit_weights = bad
+    for make in (lambda: elf(cls, drop_exited="no"), lambda: setattr(model, "drop_exited", "no")):
+        with pytest.raises(TypeError, match="drop_exited: expected True, False or None, got 'no'"):
+            make()
+
+
+@BOTH
+def test_a_scalar_in_a_file_sets_all_exits_whatever_the_shape_was(cls):
+    for start in (0.9, torch.full((2, 5), 0.9)):
+        model = elf(cls, thresholds=start)
+        model.load_state_dict({**model.state_dict(), "thresholds": torch.tensor(0.4)})
+        torch.testing.assert_close(model.thresholds, torch.full((2,), 0.4))
+
+
+@BOTH
+def test_a_model_on_the_meta_device_takes_what_it_loads(cls):
+    source = elf(cls, thresholds=torch.rand(2, 5))
+    with torch.device("meta"):
+        made_there = cls([nn.Conv2d(3 if e == 0 else 8, 8, 3, padding=1) for e in range(3)],
+                         [ExitHead(8, 5) for _ in range(3)])  # fmt: skip
+    x = torch.randn(6, 3, 5, 5)
+    for model in (elf(cls).to("meta"), made_there):
+        model.load_state_dict(source.state_dict(), assign=True)
+        assert torch.equal(model.thresholds, source.thresholds)
+        assert model.temperatures.device == source.temperatures.device
+        with torch.inference_mode():
+            assert torch.equal(model.eval()(x).exit_index, source.eval()(x).exit_index)

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .. import checks
 from ..base import ELFBase
 from ..criteria import Criterion, find
 from ..flops import Flops
@@ -37,8 +38,9 @@ def moved_to(value: float, thresholds: Tensor, criterion: Criterion) -> Tensor:
     Equal thresholds all become `value`. Unequal ones keep their distances, with `value` as their
     centre: distances between log-odds for a criterion with bounds, log((t - low) / (high - t)), and
     plain differences for one without. A threshold that is off stays off, unless all are.
-    At the two ends of the sweep, where all samples or none leave, all thresholds become `value`.
+    If `value` is an end of the range, or off, all thresholds that are on become `value`.
     """
+    checks.threshold_values("value", value, criterion)
     on = thresholds.isfinite()
     known = thresholds[on].double()
     if not known.numel() or bool((known == known[0]).all()) or math.isinf(value):
@@ -50,7 +52,9 @@ def moved_to(value: float, thresholds: Tensor, criterion: Criterion) -> Tensor:
         odds = inside.logit() - inside[on].logit().mean() + centre.logit()
         moved = (criterion.low + span * odds.sigmoid()).to(thresholds)
     else:
-        moved = (thresholds.double() - known.mean() + value).to(thresholds)
+        limits = torch.finfo(thresholds.dtype)
+        moved = thresholds.double() - known.mean() + value
+        moved = moved.clamp(limits.min, limits.max).to(thresholds)
     return torch.where(on | ~on.any(), moved, thresholds)
 
 
@@ -68,9 +72,15 @@ def sweep(
         thresholds: [E-1] or [E-1, C], usually the model's, whose distances stay: see `moved_to`.
             None: all thresholds are equal.
     """
-    E = len(table.statistic)
+    E, N = table.statistic.shape
+    if not N:
+        raise ValueError("table: expected at least one sample, got none")
     if thresholds is None:
         thresholds = torch.zeros(E - 1)
+    if thresholds.dim() not in (1, 2) or len(thresholds) != E - 1:
+        raise ValueError(
+            f"thresholds: expected [{E - 1}] or [{E - 1}, C], got {checks.describe(thresholds)}"
+        )
     if values is None:
         values = table.criterion.candidates(table.statistic[:-1])
     points = []
@@ -87,6 +97,10 @@ def choose(points: Sequence[OperatingPoint], max_flops: float = math.inf) -> Ope
     """The most accurate point of at most `max_flops` per sample. Of equally accurate points: the
     one with the fewest FLOPs, and then the last, the most cautious one of a `sweep`. A limit below
     the first exit's FLOPs is raised to them."""
+    if not points or math.isnan(max_flops):
+        raise ValueError(
+            f"points, max_flops: expected points and a number, got {len(points)} and {max_flops}"
+        )
     limit = max(max_flops, min(p.flops for p in points))
     affordable = (p for p in reversed(points) if p.flops <= limit)
     return max(affordable, key=lambda p: (p.accuracy, -p.flops))

@@ -11,6 +11,7 @@ from .. import checks
 from ..flops import count_flops
 from ..modules import ELF
 from . import checkpoints, files
+from .config import TrainConfig
 from .datasets import blank_image, load_splits
 from .evaluation import evaluate, evaluation_loader
 from .files import CheckpointError
@@ -75,7 +76,7 @@ def evaluate_run(
         CheckpointError: the weights or the data do not fit.
         ValueError, TypeError: the run's settings do not fit the data, this version or this machine.
     """
-    config = from_dict({**metadata["config"], **overrides})
+    config = _settings(path, metadata, overrides)
     splits = load_splits(config)
     if splits.class_counts != metadata["class_counts"]:
         raise CheckpointError(
@@ -96,3 +97,12 @@ def evaluate_run(
     flops = count_flops(model, blank_image(config, device))
     loader = evaluation_loader(config, images, device)
     return part, evaluate(config, model, loader, splits.class_counts, flops)
+
+
+def _settings(path: Path, metadata: dict[str, Any], overrides: dict[str, Any]) -> TrainConfig:
+    for name, kind in (("config", dict), ("class_counts", list), ("seed", int)):
+        if not isinstance(metadata.get(name), kind):
+            raise CheckpointError(
+                f"{path}: expected metadata of a run with {name}, got {metadata.get(name)!r}"
+            )
+    return from_dict({**metadata["config"], **overrides})

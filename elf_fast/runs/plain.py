@@ -28,7 +28,7 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     if str(found.get("criterion")).startswith(_CALLABLE):
         raise ValueError(
             f"criterion: the run used {found['criterion']!r}, a function that files cannot hold; "
-            "pass it as criterion="
+            "in Python pass it as criterion="
         )
     for name in found:
         if name not in HINTS:
@@ -40,7 +40,8 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """All settings as plain values, which YAML and strict JSON hold; `from_dict` reads them."""
-    return {name: _plain(value) for name, value in dataclasses.asdict(config).items()}
+    names = (field.name for field in dataclasses.fields(config))
+    return {name: _plain(getattr(config, name)) for name in names}
 
 
 def _plain(value: Any) -> Any:

@@ -26,7 +26,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         ValueError, TypeError: it does not fit.
     """
     inner = without_none(hint)
-    if value is None and inner is not hint:
+    if value is None and type(None) in get_args(hint):
         return None
     origin, arguments = get_origin(inner), get_args(inner)
     if origin is Literal:
@@ -45,12 +45,12 @@ def convert(name: str, value: Any, hint: Any) -> Any:
         return tuple(convert(name, item, arguments[0]) for item in items)
     if origin is dict:
         items = value if isinstance(value, (list, tuple)) else [value]
-        return value if isinstance(value, dict) else dict(_key_value(name, i) for i in items)
+        return dict(value if isinstance(value, dict) else (_key_value(name, i) for i in items))
     if inner is str and isinstance(value, os.PathLike):
         return os.fspath(value)
     is_bool = isinstance(value, bool)
     if isinstance(value, inner) and is_bool == (inner is bool):
-        return value
+        return inner(value)  # a float of numpy's is a float, but YAML does not know it
     if (inner is float and isinstance(value, int) and not is_bool) or (
         inner in (int, float) and isinstance(value, str)
     ):

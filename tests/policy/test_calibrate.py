@@ -136,3 +136,22 @@ def test_the_sweep_moves_the_thresholds_it_is_given(digits, trained):
         exits = torch.bincount(out.exit_index, minlength=3).tolist()
         assert min(exits) > 1
         assert point.flops == pytest.approx(flops.mean(exits))
+
+
+def test_what_cannot_be_swept_or_set_is_refused(digits, trained):
+    table = exit_table(trained, batches(digits.validation))
+    flops = count_flops(trained, digits.test.images[:1])
+    with pytest.raises(ValueError, match="table: expected at least one sample, got none"):
+        calibrate.sweep(exit_table(trained, []), flops)
+    with pytest.raises(ValueError, match=r"thresholds: expected \[2\] or \[2, C\], got a float32"):
+        calibrate.sweep(table, flops, [0.5], thresholds=torch.tensor([0.5]))
+    with pytest.raises(ValueError, match="points, max_flops: expected points and a number, got 0"):
+        calibrate.choose([])
+    with pytest.raises(ValueError, match="points, max_flops: .* and nan"):
+        calibrate.choose([OperatingPoint(0.5, 0.9, 1.0)], math.nan)
+    model = copy.deepcopy(trained)
+    model.thresholds = [0.5, 0.6]
+    with pytest.raises(ValueError, match=r"value: expected values in \[0, 1\], .* got 2.0"):
+        calibrate.set_threshold(model, 2.0)
+    most = torch.finfo(torch.float32).max
+    assert moved_to(-most, torch.tensor([-1.0, 1.0]), SCORE).isfinite().all()

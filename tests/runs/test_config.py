@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from run_cases import DIGITS
 
@@ -49,6 +50,8 @@ pytest.importorskip("yaml")
         ({"thresholds": 7.0}, ValueError, r"thresholds: expected values in \[0, 1\], .* got 7.0"),
         ({"train_thresholds": [[0.5, math.nan]]}, ValueError, "train_thresholds: .* got nan"),
         ({"criterion": "entropy", "thresholds": math.inf}, ValueError, "or -inf to switch"),
+        ({"thresholds": None}, TypeError, "thresholds: expected a number, got None"),
+        ({"thresholds": [0.9, None]}, TypeError, "thresholds: expected a number, got None"),
         ({"criterion": "max"}, ValueError, "criterion: expected one of confidence, .* got 'max'"),
         ({"torchcompile": "c"}, ValueError, "torchcompile: expected a backend of"),
     ],
@@ -68,6 +71,7 @@ def test_wrong_settings_are_named(values, error, message):
         ({"exits": []}, {"exits": ()}),
         ({"output": Path("a") / "b"}, {"output": "a/b"}),
         ({"lr": 1}, {"lr": 1.0}),
+        ({"lr": np.float64(0.5)}, {"lr": 0.5}),
     ],
 )
 def test_values_become_those_of_the_annotation(given, kept):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from run_cases import DIGITS, QUIET, refused
 
-from elf_fast.runs import opening
+from elf_fast.runs import files, opening
 from elf_fast.runs.files import CheckpointError
 from elf_fast.training.trainer import train
 
@@ -46,6 +46,15 @@ def test_it_is_opened_again_with_the_function_alone(scored, capsys):
     part, metrics = opening.evaluate_run(folder, weights, metadata, criterion=surest)
     assert (part, metrics) == ("test", results["test"])
     assert "criterion: the run used 'callable surest'" in refused(capsys, "eval", folder)
+
+
+def test_metadata_that_lack_what_a_run_writes_are_refused(scored, capsys, tmp_path):
+    folder, _ = scored
+    weights, metadata = opening.read(folder)
+    for name, value in (("config", [1]), ("class_counts", None), ("seed", "a")):
+        files.save(tmp_path / "a.safetensors", weights, {**metadata, name: value})
+        said = refused(capsys, "eval", tmp_path / "a.safetensors")
+        assert f"expected metadata of a run with {name}" in said
 
 
 def test_a_folder_without_weights_says_what_was_expected(tmp_path):
