@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 import emulated_cuda
+from lost_device import pytest_runtest_logfinish  # noqa: F401
 
 import elf_fast
 from elf_fast import backend as backends
@@ -33,20 +34,6 @@ if not torch.cuda.is_available() and backends._why_not("triton") is None:
     from elf_fast.kernels import row_state
 
     row_state.TILE *= 16  # fewer, larger programs: the interpreter's time grows with their number
-
-
-def pytest_runtest_logfinish() -> None:
-    """After an invalid access or an assertion in a kernel, every CUDA call of the process fails.
-    The process ends then, so that later tests do not fail for it. pytest-xdist starts another
-    worker; without it the run ends."""
-    if not torch.cuda.is_initialized():
-        return
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError as error:
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            os._exit(1)
-        pytest.exit(f"the CUDA device is lost: {error}", returncode=1)
 
 
 def _serving() -> list[tuple[str, str]]:

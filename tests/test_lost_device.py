@@ -1,8 +1,8 @@
-"""What tests/conftest.py does when a test makes the CUDA device unusable."""
+"""What a run does when a test makes the CUDA device unusable."""
 
 from __future__ import annotations
 
-import conftest
+import lost_device
 import pytest
 import torch
 
@@ -16,6 +16,6 @@ def test_a_run_ends_where_the_device_is_lost(monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(torch.cuda, "synchronize", lost)
         with pytest.raises(pytest.exit.Exception, match="the CUDA device is lost: CUDA error"):
-            conftest.pytest_runtest_logfinish()
+            lost_device.pytest_runtest_logfinish()
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    conftest.pytest_runtest_logfinish()
+    lost_device.pytest_runtest_logfinish()
