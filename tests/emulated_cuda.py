@@ -33,15 +33,17 @@ def compiler() -> str | None:
 
 def build(folder: Path) -> Path:
     """Compiles all cuda/*.cu into one library and returns its path."""
-    objects = []
+    objects, compiling = [], []
     for source in sorted((SOURCES / "cuda").glob("*.cu")):
         objects.append(str(folder / f"{source.stem}.o"))
         command = [
             *(compiler() or "g++").split(), *FLAGS, f"-I{ROOT}/tests/cuda_on_cpu",
             f"-isystem{TORCH}/include", "-c", str(source), "-o", objects[-1],
         ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
+        compiling.append(subprocess.Popen(command, stderr=subprocess.PIPE, text=True))
+    for process in compiling:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors[-4000:]
     library = folder / "emulated_cuda.so"
     command = [*(compiler() or "g++").split(), "-shared", *objects, "-o", str(library),
                f"-L{TORCH}/lib", "-ltorch_cpu"]  # fmt: skip

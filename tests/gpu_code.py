@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import product
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -150,12 +151,12 @@ def read_code(cubins: list[bytes], arch: int) -> list[Codes]:
         for cubin in cubins:
             file.write_bytes(cubin)
             usage = output(tool("cuobjdump"), "-res-usage", file)
-            codes = {}
+            instructions_of, codes = machine_code(cubin), {}
             for function, regs, stack, shared in re.findall(
                 r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", usage
             ):
                 codes[function] = Code(int(regs), int(shared), stack=int(stack))
-                instructions += machine_code(cubin)[function]
+                instructions += instructions_of[function]
                 ends.append((len(instructions), codes[function]))
             found.append(codes)
         file.write_bytes(instructions)
@@ -296,17 +297,23 @@ def triton_code(arch: int) -> Codes:
 
 def cuda_code() -> dict[int, Codes]:
     """Code in the built library by architecture and function name."""
+    cubins: dict[int, list[bytes]] = {}
     with tempfile.TemporaryDirectory() as folder:
         output(tool("cuobjdump"), "-xelf", "all", LIBRARY, cwd=folder)
-        cubins = [(file.name, file.read_bytes()) for file in Path(folder).glob("*.cubin")]
+        for file in Path(folder).glob("*.cubin"):
+            arch = int(re.search(r"sm_(\d+)", file.name)[1])
+            cubins.setdefault(arch, []).append(file.read_bytes())
+    with ThreadPool() as pool:  # the disassembler is a process of its own
+        read = pool.starmap(read_code, [(of_arch, arch) for arch, of_arch in cubins.items()])
     found: dict[int, Codes] = {}
-    for file, cubin in cubins:
-        arch = int(re.search(r"sm_(\d+)", file)[1])
-        (codes,) = read_code([cubin], arch)
-        named = dict(zip(demangled(*codes), codes.values(), strict=True))
-        of_arch = found.setdefault(arch, {})
-        assert len(named) == len(codes) and not named.keys() & of_arch, "kernels of one name"
-        of_arch |= named
+    for arch, of_arch in zip(cubins, read, strict=True):
+        named = [
+            (name, code)
+            for codes in of_arch
+            for name, code in zip(demangled(*codes), codes.values(), strict=True)
+        ]
+        found[arch] = dict(named)
+        assert len(named) == len(found[arch]), "kernels of one name"
     return found
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from torch.library import opcheck
@@ -84,6 +86,11 @@ CALLS = {
 }  # fmt: skip
 
 
+#: Along random directions instead of every coordinate, because Triton's interpreter is slow.
+gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)
+gradgradcheck = functools.partial(torch.autograd.gradgradcheck, fast_mode=True)
+
+
 def place(x, device):
     """Tensors moved to the device; leaves of autograd stay leaves."""
     if not isinstance(x, torch.Tensor):
@@ -135,9 +142,9 @@ def test_gradcheck_exit_gate(criterion, device):
     def confidence(z):
         return functional.exit_gate(z, 0.5, temperature=1.3, criterion=criterion).confidence
 
-    assert torch.autograd.gradcheck(confidence, (place(_logits(torch.float64), device),))
+    assert gradcheck(confidence, (place(_logits(torch.float64), device),))
     z = torch.randn(3, 1, dtype=torch.float64, device=device, requires_grad=True)
-    assert torch.autograd.gradcheck(confidence, (z,))
+    assert gradcheck(confidence, (z,))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0])
@@ -158,7 +165,7 @@ def test_gradcheck_exit_loss(gamma, smoothing, plain, device):
             **vectors,
         ).loss
 
-    assert torch.autograd.gradcheck(loss, (place(_logits(torch.float64), device),))
+    assert gradcheck(loss, (place(_logits(torch.float64), device),))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 2.0])
@@ -169,7 +176,7 @@ def test_gradient_of_the_gradient_of_exit_loss(gamma):
             z, TARGET, gamma=gamma, scale=2.0, label_smoothing=0.1, **vectors
         ).loss
 
-    assert torch.autograd.gradgradcheck(loss, (_logits(torch.float64),))
+    assert gradgradcheck(loss, (_logits(torch.float64),))
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (4, 3, 6), (4, 6, 2, 3)], ids=str)
@@ -178,15 +185,15 @@ def test_gradcheck_exit_head(shape, device):
         torch.randn(size, dtype=torch.float64, device=device, requires_grad=True)
         for size in (shape, (5, 6), (5,))
     )
-    assert torch.autograd.gradcheck(lambda *a: functional.exit_head(*a, 0.5).logits, (x, w, b))
+    assert gradcheck(lambda *a: functional.exit_head(*a, 0.5).logits, (x, w, b))
 
 
 def test_gradcheck_compact(device):
     x = torch.randn(7, 3, 2, dtype=torch.float64, device=device, requires_grad=True)
     survivors = SURVIVORS.to(device)
-    assert torch.autograd.gradcheck(lambda x: functional.compact(x, survivors), (x,))
+    assert gradcheck(lambda x: functional.compact(x, survivors), (x,))
     # Of a square, because compaction alone is linear.
-    assert torch.autograd.gradgradcheck(lambda x: functional.compact(x, survivors) ** 2, (x,))
+    assert gradgradcheck(lambda x: functional.compact(x, survivors) ** 2, (x,))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

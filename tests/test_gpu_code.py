@@ -44,19 +44,30 @@ KNOWN = """
 """
 
 
-def triton_code(arch: int) -> Codes:
-    """Compiles in a new process, because in this one Triton may run its interpreter."""
-    command = [sys.executable, gpu_code.__file__, "triton", "--arch", str(arch)]
+@pytest.fixture(scope="module")
+def compiling():
+    """By architecture, the process that compiles the Triton kernels. They run side by side, and
+    not in this process, because here Triton may run its interpreter."""
+    pytest.importorskip("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {name: Code(**code) for name, code in ast.literal_eval(done.stdout).items()}
+    return {
+        arch: subprocess.Popen(
+            [sys.executable, gpu_code.__file__, "triton", "--arch", str(arch)],
+            env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for arch in ARCHITECTURES
+    }  # fmt: skip
+
+
+def triton_code(process: subprocess.Popen) -> Codes:
+    out, errors = process.communicate()
+    assert process.returncode == 0, errors[-4000:]
+    return {name: Code(**code) for name, code in ast.literal_eval(out).items()}
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_triton_kernels(arch):
-    pytest.importorskip("triton")
-    codes = triton_code(arch)
+def test_triton_kernels(arch, compiling):
+    codes = triton_code(compiling[arch])
     assert gpu_code.spilled(codes, arch) == []
     if version("triton") == BUDGET.made_with["triton"]:
         assert gpu_code.over_budget(codes, arch, BUDGET.triton) == []

@@ -28,7 +28,9 @@ def test_cifar_runs_go_through_the_trainer(tmp_path, monkeypatch, capsys):
             folder.mkdir(parents=True)
             for k in range(count):
                 Image.fromarray(pixels).save(folder / f"{k}.png")
-    monkeypatch.setattr(cifar, "SETTINGS", [*cifar.SETTINGS, "--no-amp"])
+    monkeypatch.setattr(
+        cifar, "SETTINGS", [*cifar.SETTINGS, "--no-amp", "--model", "cifar_resnet8"]
+    )
     monkeypatch.setattr(cifar, "EPOCHS", {10: 1})
     output = tmp_path / "results.jsonl"
     command = ["--only", "imbalance=10", "--only", "loss=ce", "--only", "seed=1"]
