@@ -43,7 +43,7 @@ INSIDE = {
     "bench": (("timing", "workload"), ("inference", "training"), ("command",)),
     "cli": (("errors", "metrics", "flags"), ("bench", "demo", "doctor", "evaluate", "train"),
             ("main",), ("__init__", "__main__")),
-    "data": (("splits", "images", "longtail"), ("transforms", "loader"),
+    "data": (("splits", "images", "longtail"), ("transforms", "loader", "tree"),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
     "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
     "policy": (("exit_table",), ("calibrate",)),
