@@ -48,7 +48,7 @@ INSIDE = {
     "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
     "policy": (("exit_table",), ("calibrate",)),
     "runs": (("values", "files"), ("config", "checkpoints"), ("plain", "datasets"),
-             ("networks", "evaluation"), ("opening",)),
+             ("networks", "evaluation", "contents"), ("opening",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner"),
                  ("resume", "results"), ("trainer", "config")),
 }  # fmt: skip

@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from .. import __version__
 from ..data import ImageLoader
 from ..flops import count_flops
 from ..modules import ELF
-from ..runs import files
+from ..runs import contents, files
 from ..runs.config import TrainConfig
 from ..runs.datasets import blank_image, image_size, load_splits
 from ..runs.networks import network
@@ -84,6 +85,8 @@ class Trainer:
         self.output = Path(config.output)
         self.console = (console or Console()) if processes.is_first else Console(quiet=True)
         self.splits = load_splits(config)
+        self.console.print(Text(self.splits.summary()), soft_wrap=True)
+        self.contents = contents.describe(self.splits)
         self.class_counts = self.splits.class_counts
         if config.max_flops is not None and config.has_exits and self.splits.validation is None:
             raise ValueError(
@@ -91,6 +94,7 @@ class Trainer:
                 f"--validation-fraction holds it out, got none and {config.max_flops}"
             )
         self.learner = Learner(config, network(config, self.class_counts), processes)
+        self._check_same_data()
         flops = count_flops(self.model, blank_image(config, processes.device))
         # Every process has its own seed for augmentation and for random layers such as dropout.
         seed = config.seed * processes.world_size + processes.rank
@@ -109,6 +113,16 @@ class Trainer:
     @property
     def model(self) -> ELF:
         return self.learner.model
+
+    def _check_same_data(self) -> None:
+        """Fails if processes, which may run on several machines, read different data."""
+        own = (contents.fingerprint(self.contents), self.splits.summary())
+        seen = dict(self.processes.gather(own))
+        if len(seen) > 1:
+            raise ValueError(
+                "data_dir: expected all processes to read the same data, got "
+                f"{len(seen)} kinds: {' | '.join(seen.values())}"
+            )
 
     def _training_loader(self, seed: int) -> ImageLoader:
         config = self.config
@@ -164,6 +178,7 @@ class Trainer:
         if found is None:
             self.console.print("no checkpoint yet: the run starts anew", highlight=False)
             return
+        contents.check_resumed(found.path, found.metadata, self.contents, self.config)
         self.progress = p = resume.restore(
             found, self.config, self.learner, self.processes, global_batch=self.global_batch
         )
@@ -192,8 +207,7 @@ class Trainer:
         return {
             "network": NETWORK,
             "config": to_dict(self.config),
-            "class_counts": self.class_counts,
-            "class_names": self.splits.class_names,
+            **self.contents,
             "seed": self.config.seed,
             "versions": {"elf_fast": __version__, "torch": torch.__version__},
         }
