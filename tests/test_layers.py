@@ -50,7 +50,7 @@ INSIDE = {
     "runs": (("values", "files"), ("config", "checkpoints"), ("plain", "datasets"),
              ("networks", "evaluation", "contents"), ("opening",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner"),
-                 ("resume", "results"), ("trainer", "config")),
+                 ("resume", "results", "unreadable"), ("trainer", "config")),
 }  # fmt: skip
 DATA_MAY_IMPORT = {"checks", "criteria", "data"}
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}

@@ -33,6 +33,7 @@ from .log import Log
 from .processes import Processes, joined
 from .progress import Progress, Totals
 from .results import Evaluator, write_results
+from .unreadable import check_epoch
 
 CONFIG = "config.yaml"
 #: Metrics that the record of an epoch leaves out: there may be thousands of classes.
@@ -55,7 +56,8 @@ def train(
         FileExistsError: config.output holds a run, and `resume` is False.
         NonFiniteError: the loss or a weight became NaN or infinite.
         ValueError: settings that do not fit each other, the data or the checkpoint.
-        DataError: no image to evaluate on can be read.
+        DataError: more than half of the images of an epoch or of an evaluation cannot be read, or
+            none of a class or by one of the processes.
     """
     with joined(config.device) as processes:
         trainer = Trainer(config, processes, console=console)
@@ -255,17 +257,22 @@ class Trainer:
         self.model.train()
         log.begin_epoch(p.epoch, loader.position)
         rate, images, start = 0.0, 0, time.perf_counter()
+        own, is_whole = 0, p.samples == 0  # images that this process reads
         batches, skipped = iter(loader), loader.skipped.total()
         while group := list(islice(batches, config.grad_accum_steps)):
-            images += self.step(group)
+            n = self.step(group)
+            images, own = images + n, own + sum(len(targets) for _, targets in group)
             p.samples = loader.position * self.global_batch
             p.totals.skipped += loader.skipped.total() - skipped
             skipped = loader.skipped.total()
             rate = images / (time.perf_counter() - start)
             log.batch(loader.position, {**p.totals.means(), "images_per_second": rate})
-            if config.checkpoint_steps and p.step % config.checkpoint_steps == 0:
+            # A step without samples is not saved: the run is to resume where images can be read.
+            if n and config.checkpoint_steps and p.step % config.checkpoint_steps == 0:
                 self.save()
         totals = p.totals.over(self.processes)
+        names, processes = self.splits.class_names, self.processes
+        check_epoch(p.epoch + 1, totals, own if is_whole else None, loader, names, processes)
         p.epoch, p.samples, p.totals = p.epoch + 1, 0, self._no_totals()
         record = {
             "epoch": p.epoch,
