@@ -43,14 +43,14 @@ INSIDE = {
     "bench": (("timing", "workload"), ("inference", "training"), ("command",)),
     "cli": (("errors", "metrics", "flags"), ("bench", "demo", "doctor", "evaluate", "train"),
             ("main",), ("__init__", "__main__")),
-    "data": (("splits", "images", "longtail"), ("transforms", "loader"),
+    "data": (("splits", "images", "longtail"), ("transforms", "loader", "tree"),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
     "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
     "policy": (("exit_table",), ("calibrate",)),
     "runs": (("values", "files"), ("config", "checkpoints"), ("plain", "datasets"),
-             ("networks", "evaluation"), ("opening",)),
+             ("networks", "evaluation", "contents"), ("opening",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner"),
-                 ("resume", "results"), ("trainer", "config")),
+                 ("resume", "results", "unreadable"), ("trainer", "config")),
 }  # fmt: skip
 DATA_MAY_IMPORT = {"checks", "criteria", "data"}
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}

@@ -22,7 +22,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", type=Path, metavar="RUN",
                         help="folder of a run or of the demo, a run's checkpoint, or a weights "
                         "file")  # fmt: skip
-    parser.add_argument("--data-dir", metavar="FOLDER", help="folder of the images, if they moved")
+    parser.add_argument(
+        "--data-dir",
+        metavar="FOLDER",
+        help="folder of the images, if they moved or to evaluate on others",
+    )
     parser.add_argument("--lists", metavar="FOLDER", help="folder of the lists, if they moved")
     parser.add_argument("--json", action="store_true", help="print all metrics as JSON")
     return parser

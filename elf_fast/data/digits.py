@@ -31,6 +31,10 @@ class Digits(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.images[index], int(self.targets[index])
 
+    def keys(self) -> list[bytes]:
+        """[N] the numbers of the digits in scikit-learn's data set."""
+        return [str(position).encode() for position in self.position.tolist()]
+
 
 @dataclass(frozen=True)
 class DigitSplits(Splits):

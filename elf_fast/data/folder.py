@@ -11,6 +11,7 @@ from .images import ImageFiles, Transform
 from .longtail import choose
 from .splits import DataError, Splits
 from .transforms import Transforms, image_transforms
+from .tree import Part, find
 
 
 def image_folder(
@@ -21,10 +22,14 @@ def image_folder(
     validation_fraction: float = 0.0,
     seed: int = 0,
     transforms: Transforms | None = None,
+    exif_orientation: bool = True,
 ) -> Splits:
-    """The images in root/train/<class>/, root/val/<class>/ (or root/validation/<class>/) and
-    root/test/<class>/. The last two are optional. If there is no root/train, the images in
-    root/<class>/ are for training.
+    """The images in root/train/<class>/, root/val/<class>/ and root/test/<class>/. The last two are
+    optional. If root has no part, the images in root/<class>/ are for training.
+
+    A part may have any of the names in `tree.PART_NAMES`, in upper or lower case. Images are the
+    regular files with an extension of `tree.EXTENSIONS`; `Splits.left_out` tells what else was
+    found. Links are followed, but every folder is read once.
 
     Args:
         imbalance: None keeps all training images; a number makes them long-tailed
@@ -33,76 +38,63 @@ def image_folder(
         validation_fraction: the share of every class that is held out for validation before the
             rest is made long-tailed; must be 0 if there is a val folder.
         transforms: `image_transforms()` if None.
+        exif_orientation: turn images as their EXIF orientation says.
 
     Raises:
-        DataError: root is no folder, a part has no images, or it has classes that training lacks.
-        FileNotFoundError: a part has no class folders, or a training class has no images.
+        DataError: root is no folder; it is not clear which folders are parts and which are classes;
+            a part has no class folders, no images, or classes that training lacks; a class has no
+            images.
         ValueError: another argument is invalid; the message names it.
     """
-    from torchvision.datasets import ImageFolder
-
-    root = Path(root)
-    if not root.is_dir():
-        raise DataError(f"root: expected a folder with one subfolder per class, got {root}")
-    train_folder, validation_folder, test_folder = root, None, None
-    if (root / "train").is_dir():
-        train_folder = root / "train"
-        validation_folder = _first_folder(root / "val", root / "validation")
-        test_folder = _first_folder(root / "test")
-    if validation_fraction and validation_folder:
+    parts, left_out = find(Path(root))
+    if validation_fraction and "validation" in parts:
         raise ValueError(
-            f"validation_fraction: expected 0, since {validation_folder} is the validation part, "
-            f"got {validation_fraction}"
+            f"validation_fraction: expected 0, since {parts['validation'].folder} is the "
+            f"validation part, got {validation_fraction}"
         )
     transforms = transforms or image_transforms()
-    train = ImageFolder(train_folder)
-    paths, targets = [path for path, _ in train.samples], torch.tensor(train.targets)
+    class_names = list(parts["train"].files)
+
+    def dataset(part: str, indices: Tensor | None, transform: Transform) -> ImageFiles:
+        paths, targets = _samples(parts[part], class_names)
+        if indices is not None:
+            paths, targets = [paths[i] for i in indices.tolist()], targets[indices]
+        folder = str(parts[part].folder)
+        return ImageFiles(paths, targets, transform, root=folder, exif_orientation=exif_orientation)
+
     kept, held_out = choose(
-        targets,
+        _samples(parts["train"], class_names)[1],
         imbalance=imbalance,
         profile=profile,
         validation_fraction=validation_fraction,
         seed=seed,
     )
-
-    def select(indices: Tensor, transform: Transform) -> ImageFiles:
-        return ImageFiles([paths[i] for i in indices.tolist()], targets[indices], transform)
-
-    validation = _part(validation_folder, train.classes, transforms)
+    evaluated = {
+        part: dataset(part, None, transforms.evaluate) if part in parts else None
+        for part in ("validation", "test")
+    }
     if held_out is not None:
-        validation = select(held_out, transforms.evaluate)
+        evaluated["validation"] = dataset("train", held_out, transforms.evaluate)
     return Splits(
-        train=select(kept, transforms.train),
-        validation=validation,
-        test=_part(test_folder, train.classes, transforms),
-        class_names=train.classes,
+        train=dataset("train", kept, transforms.train),
+        **evaluated,
+        class_names=class_names,
+        left_out=left_out,
     )
 
 
-def _first_folder(*candidates: Path) -> Path | None:
-    return next((folder for folder in candidates if folder.is_dir()), None)
-
-
-def _part(folder: Path | None, class_names: list[str], transforms: Transforms) -> ImageFiles | None:
-    """An evaluation part with the class indices of training; classes may be missing in it."""
-    from torchvision.datasets import ImageFolder
-    from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
-
-    if folder is None:
-        return None
-    unknown = sorted(set(find_classes(folder)[0]) - set(class_names))
+def _samples(part: Part, class_names: list[str]) -> tuple[list[str], Tensor]:
+    """Paths [N] and targets [N] int64 of a part, with the class indices of training; classes may
+    be missing in it."""
+    unknown = sorted(set(part.files) - set(class_names))
     if unknown:
         raise DataError(
-            f"{folder}: expected only classes of the training part, got {len(unknown)} more: "
+            f"{part.folder}: expected only classes of the training part, got {len(unknown)} more: "
             f"{', '.join(unknown[:5])}"
         )
-    samples = ImageFolder.make_dataset(
-        str(folder),
-        {name: c for c, name in enumerate(class_names)},
-        extensions=IMG_EXTENSIONS,
-        allow_empty=True,
-    )
-    if not samples:
-        raise DataError(f"{folder}: expected images in its class folders, got none")
-    targets = torch.tensor([target for _, target in samples], dtype=torch.int64)
-    return ImageFiles([path for path, _ in samples], targets, transforms.evaluate)
+    files = [part.files.get(name, []) for name in class_names]
+    paths = [path for of_class in files for path in of_class]
+    if not paths:
+        raise DataError(f"{part.folder}: expected images in its class folders, got none")
+    counts = torch.tensor([len(of_class) for of_class in files])
+    return paths, torch.arange(len(class_names)).repeat_interleave(counts)

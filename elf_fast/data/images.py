@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
+import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -24,35 +28,91 @@ class DecodeError(OSError):
         self.path = path
 
 
-def read_image(path: str) -> Image.Image:
-    """The file as an RGB image.
+def read_image(path: str, *, exif_orientation: bool = True) -> Image.Image:
+    """The file as an RGB image: the first frame of an animation, without transparency.
+
+    Grey values of 16 bits are divided by 257, and floating ones, which must be in [0, 1],
+    multiplied by 255.
+
+    Args:
+        exif_orientation: turn and mirror the image as its EXIF orientation says. Pillow always does
+            so for TIFF.
 
     Raises:
-        DecodeError: the file is missing, cut short, damaged or no image.
+        DecodeError: the file is missing, cut short, damaged or no image, it has more pixels than
+            `PIL.Image.MAX_IMAGE_PIXELS`, or it has 32-bit integers, whose range is not known.
     """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's about metadata, one per image
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                if exif_orientation:
+                    with contextlib.suppress(Exception):  # damaged metadata of a good image
+                        ImageOps.exif_transpose(image, in_place=True)
+                return _eight_bits(image).convert("RGB")
     # By format, damaged files raise OSError, SyntaxError, struct.error, zlib.error and others.
     except Exception as error:
         raise DecodeError(f"{path}: cannot be read as an image: {error!r}", path) from error
 
 
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """The image with 8 bits per channel; Pillow's own conversion clips larger values.
+
+    Raises:
+        ValueError: the range of its values is not known.
+    """
+    # Pillow reads 16-bit PNG and PGM files as mode "I" or "I;16", by its version.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        values = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
+    if image.mode == "I":
+        raise ValueError("expected values of 8 or 16 bits, got 32-bit integers")
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not bool(((values >= 0) & (values <= 1)).all()):
+            low, high = values.min(), values.max()
+            raise ValueError(f"expected floating values in [0, 1], got {low:g} to {high:g}")
+        return Image.fromarray((values * 255).round().astype(np.uint8))
+    return image
+
+
 class ImageFiles(Dataset[tuple[Tensor, int]]):
     """Image files, each read when it is indexed. A file that cannot be read, or for which the
-    transform raises ValueError, raises `DecodeError`."""
+    transform raises ValueError, raises `DecodeError`.
 
-    def __init__(self, paths: Sequence[str], targets: Tensor, transform: Transform) -> None:
+    Args:
+        root: the folder that holds the files, for `keys`.
+        exif_orientation: see `read_image`.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        targets: Tensor,
+        transform: Transform,
+        *,
+        root: str = "",
+        exif_orientation: bool = True,
+    ) -> None:
         self.paths = paths  # [N]
         self.targets = targets  # [N] int64
         self.transform = transform
+        self.root = root
+        self.exif_orientation = exif_orientation
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def keys(self) -> list[bytes]:
+        """[N] the files' names below root, which stay when the folder moves."""
+        start = os.path.join(self.root, "")
+        return [os.fsencode(path.removeprefix(start).replace(os.sep, "/")) for path in self.paths]
+
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path = self.paths[index]
-        image = read_image(path)
+        image = read_image(path, exif_orientation=self.exif_orientation)
         try:
             return self.transform(image), int(self.targets[index])
         except ValueError as error:
@@ -69,6 +129,10 @@ class ImageArray(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def keys(self) -> list[bytes]:
+        """[N] digests of the images."""
+        return [hashlib.blake2b(image.tobytes(), digest_size=16).digest() for image in self.images]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         return self.transform(Image.fromarray(self.images[index])), int(self.targets[index])

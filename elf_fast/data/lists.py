@@ -71,6 +71,7 @@ def published(
     lists: str | Path | None = None,
     *,
     transforms: Transforms | None = None,
+    exif_orientation: bool = True,
 ) -> Splits:
     """A data set of `PUBLISHED` from the lists of its authors, checked against its published sizes.
 
@@ -80,6 +81,7 @@ def published(
         lists: the folder that holds the lists under their usual names (see `PUBLISHED`); root if
             None.
         transforms: `image_transforms()` if None.
+        exif_orientation: turn images as their EXIF orientation says.
 
     Raises:
         DataError: as `from_lists`, or the numbers of images or the class sizes differ.
@@ -90,7 +92,7 @@ def published(
     facts = PUBLISHED[name]
     folder = Path(root if lists is None else lists)
     files = {part: folder / file for part, (file, _) in facts.lists.items()}
-    return _load(root, files, facts, transforms)
+    return _load(root, files, facts, transforms, exif_orientation)
 
 
 def from_lists(
@@ -100,6 +102,7 @@ def from_lists(
     test: str | Path | None = None,
     *,
     transforms: Transforms | None = None,
+    exif_orientation: bool = True,
 ) -> Splits:
     """A data set from lists with a line `relative/path label` for every image, labels from 0.
 
@@ -109,6 +112,7 @@ def from_lists(
     Args:
         root: the folder that the paths in the lists are relative to.
         transforms: `image_transforms()` if None.
+        exif_orientation: turn images as their EXIF orientation says.
 
     Raises:
         DataError: a list is missing or empty, a line is malformed, a label is out of range, a class
@@ -116,7 +120,7 @@ def from_lists(
     """
     given = {"train": train, "validation": validation, "test": test}
     files = {part: Path(file) for part, file in given.items() if file is not None}
-    return _load(root, files, None, transforms)
+    return _load(root, files, None, transforms, exif_orientation)
 
 
 class _List(NamedTuple):
@@ -127,7 +131,11 @@ class _List(NamedTuple):
 
 
 def _load(
-    root: str | Path, files: Mapping[str, Path], facts: Facts | None, transforms: Transforms | None
+    root: str | Path,
+    files: Mapping[str, Path],
+    facts: Facts | None,
+    transforms: Transforms | None,
+    exif_orientation: bool,
 ) -> Splits:
     missing = [file for file in files.values() if not file.is_file()]
     if missing:
@@ -149,6 +157,8 @@ def _load(
             listed.paths,
             torch.tensor(listed.labels, dtype=torch.int64),
             transforms.train if part == "train" else transforms.evaluate,
+            root=str(root),
+            exif_orientation=exif_orientation,
         )
         for part, listed in lists.items()
     }

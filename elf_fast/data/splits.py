@@ -32,9 +32,18 @@ class Splits:
     validation: LabelledImages | None
     test: LabelledImages | None
     class_names: list[str]  # [C]
+    left_out: str = ""  # what was found beside the images and not read, in words
 
     @property
     def class_counts(self) -> list[int]:
         """[C] training samples of every class."""
         counts = torch.bincount(self.train.targets, minlength=len(self.class_names))
         return counts.tolist()
+
+    def summary(self) -> str:
+        """What was found and what was left out, in one line."""
+        text = f"data: {len(self.class_names):,} classes, images: {len(self.train):,} to train on"
+        for part, use in ((self.validation, "validation"), (self.test, "test")):
+            text += f", no {use} part" if part is None else f", {len(part):,} in the {use} part"
+        text += f"; left out: {self.left_out}" if self.left_out else ""
+        return text.encode(errors="replace").decode()  # a file name may hold any bytes

@@ -15,6 +15,9 @@ from .images import Transform
 #: images of the deviation inside an image, which is smaller than the deviation of all pixels.
 CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: The longest shape, as a ratio of sides, that is scaled as a whole for evaluation. The centre crop
+#: sees 7/8 of the shorter side.
+LONGEST = 4
 
 
 class Transforms(NamedTuple):
@@ -56,11 +59,25 @@ def image_transforms(
 ) -> Transforms:
     """For images of any size. Training crops a random part of 8% to 100% of the area, scales it to
     size x size pixels and mirrors it at random. Evaluation scales the shorter side to 8/7 of size
-    and crops the centre."""
+    and crops the centre; of images more than `LONGEST` times as long as wide it scales the middle
+    only."""
     from torchvision.transforms import v2
 
     augment = [v2.RandomResizedCrop(size), v2.RandomHorizontalFlip()]
-    return _pair(augment, [v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)], mean, std)
+    evaluate = [_middle, v2.Resize(round(size * 8 / 7)), v2.CenterCrop(size)]
+    return _pair(augment, evaluate, mean, std)
+
+
+def _middle(image: Image.Image) -> Image.Image:
+    """The middle of an image that is more than `LONGEST` times as long as wide, and other images as
+    they are. An image of 2 x 20,000 pixels, scaled as a whole, would need gigabytes."""
+    short, long = sorted(image.size)
+    rest = (long - LONGEST * short) // 2  # pixels cut at each end; the centre stays
+    if rest <= 0:
+        return image
+    width, height = image.size
+    x, y = (rest, 0) if width == long else (0, rest)
+    return image.crop((x, y, width - x, height - y))
 
 
 def _pair(

@@ -73,6 +73,9 @@ class TrainConfig:
         None, "data", "small: shift and mirror images that have img-size already; large: random "
         "crops of images of any size; by data set if not given",
     )  # fmt: skip
+    exif_orientation: bool = _option(
+        True, "data", "turn photos as the orientation in their EXIF data says"
+    )
     skip_errors: bool = _option(False, "data", "leave out images that cannot be read")
 
     model: str = _option("resnet50", "model", "network of timm or torchvision, or cifar_resnet32")
@@ -211,15 +214,13 @@ class TrainConfig:
     def _check_data(self) -> None:
         if self.dataset == "digits":
             for name in ("imbalance_profile", "validation_fraction", "transforms", "img_size"):
-                default = TrainConfig.__dataclass_fields__[name].default
-                if getattr(self, name) != default:
-                    raise ValueError(
-                        f"{name}: expected {default} for digits, got {getattr(self, name)}"
-                    )
+                self._check_default(name)
         elif self.data_dir is None:
             raise ValueError(
                 f"data_dir: expected a folder of images (dataset {self.dataset}), got none"
             )
+        if self.is_cifar or self.dataset == "digits":
+            self._check_default("exif_orientation")
         if self.dataset not in _SUBSETTABLE:
             for name, default in (("imbalance", None), ("validation_fraction", 0.0)):
                 if getattr(self, name) != default:
@@ -231,6 +232,13 @@ class TrainConfig:
             raise ValueError(
                 f"img_size: expected 32 for {self.dataset} unless transforms is large, which "
                 f"scales, got {self.img_size}"
+            )
+
+    def _check_default(self, name: str) -> None:
+        default = TrainConfig.__dataclass_fields__[name].default
+        if getattr(self, name) != default:
+            raise ValueError(
+                f"{name}: expected {default} for {self.dataset}, got {getattr(self, name)}"
             )
 
     def _check_exits(self) -> None:

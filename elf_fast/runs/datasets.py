@@ -31,12 +31,13 @@ def load_splits(config: TrainConfig) -> data.Splits:
         return _digits(config)
     assert config.data_dir is not None
     transforms = _transforms(config)
+    exif: dict[str, Any] = {"exif_orientation": config.exif_orientation}
     if config.is_cifar:
         classes = int(config.dataset.removeprefix("cifar"))
         tail["imbalance"] = config.imbalance or 1.0
         return data.cifar_lt(config.data_dir, classes, **tail, transforms=transforms)
     if config.dataset == "folder":
-        return data.image_folder(config.data_dir, **tail, transforms=transforms)
+        return data.image_folder(config.data_dir, **tail, **exif, transforms=transforms)
     lists = Path(config.lists or config.data_dir)
     if config.dataset == "lists":
         train, validation, test = (lists / f"{part}.txt" for part in ("train", "val", "test"))
@@ -45,9 +46,10 @@ def load_splits(config: TrainConfig) -> data.Splits:
             train,
             validation if validation.exists() else None,
             test if test.exists() else None,
+            **exif,
             transforms=transforms,
         )
-    return data.published(config.dataset, config.data_dir, lists, transforms=transforms)
+    return data.published(config.dataset, config.data_dir, lists, **exif, transforms=transforms)
 
 
 def image_size(config: TrainConfig) -> int:
@@ -77,6 +79,9 @@ class _DigitImages(Dataset[tuple[Tensor, int]]):
 
     def __len__(self) -> int:
         return len(self.digits)
+
+    def keys(self) -> list[bytes]:
+        return self.digits.keys()
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         image, target = self.digits[index]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ def evaluate(
     `skipped`.
 
     Raises:
-        DataError: no image can be read.
+        DataError: more than half of the images cannot be read.
     """
     from ..metrics import ELFMetrics  # here, because torchmetrics imports matplotlib
 
@@ -57,11 +58,21 @@ def evaluate(
             out = model(images.to(device, non_blocking=True))
             metrics.update(out, targets.to(device, non_blocking=True))
     found = metrics.compute()
-    if not found["samples"]:
-        raise nothing_readable(batches)
+    check_read(batches, found["samples"])
     return {**found, "skipped": len(batches.dataset) - found["samples"]}
 
 
-def nothing_readable(batches: ImageLoader) -> DataError:
-    N = len(batches.dataset)
-    return DataError(f"expected an image that can be read, got none among {N} to evaluate on")
+def check_read(batches: ImageLoader, read: int) -> None:
+    """Raises DataError if more than half of the images to evaluate on cannot be read; `read`: how
+    many all processes together have read."""
+    check_readable("evaluation", read, len(batches.dataset), batches.skipped)
+
+
+def check_readable(what: str, read: int, N: int, unreadable: Collection[str]) -> None:
+    """Raises DataError if less than half of N images were read. unreadable: names of others."""
+    if 2 * read < N:
+        example = f", such as {min(unreadable)}" if unreadable else ""
+        raise DataError(
+            f"{what}: expected at least half of {N:,} images to be readable, got {read:,}; the "
+            f"others cannot be read{example}"
+        )

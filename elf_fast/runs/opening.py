@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from .. import checks
 from ..flops import count_flops
 from ..modules import ELF
-from . import checkpoints, files
+from . import checkpoints, contents, files
 from .config import TrainConfig
 from .datasets import blank_image, load_splits
 from .evaluation import evaluate, evaluation_loader
@@ -70,19 +71,23 @@ def evaluate_run(
     path of a run. The part is validation only if the data set has no test part.
 
     Args:
-        overrides: settings that differ from the run's, such as data_dir.
+        overrides: settings that differ from the run's, such as data_dir. If they name another
+            place of the data, its images may differ from the run's; stderr then says how.
 
     Raises:
-        CheckpointError: the weights or the data do not fit.
+        CheckpointError: the weights do not fit, or the data are not those of the run.
         ValueError, TypeError: the run's settings do not fit the data, this version or this machine.
     """
     config = _settings(path, metadata, overrides)
     splits = load_splits(config)
-    if splits.class_counts != metadata["class_counts"]:
-        raise CheckpointError(
-            f"{path}: expected the training data that it was made with, class_counts "
-            f"{metadata['class_counts']}, got {splits.class_counts}"
-        )
+    part = "validation" if splits.test is None else "test"
+    images = getattr(splits, part)
+    if images is None:
+        raise CheckpointError(f"{path}: expected a test or validation part in its data, got none")
+    named = not {"data_dir", "lists"}.isdisjoint(overrides)
+    now = contents.describe(splits)
+    for text in contents.check_evaluated(path, metadata, now, config, part, on_purpose=named):
+        print(text, file=sys.stderr)
     try:
         device = checks.device(config.device)
     except ValueError:  # this machine lacks the device of the training
@@ -90,10 +95,6 @@ def evaluate_run(
     model = network(config, splits.class_counts)
     load_weights(model, weights, path)
     model.to(device)
-    part = "validation" if splits.test is None else "test"
-    images = getattr(splits, part)
-    if images is None:
-        raise CheckpointError(f"{path}: expected a test or validation part in its data, got none")
     flops = count_flops(model, blank_image(config, device))
     loader = evaluation_loader(config, images, device)
     return part, evaluate(config, model, loader, splits.class_counts, flops)

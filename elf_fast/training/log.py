@@ -79,6 +79,8 @@ class Log:
         """Prints and logs the record of a finished epoch."""
         validation = record.get("validation")
         text = f"epoch {record['epoch']}/{self.epochs}  {describe(record)}"
+        if record["skipped"]:
+            text += f"  | {record['skipped']:,} images left out"
         if validation:
             text += f"  | validation accuracy {100 * validation['overall']:.1f}%"
         self.console.print(text, highlight=False, soft_wrap=True)

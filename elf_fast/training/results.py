@@ -17,7 +17,7 @@ from ..policy import calibrate
 from ..policy.exit_table import ExitTable, exit_table
 from ..runs import checkpoints, files
 from ..runs.config import TrainConfig
-from ..runs.evaluation import autocast, evaluate, evaluation_loader, nothing_readable
+from ..runs.evaluation import autocast, check_read, evaluate, evaluation_loader
 from ..runs.plain import to_dict
 from .processes import Processes
 
@@ -63,9 +63,11 @@ class Evaluator:
         # Only tensors are sent, because a user's criterion need not be picklable.
         answers = self.processes.gather((own.statistic, own.prediction, own.target))
         table = ExitTable.joined([ExitTable(s, p, t, own.criterion) for s, p, t in answers])
-        if not len(table.target):
+        try:
+            check_read(validation, len(table.target))
+        except DataError:
             self.name_skipped(validation)
-            raise nothing_readable(validation)
+            raise
         points = calibrate.sweep(table, self.flops, thresholds=model.thresholds)
         share = math.inf if self.config.max_flops is None else self.config.max_flops
         chosen = calibrate.choose(points, share * self.flops.without_exits)
@@ -83,7 +85,8 @@ class Evaluator:
             return
         found = set().union(*self.processes.gather(set(loader.skipped)))
         for path in sorted(found - self._named):
-            self.console.print(Text(f"left out, cannot be read: {path}"), soft_wrap=True)
+            text = f"left out, cannot be read: {path}".encode(errors="replace").decode()
+            self.console.print(Text(text), soft_wrap=True)
         self._named |= found
 
 

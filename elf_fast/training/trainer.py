@@ -14,13 +14,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from .. import __version__
 from ..data import ImageLoader
 from ..flops import count_flops
 from ..modules import ELF
-from ..runs import files
+from ..runs import contents, files
 from ..runs.config import TrainConfig
 from ..runs.datasets import blank_image, image_size, load_splits
 from ..runs.networks import network
@@ -32,6 +33,7 @@ from .log import Log
 from .processes import Processes, joined
 from .progress import Progress, Totals
 from .results import Evaluator, write_results
+from .unreadable import check_epoch
 
 CONFIG = "config.yaml"
 #: Metrics that the record of an epoch leaves out: there may be thousands of classes.
@@ -54,7 +56,8 @@ def train(
         FileExistsError: config.output holds a run, and `resume` is False.
         NonFiniteError: the loss or a weight became NaN or infinite.
         ValueError: settings that do not fit each other, the data or the checkpoint.
-        DataError: no image to evaluate on can be read.
+        DataError: more than half of the images of an epoch or of an evaluation cannot be read, or
+            none of a class or by one of the processes.
     """
     with joined(config.device) as processes:
         trainer = Trainer(config, processes, console=console)
@@ -84,6 +87,8 @@ class Trainer:
         self.output = Path(config.output)
         self.console = (console or Console()) if processes.is_first else Console(quiet=True)
         self.splits = load_splits(config)
+        self.console.print(Text(self.splits.summary()), soft_wrap=True)
+        self.contents = contents.describe(self.splits)
         self.class_counts = self.splits.class_counts
         if config.max_flops is not None and config.has_exits and self.splits.validation is None:
             raise ValueError(
@@ -91,6 +96,7 @@ class Trainer:
                 f"--validation-fraction holds it out, got none and {config.max_flops}"
             )
         self.learner = Learner(config, network(config, self.class_counts), processes)
+        self._check_same_data()
         flops = count_flops(self.model, blank_image(config, processes.device))
         # Every process has its own seed for augmentation and for random layers such as dropout.
         seed = config.seed * processes.world_size + processes.rank
@@ -109,6 +115,16 @@ class Trainer:
     @property
     def model(self) -> ELF:
         return self.learner.model
+
+    def _check_same_data(self) -> None:
+        """Fails if processes, which may run on several machines, read different data."""
+        own = (contents.fingerprint(self.contents), self.splits.summary())
+        seen = dict(self.processes.gather(own))
+        if len(seen) > 1:
+            raise ValueError(
+                "data_dir: expected all processes to read the same data, got "
+                f"{len(seen)} kinds: {' | '.join(seen.values())}"
+            )
 
     def _training_loader(self, seed: int) -> ImageLoader:
         config = self.config
@@ -164,6 +180,7 @@ class Trainer:
         if found is None:
             self.console.print("no checkpoint yet: the run starts anew", highlight=False)
             return
+        contents.check_resumed(found.path, found.metadata, self.contents, self.config)
         self.progress = p = resume.restore(
             found, self.config, self.learner, self.processes, global_batch=self.global_batch
         )
@@ -192,8 +209,7 @@ class Trainer:
         return {
             "network": NETWORK,
             "config": to_dict(self.config),
-            "class_counts": self.class_counts,
-            "class_names": self.splits.class_names,
+            **self.contents,
             "seed": self.config.seed,
             "versions": {"elf_fast": __version__, "torch": torch.__version__},
         }
@@ -241,17 +257,22 @@ class Trainer:
         self.model.train()
         log.begin_epoch(p.epoch, loader.position)
         rate, images, start = 0.0, 0, time.perf_counter()
+        own, is_whole = 0, p.samples == 0  # images that this process reads
         batches, skipped = iter(loader), loader.skipped.total()
         while group := list(islice(batches, config.grad_accum_steps)):
-            images += self.step(group)
+            n = self.step(group)
+            images, own = images + n, own + sum(len(targets) for _, targets in group)
             p.samples = loader.position * self.global_batch
             p.totals.skipped += loader.skipped.total() - skipped
             skipped = loader.skipped.total()
             rate = images / (time.perf_counter() - start)
             log.batch(loader.position, {**p.totals.means(), "images_per_second": rate})
-            if config.checkpoint_steps and p.step % config.checkpoint_steps == 0:
+            # A step without samples is not saved: the run is to resume where images can be read.
+            if n and config.checkpoint_steps and p.step % config.checkpoint_steps == 0:
                 self.save()
         totals = p.totals.over(self.processes)
+        names, processes = self.splits.class_names, self.processes
+        check_epoch(p.epoch + 1, totals, own if is_whole else None, loader, names, processes)
         p.epoch, p.samples, p.totals = p.epoch + 1, 0, self._no_totals()
         record = {
             "epoch": p.epoch,

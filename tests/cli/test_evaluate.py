@@ -30,7 +30,9 @@ def test_eval_repeats_the_numbers_of_a_run(run, folder, tmp_path, capsys):
     test = folder / "test"
     test.rename(tmp_path / "test")
     try:
-        assert "seed 3, validation set" in printed(capsys, "eval", run)
+        assert "test: expected the run's 24 images, got none" in refused(capsys, "eval", run)
+        said = printed(capsys, "eval", run, "--data-dir", folder)
+        assert "seed 3, validation set" in said
     finally:
         (tmp_path / "test").rename(test)
 

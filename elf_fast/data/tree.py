@@ -1,0 +1,266 @@
+"""Finds the parts, classes and image files of a folder, and tells what it left out."""
+
+from __future__ import annotations
+
+import os
+import re
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from .splits import DataError
+
+#: Extensions of the files that are read as images, in lower case.
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".apng", ".gif", ".bmp", ".webp", ".avif",
+    ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga",
+)  # fmt: skip
+#: What the folder of a part may be called, in lower case.
+PART_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+_PART_OF = {name: part for part, names in PART_NAMES.items() for name in names}
+_KNOWN = "parts are named " + "; ".join(", ".join(n) for n in PART_NAMES.values())
+_CURE = "If all of them are classes, put them into one folder named train"
+_SHOWN = 5
+
+
+class LeftOut:
+    """Counts what was not read below a folder, by reason, with an example of each."""
+
+    def __init__(self, root: Path) -> None:
+        self._start = os.path.join(root, "")
+        self._found: dict[str, tuple[int, str]] = {}
+
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        before, first = self._found.get(reason, (0, example.removeprefix(self._start)))
+        self._found[reason] = (before + count, first)
+
+    def add_all(self, other: LeftOut) -> None:
+        for reason, (count, example) in other._found.items():
+            self.add(reason, example, count)
+
+    def __str__(self) -> str:
+        """Such as "2 x named .txt (cat/notes.txt), 1 x hidden (cat/.DS_Store)"."""
+        ordered = sorted(self._found.items(), key=lambda item: (-item[1][0], item[0]))
+        shown = [f"{n:,} x {reason} ({example})" for reason, (n, example) in ordered[:_SHOWN]]
+        return ", ".join(shown) + (", ..." if len(ordered) > _SHOWN else "")
+
+
+class Part(NamedTuple):
+    folder: Path
+    files: dict[str, list[str]]  # by class, in the order of folders and file names
+
+
+def find(root: Path) -> tuple[dict[str, Part], str]:
+    """(parts, left out): the image files of a folder by part ("train", "validation", "test") and
+    class, and what was left out, in words.
+
+    Links are followed, but every folder is read once. Hidden entries, files without an extension of
+    images, broken links and everything that is no regular file are left out.
+
+    Raises:
+        DataError: it is not clear which folders are parts and which are classes; a part has no
+            class folders; the folder of a class holds files, but no image; two classes are the same
+            folder.
+    """
+    if not root.is_dir():
+        raise DataError(f"root: expected a folder with one subfolder per class, got {root}")
+    left_out = LeftOut(root)
+    folders = _part_folders(root, left_out)
+    classes = {part: _class_folders(folder, left_out) for part, folder in folders.items()}
+    links = _Links(list(chain.from_iterable(classes.values())))
+    parts, empty = {}, []
+    for part, folder in folders.items():
+        files = {}
+        for path in classes[part]:
+            of_class = LeftOut(root)
+            files[path.name] = _images(str(path), links, of_class)
+            if not files[path.name] and (part == "train" or str(of_class)):
+                empty.append(f"{path}: expected images, got {str(of_class) or 'none'}")
+            left_out.add_all(of_class)
+        parts[part] = Part(folder, files)
+    if empty:
+        known = f"the extensions of images are {' '.join(EXTENSIONS)}"
+        more = [f"... and {len(empty) - _SHOWN:,} more classes"] if len(empty) > _SHOWN else []
+        raise DataError("\n".join([*empty[:_SHOWN], *more, known]))
+    return parts, str(left_out)
+
+
+def _part_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
+    """The folders of the parts that root has; root itself for training if it holds classes."""
+    folders = _subfolders(root)
+    parts: dict[str, list[Path]] = {}
+    others = []
+    for folder in folders:
+        part = _PART_OF.get(folder.name.lower())
+        if part is None:
+            others.append(folder)
+        else:
+            parts.setdefault(part, []).append(folder)
+    if not parts:
+        _check_no_parts(root, folders)
+        return {"train": root}
+    for part, found in parts.items():
+        if len(found) > 1:
+            raise DataError(f"{root}: expected one folder for the {part} part, got {_names(found)}")
+    given = [folders[0] for folders in parts.values()]
+    classes = [folder for folder in others if _has_images(folder)]
+    if classes:
+        raise DataError(
+            f"{root}: expected folders of parts or of classes, got parts by name, {_names(given)}, "
+            f"beside {_names(classes)}; {_KNOWN}. {_CURE}"
+        )
+    if "train" not in parts:
+        raise DataError(
+            f"{root}: expected a training part beside {_names(given)}, got none; {_KNOWN}. {_CURE}"
+        )
+    for folder in others:
+        left_out.add("folder without images", str(folder))
+    _leave_out_files(root, left_out)
+    return {part: folders[0] for part, folders in parts.items()}
+
+
+def _check_no_parts(root: Path, classes: list[Path]) -> None:
+    """Raises DataError if folders that would be classes look like parts under other names."""
+    for_training, for_others = [], []
+    for folder in classes:
+        words = set(re.findall("[a-z]+", folder.name.lower()))
+        if words.intersection(PART_NAMES["train"]):
+            for_training.append(folder)
+        elif words.intersection(_PART_OF):
+            for_others.append(folder)
+        inside = {_PART_OF.get(sub.name.lower()) for sub in _subfolders(folder)}
+        if "train" in inside and inside & {"validation", "test"}:
+            raise DataError(
+                f"{root}: expected class folders, got {folder}, which holds the parts of a data "
+                f"set; give {folder} as the folder"
+            )
+    if for_training and for_others:
+        found = [*for_training, *for_others]
+        raise DataError(
+            f"{root}: expected class folders, got {_names(found)}, which look like parts; "
+            f"{_KNOWN}. {_CURE}"
+        )
+
+
+def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
+    found = _subfolders(folder)
+    _leave_out_files(folder, left_out)
+    if not found:
+        n = len(_entries(str(folder)))
+        raise DataError(f"{folder}: expected one subfolder per class, got none among {n:,} entries")
+    return found
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    """The folders in a folder, in order, without hidden ones and those that macOS adds to zips."""
+    found = (e for e in _entries(str(folder)) if _is_folder(e) and not _is_hidden(e))
+    return [folder / entry.name for entry in found]
+
+
+def _leave_out_files(folder: Path, left_out: LeftOut) -> None:
+    for entry in _entries(str(folder)):
+        if _is_hidden(entry):
+            left_out.add("hidden", entry.path)
+        elif not _is_folder(entry):
+            left_out.add(_reason(entry) or "outside of the class folders", entry.path)
+
+
+class _Links:
+    """Which links to folders are followed inside a class folder: those that lead neither into a
+    class folder, nor to a folder around a class folder or around the link, nor to one that was
+    read.
+
+    Raises:
+        DataError: two class folders are the same, or one lies in another.
+    """
+
+    def __init__(self, classes: list[Path]) -> None:
+        real = [path.resolve() for path in classes]
+        self._around = {parent for path in set(real) for parent in path.parents}
+        self._classes: dict[Path, Path] = {}
+        for path, target in zip(classes, real, strict=True):
+            other = self._classes.setdefault(target, path)
+            if other != path:
+                raise DataError(f"{path}: expected a folder of its own, got the same as {other}")
+            if target in self._around:
+                raise DataError(f"{path}: expected a folder of one class, got one around classes")
+        self._read: set[tuple[int, int]] = set()
+
+    def enter(self, folder: str) -> bool:
+        """Whether a folder is read for the first time."""
+        status = os.stat(folder)
+        key = (status.st_dev, status.st_ino)
+        is_new = key not in self._read
+        self._read.add(key)
+        return is_new
+
+    def leads_elsewhere(self, link: str) -> bool:
+        target, here = Path(link).resolve(), Path(link).parent.resolve()
+        inside = not self._classes.keys().isdisjoint((target, *target.parents))
+        return not inside and target not in self._around and target not in here.parents
+
+
+def _images(folder: str, links: _Links, left_out: LeftOut) -> list[str]:
+    """The image files below a class folder: ordered by folder, then by name."""
+    found = []
+    pending = [folder]
+    links.enter(folder)
+    while pending:
+        for entry in _entries(pending.pop()):
+            if _is_hidden(entry):
+                left_out.add("hidden", entry.path)
+            elif _is_folder(entry):
+                follow = not entry.is_symlink() or links.leads_elsewhere(entry.path)
+                if follow and links.enter(entry.path):
+                    pending.append(entry.path)
+                else:
+                    left_out.add("link to a folder that is read elsewhere", entry.path)
+            elif reason := _reason(entry):
+                left_out.add(reason, entry.path)
+            else:
+                found.append(entry.path)
+    return sorted(found, key=os.path.split)
+
+
+def _reason(entry: os.DirEntry[str]) -> str | None:
+    """Why an entry that is no folder is not read as an image; None if it is."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        return "broken link"
+    if not (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()):
+        return "pipe, socket or device"
+    extension = os.path.splitext(entry.name)[1]
+    if extension.lower() in EXTENSIONS:
+        return None
+    return f"named {extension.lower()}" if extension else "named without an extension"
+
+
+def _is_hidden(entry: os.DirEntry[str]) -> bool:
+    """Hidden, or the folder that macOS adds to zips."""
+    return entry.name.startswith(".") or entry.name == "__MACOSX"
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Also for a link to a folder. DirEntry alone raises for a link to itself."""
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
+
+
+def _entries(folder: str) -> list[os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return sorted(entries, key=lambda entry: entry.name)
+
+
+def _has_images(folder: Path) -> bool:
+    return any(
+        name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+        for _, _, names in os.walk(folder)
+        for name in names
+    )
+
+
+def _names(folders: list[Path]) -> str:
+    shown = ", ".join(folder.name for folder in folders[:_SHOWN])
+    return shown + (", ..." if len(folders) > _SHOWN else "")
