@@ -110,7 +110,7 @@ def _difference(
         if more:
             changes.append(f"{name} {abs(more):,} {'more' if more > 0 else 'fewer'}")
         elif "digests" in was and was["digests"][place] != now["digests"][place]:
-            changes.append(f"{name} as many, but others")
+            changes.append(f"{name} equally many, but other files")
     how = _first(changes) if changes else "the same in another order"
     return f"expected the run's {_images(was)}, got {sum(now['counts']):,}: {how}"
 

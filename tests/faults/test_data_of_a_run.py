@@ -138,7 +138,7 @@ def test_other_test_images_are_refused_unless_their_place_is_named(tested, copie
     (test / "class1" / "1.png").rename(test / "class1" / "9.png")
     weights, metadata = opening.read(root / "run")
     metadata["config"]["data_dir"] = config.data_dir
-    message = "test: expected the run's 8 images, got 9: class0 1 more, class1 as many, but others"
+    message = "test: expected the run's 8 images, got 9: class0 1 more, class1 equally many, but other files"
     with pytest.raises(CheckpointError, match=f"made with\n{message}\nTo evaluate .*--data-dir"):
         opening.evaluate_run(root / "run", weights, metadata)
     assert cli_metrics(root, capsys) == (9, message + "\n")
@@ -165,7 +165,10 @@ def test_validation_that_may_hold_trained_images_is_refused(held_out, copied, ca
     (root / "data" / "class0" / "1.png").unlink()
     add(root / "data" / "class0")
     said = refused(capsys, "eval", root / "run", "--data-dir", root / "data")
-    assert "validation: expected the run's 4 images, got 4: class0 as many, but others" in said
+    assert (
+        "validation: expected the run's 4 images, got 4: class0 equally many, but other files"
+        in said
+    )
     assert "may hold some that were trained on" in said
     assert "class0 as many" in refused(
         capsys, "train", "--resume", root / "run", "--data-dir", root / "data"
@@ -250,7 +253,7 @@ def test_images_in_memory_are_compared_by_their_bytes():
     )  # fmt: skip
     assert contents.differences(was, same) == {}
     assert contents.differences(was, now) == {
-        part: f"{part}: expected the run's 4 images, got 4: y as many, but others"
+        part: f"{part}: expected the run's 4 images, got 4: y equally many, but other files"
         for part in ("train", "test")
     }
     text = "classes: expected the run's order, x, y, got y, x"
