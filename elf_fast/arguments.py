@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import backend as _backend  # noqa: F401  (loads the native kernels)
-from . import checks, criteria
+from . import checks, criteria, ops
 
 __all__ = ["call", "class_vectors", "counted", "gate_settings", "in_arithmetic_of"]
 
@@ -21,7 +21,7 @@ def call(
     args: tuple[Any, ...],
     explain: Callable[[], object] | None = None,
 ) -> Any:
-    """op(*args), past the autograd layer (about 5 us) if nothing asks for a gradient.
+    """op(*args), past the autograd layer (about 5 us) if nothing asks for a derivative.
 
     Kernels check the values of targets and survivors before they use them as indices. A second
     check here would cost more than a small kernel. If a kernel raises, `explain` reads the values
@@ -34,6 +34,8 @@ def call(
             torch.is_grad_enabled()
             and any(t is not None and t.requires_grad for t in differentiable)
         ):
+            return op(*args)
+        if ops.tangents_active():
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)

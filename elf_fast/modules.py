@@ -50,6 +50,8 @@ class _Samples:
         self.present: Tensor | None = None
         #: [n] their targets.
         self.target = None if target is None else target.contiguous()
+        if target is not None and target.is_inference() and torch.is_grad_enabled():
+            self.target = target.clone()  # autograd saves no tensor made in inference mode
 
     def narrow(self, survivors: Tensor) -> None:
         """Keeps only the survivors [n], given as indices into the current samples."""

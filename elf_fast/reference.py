@@ -222,6 +222,31 @@ def adjusted(
     return x if bias is None else x + bias
 
 
+def family_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    margins: Tensor | None,
+    bias: Tensor | None,
+    gamma: float,
+    scale: float,
+    label_smoothing: float,
+) -> Tensor:
+    """The losses [N] of `exit_loss`, without the gate."""
+    x = adjusted(logits, target, margins, bias, scale)
+    log_q = torch.log_softmax(x, dim=1)
+    nll = -log_q.gather(1, target[:, None]).squeeze(1)
+    loss = nll
+    if label_smoothing > 0:
+        loss = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(dim=1)
+    if gamma > 0:
+        rest = -torch.expm1(-nll)  # 1 - p
+        # At p = 1 and gamma < 1 the slope of the power is infinite; its product with a loss of 0
+        # must be 0, not NaN.
+        loss = rest.clamp_min(torch.finfo(rest.dtype).tiny) ** gamma * loss
+    return loss if weight is None else weight[target] * loss
+
+
 def exit_loss(
     logits: Tensor,
     target: Tensor,
@@ -249,19 +274,8 @@ def exit_loss(
     eq. 4) or, times tau, logit adjustment (Menon et al., arXiv 2007.07314, eq. 10).
     The gate reads `logits`, not x. threshold None: no sample leaves.
     """
-    x = adjusted(logits, target, margins, bias, scale)
-    log_q = torch.log_softmax(x, dim=1)
-    nll = -log_q.gather(1, target[:, None]).squeeze(1)
-    loss = nll
-    if label_smoothing > 0:
-        loss = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(dim=1)
-    if gamma > 0:
-        rest = -torch.expm1(-nll)  # 1 - p
-        # At p = 1 and gamma < 1 the slope of the power is infinite; its product with a loss of 0
-        # must be 0, not NaN.
-        loss = rest.clamp_min(torch.finfo(rest.dtype).tiny) ** gamma * loss
-    if weight is not None:
-        loss = weight[target] * loss
+    family = (weight, margins, bias, gamma, scale, label_smoothing)
+    loss = family_loss(logits, target, *family)
     if threshold is None:
         threshold = criteria.find(criterion).off
     with torch.no_grad():
