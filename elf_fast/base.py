@@ -108,6 +108,8 @@ class ELFBase(nn.Module):
             if value is not None:
                 # A model that waits on the meta device takes the device of the tensor it gets.
                 waits = self.thresholds.is_meta and isinstance(given, Tensor)
+                if value.is_meta and not waits:
+                    raise ValueError(f"{name}: expected values, got a tensor on the meta device")
                 value = value.to(given.device if waits else self.thresholds.device)
         elif name == "criterion" and "thresholds" in self.__dict__.get("_buffers", ()):
             self._change_criterion(value)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, functional, ops, ranks, reference
-from .arguments import call, class_vectors, in_arithmetic_of
+from .arguments import call, class_vectors, cpu_scalars, in_arithmetic_of
 from .base import ELFBase, ELFOutput
 from .criteria import Criterion
 from .heads import ExitHead
@@ -124,7 +124,7 @@ class ELF(ELFBase):
         thresholds, temperatures = self._active_thresholds(), self.temperatures
         for t, T in zip(thresholds.unbind(0), temperatures.unbind(0), strict=True):
             yield _Test(t, T, criterion, False)
-        never, one = torch.scalar_tensor(criterion.off), torch.scalar_tensor(1.0)
+        never, one = cpu_scalars(criterion.off, 1.0)
         yield _Test(never, one, criterion, True)
 
     def _drop(self, x: Tensor, survivors: Tensor, samples: _Samples, reaching: int) -> Tensor:
@@ -215,7 +215,7 @@ def _unfused_gate(z: Tensor, target: Tensor | None, test: _Test) -> _Exit:
             criterion=test.criterion,
             target=target,
         )
-    count = torch.scalar_tensor(gate.survivors.shape[0], dtype=torch.int64)
+    count = torch.scalar_tensor(len(gate.survivors), dtype=torch.int64, device="cpu")
     return _Exit(z, gate.confidence, gate.prediction, gate.survivors, count)
 
 

@@ -15,6 +15,7 @@ assertion, as an index out of range does in PyTorch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -283,8 +284,26 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "exit_loss": _fake_exit_loss,
     "exit_loss_backward": _fake_exit_loss_backward,
 }
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake of an operator if all its tensors are on one device, except scalars on the CPU.
+    Otherwise it raises: torch also calls a fake if one tensor is on the meta device and the others
+    are not, and its results hold no values."""
+    arguments = getattr(torch.ops.elf_fast, name).default._schema.arguments
+
+    @functools.wraps(fake)
+    def checked(*args):
+        for argument, value in zip(arguments, args, strict=True):
+            if isinstance(value, Tensor) and (value.dim() or value.device.type != "cpu"):
+                checks.same_device(argument.name, value, args[0].device)
+        return fake(*args)
+
+    return checked
+
+
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"elf_fast::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"elf_fast::{_name}", _on_one_device(_name, _fake), lib=_library)
 
 
 # Autograd
