@@ -44,8 +44,6 @@ def accumulated(x: Tensor) -> Tensor:
 class ELFBase(nn.Module):
     """A network with early exits. `reference.ELF` documents the arguments and what they mean."""
 
-    thresholds: Tensor
-    train_thresholds: Tensor | None
     temperatures: Tensor
 
     def __init__(
@@ -90,6 +88,51 @@ class ELFBase(nn.Module):
     def forward(self, x: Tensor, target: Tensor | None = None) -> ELFOutput: ...
 
     # Settings
+
+    @property
+    def thresholds(self) -> Tensor:
+        """[E-1] or [E-1, C] float32, the buffer itself: `model.thresholds[0] = 0.8` works, too."""
+        held = self._without_nan("thresholds")
+        assert held is not None
+        return held
+
+    @thresholds.setter
+    def thresholds(self, value: float | Sequence[float] | Tensor) -> None:
+        setattr(self, "thresholds", value)  # noqa: B010  (`__setattr__` checks and converts it)
+
+    @property
+    def train_thresholds(self) -> Tensor | None:
+        """As `thresholds`, or None."""
+        return self._without_nan("train_thresholds")
+
+    @train_thresholds.setter
+    def train_thresholds(self, value: float | Sequence[float] | Tensor | None) -> None:
+        setattr(self, "train_thresholds", value)  # noqa: B010
+
+    def _without_nan(self, name: str) -> Tensor | None:
+        """A buffer of thresholds, after NaN in it is replaced by "off".
+
+        Tools that average models (torch's AveragedModel, timm's ModelEmaV3) average float buffers,
+        too, and inf - inf is NaN. NaN passes no test, so the exit is off for `forward` either way.
+        """
+        if name not in self._buffers:  # the constructor has not come to it
+            raise AttributeError(name)
+        held = self._buffers[name]
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        if held is None or held.is_meta or traced:
+            return held
+        nan = held.detach().isnan()
+        if held.device.type != "cpu" or bool(nan.any()):  # another device would have to be read
+            with torch.inference_mode(held.is_inference()), torch.no_grad():
+                held.masked_fill_(nan, self._active_criterion().off)
+        return held
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name in ("thresholds", "train_thresholds"):
+            self._without_nan(name)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _checked(self, name: str, value: Any) -> Tensor | None:
         """A setting, checked and converted to the tensor that its buffer holds."""
@@ -164,12 +207,13 @@ class ELFBase(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ELFBase:
-        """Moves the settings with the network, but keeps their dtype."""
-        exact = {name: getattr(self, name) for name in _SETTINGS}
+        """Moves the settings with the network, but keeps their dtype and values: `to_empty` would
+        lose them."""
+        exact = {name: self._buffers[name] for name in _SETTINGS}
         super()._apply(fn, recurse)
         for name, before in exact.items():
-            after = getattr(self, name)
-            if before is not None and not before.is_meta and after.dtype != before.dtype:
+            after = self._buffers[name]
+            if before is not None and after is not None and not before.is_meta:
                 self._buffers[name] = before.to(after.device)
         return self
 
@@ -188,9 +232,12 @@ class ELFBase(nn.Module):
         )
 
     def _active_thresholds(self) -> Tensor:
-        if self.training and self.train_thresholds is not None:
-            return self.train_thresholds
-        return self.thresholds
+        buffers = self._buffers
+        active = buffers["train_thresholds"] if self.training else None
+        if active is None:
+            active = buffers["thresholds"]
+        assert active is not None
+        return active
 
     def _active_criterion(self) -> Criterion:
         return criteria.find(self.criterion)
@@ -241,7 +288,7 @@ class ELFBase(nn.Module):
     def _check_classes(self, classes: int, e: int) -> None:
         """Checks C of per-class thresholds where `exit_settings.classes_of` could not tell it."""
         for name in ("thresholds", "train_thresholds"):
-            t = getattr(self, name)
+            t = self._buffers[name]
             if t is not None and t.dim() == 2 and t.shape[1] != classes:
                 raise ValueError(
                     f"{name}: expected [E-1, C] with C = {classes} (the classes of heads[{e}]), "

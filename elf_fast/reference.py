@@ -311,6 +311,9 @@ class ELF(ELFBase):
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
     never rounded to another dtype. Assigned and loaded values are checked and converted like
     arguments, so `model.thresholds = 0.8` works. Values [E-1] also load into [E-1, C] and back.
+    Values that reach the buffers in another way, in place or by `torch.func.functional_call`, are
+    not checked. A threshold of NaN switches its exit off and reads as inf (entropy: -inf): tools
+    that average models average buffers, too, and inf - inf is NaN.
 
     forward(x, target=None) -> ELFOutput. A sample leaves at the first exit whose test it passes;
     in training with a target its prediction there must be right, too. With a target,
