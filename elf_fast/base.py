@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import checks, criteria, exit_settings, ranks
 from .criteria import Criterion, Score
 
-__all__ = ["ELFBase", "ELFOutput", "accumulated"]
+__all__ = ["ELFBase", "ELFOutput", "accumulated", "apart_from", "writable"]
 
 #: Buffers that hold settings. They are float32 whatever the network's dtype is.
 _SETTINGS = ("thresholds", "train_thresholds", "temperatures")
@@ -39,6 +39,34 @@ class ELFOutput(NamedTuple):
 def accumulated(x: Tensor) -> Tensor:
     """x in the dtype of the arithmetic: float32, or float64 for float64 x."""
     return x if x.dtype == torch.float64 else x.float()
+
+
+def apart_from(given: Tensor, x: Tensor) -> Tensor:
+    """x, or a copy if it is a view of the caller's batch `given`: what comes next may write into x,
+    and must not change the batch. (torch's compiler and torch.func hide which tensors are views.)
+    """
+    if torch.compiler.is_compiling():
+        return x
+    hidden = torch._C._are_functorch_transforms_active()
+    is_view = hidden or torch._C._is_alias_of(x, given)  # type: ignore[attr-defined]
+    return x.clone() if is_view else x
+
+
+def writable(x: Tensor) -> Tensor:
+    """x [n, ...] for the next stage, which may begin with an operation in place. What it writes
+    must not reach the tensors that this exit saved for backward, nor logits that are a view of x.
+
+    A lazy clone copies only if somebody writes. Without gradients nothing is saved, and
+    `modules.ELF` copies the logits that it keeps. torch's compiler makes writes harmless itself.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x
+    if type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+        return x.clone()
+    try:
+        return torch._lazy_clone(x)
+    except RuntimeError:  # the memory is not torch's own but, for example, NumPy's
+        return x.clone()
 
 
 class ELFBase(nn.Module):
@@ -353,6 +381,7 @@ class ELFBase(nn.Module):
         for e in range(first, len(self.stages)):
             if drop or not reaching:
                 x = x[:0]
+            x = writable(x)
             with ranks.batch_norm_without_samples(self, x, reaching=reaching) as x:
                 x = self.stages[e](x)
                 z = self.heads[e](x)

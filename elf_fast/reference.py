@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, criteria, ranks
-from .base import ELFBase, ELFOutput, accumulated
+from .base import ELFBase, ELFOutput, accumulated, apart_from
 from .criteria import TABLE as CRITERIA
 from .criteria import Criterion, Score
 from .heads import ExitHead, pool
@@ -289,7 +289,7 @@ class ELF(ELFBase):
     """A network with early exits, in plain PyTorch.
 
     Args:
-        stages: E modules; stage e maps features to features.
+        stages: E modules; stage e maps features to features, and may write into its input.
         heads: E modules; head e maps the features after stage e to logits [n, C].
         thresholds: a scalar, E-1 values, or [E-1, C], one per predicted class. Used at inference.
         train_thresholds: the same for training; None: as `thresholds`.
@@ -344,7 +344,7 @@ class ELF(ELFBase):
         out: ELFOutput | None = None
         loss: Tensor | None = None
         for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            x = stage(x)
+            x = stage(x) if e else apart_from(x, stage(x))
             z = head(x)
             if present is not None:
                 z = z[present]
@@ -377,6 +377,7 @@ class ELF(ELFBase):
                 x = compact(x, rows)
             else:
                 present = alive
+                x = x.clone()  # because the next stage may write into it
         assert out is not None
         return out._replace(loss=None if loss is None else batch.mean(loss))
 
