@@ -9,9 +9,9 @@ Shapes: N samples, C classes, E exits (exit E is the network's own classifier).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,8 @@ from . import checks, criteria, exit_settings, ranks
 from .criteria import Criterion, Score
 
 __all__ = ["ELFBase", "ELFOutput", "accumulated", "apart_from", "writable"]
+
+_Model = TypeVar("_Model", bound="ELFBase")
 
 #: Buffers that hold settings. They are float32 whatever the network's dtype is.
 _SETTINGS = ("thresholds", "train_thresholds", "temperatures")
@@ -73,6 +75,7 @@ class ELFBase(nn.Module):
     """A network with early exits. `reference.ELF` documents the arguments and what they mean."""
 
     temperatures: Tensor
+    _evaluates_by_batch = False  # for models pickled without it
 
     def __init__(
         self,
@@ -108,6 +111,7 @@ class ELFBase(nn.Module):
         self.exit_loss = exit_loss
         self.drop_exited = drop_exited
         self.exit_weights = exit_settings.exit_weights(exit_weights, len(stages))
+        self._note_batch_statistics()
         given = (thresholds, train_thresholds, temperatures)
         for name, value in zip(_SETTINGS, given, strict=True):
             self.register_buffer(name, self._checked(name, value))
@@ -247,17 +251,33 @@ class ELFBase(nn.Module):
 
     @property
     def drops_exited(self) -> bool:
-        """Whether exited samples are dropped from the later stages in the network's current mode:
-        always in evaluation, as `drop_exited` says in training."""
+        """Whether exited samples are dropped from the later stages in the network's current mode.
+        In training: as `drop_exited` says. In evaluation: always, unless a later stage or head has
+        a BatchNorm without running statistics, whose results would depend on who has left."""
         if not self.training:
-            return True
+            return not self._evaluates_by_batch
         if self.drop_exited is not None:
             return self.drop_exited
         return not any(
-            isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-            for part in chain(self.stages[1:], self.heads[1:])
-            for module in part.modules()
+            norm.training or norm.running_mean is None for norm in self._norms_after_first_exit()
         )
+
+    def _norms_after_first_exit(self) -> Iterator[_BatchNorm]:
+        for part in chain(self.stages[1:], self.heads[1:]):
+            for module in part.modules():
+                if isinstance(module, _BatchNorm):
+                    yield module
+
+    def _note_batch_statistics(self) -> None:
+        """Looks through the modules now, because evaluation has no time for it."""
+        self._evaluates_by_batch = any(
+            norm.running_mean is None for norm in self._norms_after_first_exit()
+        )
+
+    def train(self: _Model, mode: bool = True) -> _Model:
+        super().train(mode)
+        self._note_batch_statistics()
+        return self
 
     def _active_thresholds(self) -> Tensor:
         buffers = self._buffers

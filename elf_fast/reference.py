@@ -302,11 +302,13 @@ class ELF(ELFBase):
             cross-entropy.
         exit_weights: a scalar or E values w_k >= 0.
         drop_exited: whether training drops samples that left from the later stages, as evaluation
-            always does, or keeps them in the forward pass with weight 0. Without batch statistics
+            does, or keeps them in the forward pass with weight 0. Without batch statistics
             the two give the same gradients, but for random draws, and dropping is cheaper; with
             BatchNorm, keeping trained the more accurate networks (docs/accuracy.md). None: drop
             unless a later stage or head has a BatchNorm of torch's (or derived from it) that
-            normalises by the batch. If other layers use batch statistics, pass False.
+            normalises by the batch. If other layers use batch statistics, pass False. Evaluation
+            keeps them only for a later BatchNorm without running statistics (looked for by the
+            constructor and by `train()` and `eval()`).
 
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
     never rounded to another dtype. Assigned and loaded values are checked and converted like

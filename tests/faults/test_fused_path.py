@@ -35,7 +35,9 @@ STAGES = {
     "linear": lambda: nn.Linear(D, D),
     "relu in place": lambda: nn.Sequential(nn.ReLU(inplace=True), nn.Linear(D, D)),
     "sum in place": lambda: Function(lambda m, x: m.layer(x.add_(1.0))),
-    "write through a view": lambda: Function(lambda m, x: m.layer(x[:, :3].mul_(2).new_zeros(()) + x)),
+    "write through a view": lambda: Function(
+        lambda m, x: m.layer(x[:, :3].mul_(2).new_zeros(()) + x)
+    ),
     "write and return": lambda: nn.ELU(inplace=True),
     "nothing": lambda: nn.Identity(),
     "view": lambda: Function(lambda m, x: x.view(len(x), 2, 3).flatten(1)),
