@@ -179,13 +179,13 @@ class ELFBase(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """What is assigned to a setting is checked and converted as in the constructor."""
         if name in _SETTINGS and name in self.__dict__.get("_buffers", ()):
-            given, value = value, self._checked(name, value)
+            value = self._checked(name, value)
             if value is not None:
-                # A model that waits on the meta device takes the device of the tensor it gets.
-                waits = self.thresholds.is_meta and isinstance(given, Tensor)
-                if value.is_meta and not waits:
+                # A model that waits on the meta device takes values where they are.
+                held = self.thresholds
+                if value.is_meta and not held.is_meta:
                     raise ValueError(f"{name}: expected values, got a tensor on the meta device")
-                value = value.to(given.device if waits else self.thresholds.device)
+                value = value if held.is_meta else value.to(held.device)
         elif name == "criterion" and "thresholds" in self.__dict__.get("_buffers", ()):
             self._change_criterion(value)
             return
@@ -413,7 +413,9 @@ class ELFBase(nn.Module):
         return z, zero
 
     def extra_repr(self) -> str:
+        t = self.thresholds
+        shown = f"{list(t.shape)} on the meta device" if t.is_meta else t.tolist()
         return (
-            f"criterion={self.criterion!r}, thresholds={self.thresholds.tolist()}, "
+            f"criterion={self.criterion!r}, thresholds={shown}, "
             f"exit_weights={list(self.exit_weights)}, drop_exited={self.drop_exited}"
         )

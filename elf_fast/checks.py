@@ -47,6 +47,8 @@ def features(value: Any) -> None:
 
 def samples_are_dense(x: Tensor) -> bool:
     """Whether the dimensions 1.. of x, in some order, fill one block of memory without gaps."""
+    if 0 in x.shape[1:]:
+        return True
     inner = sorted((st, sz) for st, sz in zip(x.stride()[1:], x.shape[1:], strict=True) if sz != 1)
     expected = 1
     for stride, size in inner:
