@@ -14,8 +14,11 @@ import importlib.util
 import itertools
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -53,6 +56,11 @@ CUDA_DEFAULT = {
 _LIBRARIES = {"cpu": "_native_cpu", "cuda": "_native_cuda"}
 #: Why a backend cannot be used; None if it can.
 _unavailable: dict[str, str | None] = {"torch": None}
+
+#: The functions through which every call of an operator from Python goes.
+_CALLS = {torch._ops.OpOverload.__call__.__code__, torch._ops.OpOverloadPacket.__call__.__code__}
+#: Seconds that `use_backend` waits for the calls of other threads to end.
+_PATIENCE = 10.0
 
 _chosen: str | None = None
 _override: torch.library.Library | None = None
@@ -162,16 +170,58 @@ def _refusing(name: str, backend: str, key: str):
     return kernel
 
 
+def _is_running(frame: FrameType | None) -> bool:
+    """Whether a thread with this innermost frame is in a call of an operator of elf_fast."""
+    while frame is not None:
+        if frame.f_code in _CALLS and str(frame.f_locals.get("self")).startswith("elf_fast."):
+            return True
+        frame = frame.f_back
+    return False
+
+
+@contextlib.contextmanager
+def _no_calls() -> Iterator[None]:
+    """Waits until no other thread is calling an operator of elf_fast, and keeps all other threads
+    from running Python inside the block. A kernel must not be replaced while it is called.
+
+    Raises:
+        RuntimeError: other threads have been calling for `_PATIENCE` seconds.
+    """
+    own, start, interval = threading.get_ident(), time.monotonic(), sys.getswitchinterval()
+    try:
+        while True:
+            sys.setswitchinterval(3600)  # other threads run only while this one sleeps or waits
+            frames = sys._current_frames()
+            if not any(_is_running(frame) for ident, frame in frames.items() if ident != own):
+                break
+            del frames
+            sys.setswitchinterval(interval)
+            if time.monotonic() - start > _PATIENCE:
+                raise RuntimeError(
+                    "use_backend: expected no other thread to be calling elf_fast, but some called "
+                    f"for {_PATIENCE} s without a pause; the backend stays as it is"
+                )
+            time.sleep(1e-4)
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def _install(backend: str | None) -> None:
     """Registers the kernels of a chosen backend (None: the defaults) in place of the native ones,
     which register themselves when they load."""
-    global _chosen, _override
     if backend is not None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         reason = _why_not(backend)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
+    with _no_calls():
+        _replace(backend)
+
+
+def _replace(backend: str | None) -> None:
+    global _chosen, _override
     if _override is not None:
         _override._destroy()
     _chosen = backend
@@ -193,11 +243,13 @@ def use_backend(backend: str) -> Iterator[None]:
 
     backend: "torch" (the reference), "cpu", "cuda" (CUDA C++: exit_gate and compaction only) or
     "triton" (also on CPU tensors where TRITON_INTERPRET=1). The choice holds for the whole process,
-    not for one thread.
+    not for one thread. To begin and to end, the block waits until no other thread is in a call of
+    elf_fast; a thread that the block started can be waited for with `join`.
 
     Raises:
         ValueError: no backend has this name. RuntimeError: it cannot run here (the message says
-        why), or the block calls an operator that it does not serve on the tensors' device.
+        why), the block calls an operator that it does not serve on the tensors' device, or other
+        threads keep calling elf_fast for 10 s (at the end of the block, the choice then remains).
     """
     before = _chosen
     _install(backend)

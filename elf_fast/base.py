@@ -9,9 +9,9 @@ Shapes: N samples, C classes, E exits (exit E is the network's own classifier).
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from . import checks, criteria, exit_settings, ranks
 from .criteria import Criterion, Score
 
-__all__ = ["ELFBase", "ELFOutput", "accumulated"]
+__all__ = ["ELFBase", "ELFOutput", "accumulated", "apart_from", "writable"]
+
+_Model = TypeVar("_Model", bound="ELFBase")
 
 #: Buffers that hold settings. They are float32 whatever the network's dtype is.
 _SETTINGS = ("thresholds", "train_thresholds", "temperatures")
@@ -41,12 +43,39 @@ def accumulated(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def apart_from(given: Tensor, x: Tensor) -> Tensor:
+    """x, or a copy if it is a view of the caller's batch `given`: what comes next may write into x,
+    and must not change the batch. (torch's compiler and torch.func hide which tensors are views.)
+    """
+    if torch.compiler.is_compiling():
+        return x
+    hidden = torch._C._are_functorch_transforms_active()
+    is_view = hidden or torch._C._is_alias_of(x, given)  # type: ignore[attr-defined]
+    return x.clone() if is_view else x
+
+
+def writable(x: Tensor) -> Tensor:
+    """x [n, ...] for the next stage, which may begin with an operation in place. What it writes
+    must not reach the tensors that this exit saved for backward, nor logits that are a view of x.
+
+    A lazy clone copies only if somebody writes. Without gradients nothing is saved, and
+    `modules.ELF` copies the logits that it keeps. torch's compiler makes writes harmless itself.
+    """
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return x
+    if type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+        return x.clone()
+    try:
+        return torch._lazy_clone(x)
+    except RuntimeError:  # the memory is not torch's own but, for example, NumPy's
+        return x.clone()
+
+
 class ELFBase(nn.Module):
     """A network with early exits. `reference.ELF` documents the arguments and what they mean."""
 
-    thresholds: Tensor
-    train_thresholds: Tensor | None
     temperatures: Tensor
+    _evaluates_by_batch = False  # for models pickled without it
 
     def __init__(
         self,
@@ -82,6 +111,7 @@ class ELFBase(nn.Module):
         self.exit_loss = exit_loss
         self.drop_exited = drop_exited
         self.exit_weights = exit_settings.exit_weights(exit_weights, len(stages))
+        self._note_batch_statistics()
         given = (thresholds, train_thresholds, temperatures)
         for name, value in zip(_SETTINGS, given, strict=True):
             self.register_buffer(name, self._checked(name, value))
@@ -90,6 +120,51 @@ class ELFBase(nn.Module):
     def forward(self, x: Tensor, target: Tensor | None = None) -> ELFOutput: ...
 
     # Settings
+
+    @property
+    def thresholds(self) -> Tensor:
+        """[E-1] or [E-1, C] float32, the buffer itself: `model.thresholds[0] = 0.8` works, too."""
+        held = self._without_nan("thresholds")
+        assert held is not None
+        return held
+
+    @thresholds.setter
+    def thresholds(self, value: float | Sequence[float] | Tensor) -> None:
+        setattr(self, "thresholds", value)  # noqa: B010  (`__setattr__` checks and converts it)
+
+    @property
+    def train_thresholds(self) -> Tensor | None:
+        """As `thresholds`, or None."""
+        return self._without_nan("train_thresholds")
+
+    @train_thresholds.setter
+    def train_thresholds(self, value: float | Sequence[float] | Tensor | None) -> None:
+        setattr(self, "train_thresholds", value)  # noqa: B010
+
+    def _without_nan(self, name: str) -> Tensor | None:
+        """A buffer of thresholds, after NaN in it is replaced by "off".
+
+        Tools that average models (torch's AveragedModel, timm's ModelEmaV3) average float buffers,
+        too, and inf - inf is NaN. NaN passes no test, so the exit is off for `forward` either way.
+        """
+        if name not in self._buffers:  # the constructor has not come to it
+            raise AttributeError(name)
+        held = self._buffers[name]
+        traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+        if held is None or held.is_meta or traced:
+            return held
+        nan = held.detach().isnan()
+        if held.device.type != "cpu" or bool(nan.any()):  # another device would have to be read
+            with torch.inference_mode(held.is_inference()), torch.no_grad():
+                held.masked_fill_(nan, self._active_criterion().off)
+        return held
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        for name in ("thresholds", "train_thresholds"):
+            self._without_nan(name)
+        super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _checked(self, name: str, value: Any) -> Tensor | None:
         """A setting, checked and converted to the tensor that its buffer holds."""
@@ -104,11 +179,13 @@ class ELFBase(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """What is assigned to a setting is checked and converted as in the constructor."""
         if name in _SETTINGS and name in self.__dict__.get("_buffers", ()):
-            given, value = value, self._checked(name, value)
+            value = self._checked(name, value)
             if value is not None:
-                # A model that waits on the meta device takes the device of the tensor it gets.
-                waits = self.thresholds.is_meta and isinstance(given, Tensor)
-                value = value.to(given.device if waits else self.thresholds.device)
+                # A model that waits on the meta device takes values where they are.
+                held = self.thresholds
+                if value.is_meta and not held.is_meta:
+                    raise ValueError(f"{name}: expected values, got a tensor on the meta device")
+                value = value if held.is_meta else value.to(held.device)
         elif name == "criterion" and "thresholds" in self.__dict__.get("_buffers", ()):
             self._change_criterion(value)
             return
@@ -162,33 +239,53 @@ class ELFBase(nn.Module):
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ELFBase:
-        """Moves the settings with the network, but keeps their dtype."""
-        exact = {name: getattr(self, name) for name in _SETTINGS}
+        """Moves the settings with the network, but keeps their dtype and values: `to_empty` would
+        lose them."""
+        exact = {name: self._buffers[name] for name in _SETTINGS}
         super()._apply(fn, recurse)
         for name, before in exact.items():
-            after = getattr(self, name)
-            if before is not None and not before.is_meta and after.dtype != before.dtype:
+            after = self._buffers[name]
+            if before is not None and after is not None and not before.is_meta:
                 self._buffers[name] = before.to(after.device)
         return self
 
     @property
     def drops_exited(self) -> bool:
-        """Whether exited samples are dropped from the later stages in the network's current mode:
-        always in evaluation, as `drop_exited` says in training."""
+        """Whether exited samples are dropped from the later stages in the network's current mode.
+        In training: as `drop_exited` says. In evaluation: always, unless a later stage or head has
+        a BatchNorm without running statistics, whose results would depend on who has left."""
         if not self.training:
-            return True
+            return not self._evaluates_by_batch
         if self.drop_exited is not None:
             return self.drop_exited
         return not any(
-            isinstance(module, _BatchNorm) and (module.training or module.running_mean is None)
-            for part in chain(self.stages[1:], self.heads[1:])
-            for module in part.modules()
+            norm.training or norm.running_mean is None for norm in self._norms_after_first_exit()
         )
 
+    def _norms_after_first_exit(self) -> Iterator[_BatchNorm]:
+        for part in chain(self.stages[1:], self.heads[1:]):
+            for module in part.modules():
+                if isinstance(module, _BatchNorm):
+                    yield module
+
+    def _note_batch_statistics(self) -> None:
+        """Looks through the modules now, because evaluation has no time for it."""
+        self._evaluates_by_batch = any(
+            norm.running_mean is None for norm in self._norms_after_first_exit()
+        )
+
+    def train(self: _Model, mode: bool = True) -> _Model:
+        super().train(mode)
+        self._note_batch_statistics()
+        return self
+
     def _active_thresholds(self) -> Tensor:
-        if self.training and self.train_thresholds is not None:
-            return self.train_thresholds
-        return self.thresholds
+        buffers = self._buffers
+        active = buffers["train_thresholds"] if self.training else None
+        if active is None:
+            active = buffers["thresholds"]
+        assert active is not None
+        return active
 
     def _active_criterion(self) -> Criterion:
         return criteria.find(self.criterion)
@@ -239,7 +336,7 @@ class ELFBase(nn.Module):
     def _check_classes(self, classes: int, e: int) -> None:
         """Checks C of per-class thresholds where `exit_settings.classes_of` could not tell it."""
         for name in ("thresholds", "train_thresholds"):
-            t = getattr(self, name)
+            t = self._buffers[name]
             if t is not None and t.dim() == 2 and t.shape[1] != classes:
                 raise ValueError(
                     f"{name}: expected [E-1, C] with C = {classes} (the classes of heads[{e}]), "
@@ -304,6 +401,7 @@ class ELFBase(nn.Module):
         for e in range(first, len(self.stages)):
             if drop or not reaching:
                 x = x[:0]
+            x = writable(x)
             with ranks.batch_norm_without_samples(self, x, reaching=reaching) as x:
                 x = self.stages[e](x)
                 z = self.heads[e](x)
@@ -315,7 +413,9 @@ class ELFBase(nn.Module):
         return z, zero
 
     def extra_repr(self) -> str:
+        t = self.thresholds
+        shown = f"{list(t.shape)} on the meta device" if t.is_meta else t.tolist()
         return (
-            f"criterion={self.criterion!r}, thresholds={self.thresholds.tolist()}, "
+            f"criterion={self.criterion!r}, thresholds={shown}, "
             f"exit_weights={list(self.exit_weights)}, drop_exited={self.drop_exited}"
         )

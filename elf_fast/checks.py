@@ -47,6 +47,8 @@ def features(value: Any) -> None:
 
 def samples_are_dense(x: Tensor) -> bool:
     """Whether the dimensions 1.. of x, in some order, fill one block of memory without gaps."""
+    if 0 in x.shape[1:]:
+        return True
     inner = sorted((st, sz) for st, sz in zip(x.stride()[1:], x.shape[1:], strict=True) if sz != 1)
     expected = 1
     for stride, size in inner:
@@ -212,9 +214,21 @@ def per_class(name: str, value: Any, classes: int, device: torch.device) -> None
     same_device(name, value, device)
 
 
+def device_for(value: Any) -> torch.device:
+    """Where a user's numbers become a tensor: on torch's default device, or on the CPU if that is
+    the meta device, which holds no values. A tensor stays where it is; without an explicit device,
+    torch.as_tensor would move it to the default device."""
+    if isinstance(value, Tensor):
+        return value.device
+    device = torch.get_default_device()
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def class_counts(value: Any, least: int = 1) -> Tensor:
     """[C] float64: the training samples of every class."""
-    counts = torch.as_tensor(value, dtype=torch.float64)
+    counts = torch.as_tensor(value, dtype=torch.float64, device=device_for(value))
+    if counts.is_meta:
+        raise ValueError("class_counts: expected values, got a tensor on the meta device")
     if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= least).all()):
         raise ValueError(
             f"class_counts: expected [C] training counts of at least {least}, got {describe(value)}"

@@ -75,7 +75,7 @@ class Criterion:
         known = statistic[statistic.isfinite()].double()
         if not known.numel():
             return (self.off,)
-        levels = torch.linspace(0, 1, 101, dtype=torch.float64)
+        levels = torch.linspace(0, 1, 101, dtype=torch.float64, device=known.device)
         found = dict.fromkeys(torch.quantile(known, levels).tolist())
         return (*(found if self.larger_is_surer else reversed(list(found))), self.off)
 

@@ -65,9 +65,7 @@ def _per_exit(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     try:
-        # Numbers stay on the CPU also where torch makes new tensors on the meta device.
-        device = None if isinstance(value, Tensor) else "cpu"
-        t = torch.as_tensor(value, dtype=dtype, device=device).detach().clone()
+        t = torch.as_tensor(value, dtype=dtype, device=checks.device_for(value)).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected {shape}, got {checks.describe(value)}") from error
     if t.dim() == 0:

@@ -2,12 +2,17 @@
 
 Each computes what the function of that name in `reference.py` does, in one kernel if the device
 has one, else by the reference. `elf_fast.report()` shows which kernels are used.
+
+Derivatives in forward mode and by torch.func are those of the reference. Under torch.func.vmap only
+`compact`, and `exit_loss` without a threshold, can run: how many samples survive is a number that
+vmap cannot read, and torch raises.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks, criteria, ops
 from .arguments import call, class_vectors, counted, gate_settings
@@ -145,6 +150,8 @@ def compact_(features: Tensor, survivors: Tensor) -> Tensor:
     checks.survivors_shape(survivors, N, features.device)
     if features.requires_grad and torch.is_grad_enabled():
         raise ValueError("features: expected no gradient for compact_, got requires_grad=True")
+    if ops.tangents_active() and forward_ad.unpack_dual(features).tangent is not None:
+        raise ValueError("features: expected no tangent for compact_, got one")
 
     def explain() -> None:
         checks.movable(features)

@@ -85,7 +85,9 @@ class ELFMetrics(Metric):
         self.groups = class_groups(class_counts)
         self.flops = flops
         E, C = len(flops.stages), len(class_counts)
-        temperature = torch.as_tensor(temperatures, dtype=torch.float32)
+        temperature = torch.as_tensor(
+            temperatures, dtype=torch.float32, device=checks.device_for(temperatures)
+        )
         checks.positive("temperatures", temperature)
         if temperature.dim() > 1 or temperature.numel() not in (1, E):
             raise ValueError(
@@ -93,7 +95,8 @@ class ELFMetrics(Metric):
                 f"got {checks.describe(temperatures)}"
             )
         self.register_buffer("temperature", temperature.expand(E).clone(), persistent=False)
-        self.add_state("counts", torch.zeros(E, C, 2, dtype=torch.int64), dist_reduce_fx="sum")
+        counts = torch.zeros(E, C, 2, dtype=torch.int64, device=temperature.device)
+        self.add_state("counts", counts, dist_reduce_fx="sum")
         self.add_state("probability", [], dist_reduce_fx="cat")
         self.add_state("correct", [], dist_reduce_fx="cat")
 

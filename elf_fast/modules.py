@@ -7,10 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _module
 
 from . import checks, functional, ops, ranks, reference
-from .arguments import call, class_vectors, in_arithmetic_of
-from .base import ELFBase, ELFOutput
+from .arguments import call, class_vectors, cpu_scalars, in_arithmetic_of
+from .base import ELFBase, ELFOutput, apart_from, writable
 from .criteria import Criterion
 from .heads import ExitHead
 
@@ -50,6 +51,8 @@ class _Samples:
         self.present: Tensor | None = None
         #: [n] their targets.
         self.target = None if target is None else target.contiguous()
+        if target is not None and target.is_inference() and torch.is_grad_enabled():
+            self.target = target.clone()  # autograd saves no tensor made in inference mode
 
     def narrow(self, survivors: Tensor) -> None:
         """Keeps only the survivors [n], given as indices into the current samples."""
@@ -81,12 +84,14 @@ class ELF(ELFBase):
         if N == 0:
             return self._forward_empty(x, target, batch)
         drop = self.drops_exited
-        samples = _Samples(N, target)
+        samples, given = _Samples(N, target), x
         out: ELFOutput | None = None
         loss: Tensor | None = None
         parts = zip(self.stages, self.heads, self._tests(), strict=True)
         for e, (stage, head, test) in enumerate(parts):
             x = stage(x)
+            if e == 0:
+                x = apart_from(given, x)
             result = self._exit(e, head, x, samples, test)
             n = 0 if test.is_last else int(result.survivor_count)
             if n < 0:
@@ -106,13 +111,16 @@ class ELF(ELFBase):
                 assert out is not None
                 out, loss = self._join_other_ranks(out, loss, x, batch, e + 1, reaching)
                 break
-            if n < samples.n:
+            everyone = n == samples.n
+            if not everyone:
                 survivors = result.survivors[:n]
                 samples.narrow(survivors)
                 if drop:
                     x = self._drop(x, survivors, samples, reaching)
                 else:
                     samples.present = samples.alive
+            if everyone or not drop:
+                x = writable(x)
         assert out is not None
         return out._replace(loss=None if loss is None else batch.mean(loss))
 
@@ -122,7 +130,7 @@ class ELF(ELFBase):
         thresholds, temperatures = self._active_thresholds(), self.temperatures
         for t, T in zip(thresholds.unbind(0), temperatures.unbind(0), strict=True):
             yield _Test(t, T, criterion, False)
-        never, one = torch.scalar_tensor(criterion.off), torch.scalar_tensor(1.0)
+        never, one = cpu_scalars(criterion.off, 1.0)
         yield _Test(never, one, criterion, True)
 
     def _drop(self, x: Tensor, survivors: Tensor, samples: _Samples, reaching: int) -> Tensor:
@@ -213,7 +221,7 @@ def _unfused_gate(z: Tensor, target: Tensor | None, test: _Test) -> _Exit:
             criterion=test.criterion,
             target=target,
         )
-    count = torch.scalar_tensor(gate.survivors.shape[0], dtype=torch.int64)
+    count = torch.scalar_tensor(len(gate.survivors), dtype=torch.int64, device="cpu")
     return _Exit(z, gate.confidence, gate.prediction, gate.survivors, count)
 
 
@@ -230,6 +238,9 @@ def _written(
         # A copy, because later exits write into these logits, which may be the user's tensor.
         copy = r.logits_are_shared and not torch.is_grad_enabled()
         logits = r.logits.to(dtype, copy=copy)
+        if out is not None and out.logits.requires_grad:
+            # The exits before take part in every backward pass, with a gradient of 0.
+            logits = torch.where(torch.ones_like(logits, dtype=torch.bool), logits, out.logits)
         exit_index = torch.full_like(r.prediction, e)
         return ELFOutput(logits, r.prediction, confidence, exit_index, None)
     z = r.logits.to(dtype)
@@ -244,19 +255,34 @@ def _written(
     )
 
 
+_LINEAR, _HEAD = nn.Linear.forward, ExitHead.forward
+_GLOBAL_HOOKS = (
+    _module._global_forward_hooks,
+    _module._global_forward_pre_hooks,
+    _module._global_backward_hooks,
+    _module._global_backward_pre_hooks,
+)
+
+
 def _is_fusable(head: nn.Module) -> bool:
-    """Whether an ExitHead is unchanged: it has no hooks, and its classifier is still linear."""
+    """Whether an ExitHead is as its class defines it: nothing that a user added is passed over."""
+    classifier = head.classifier
     return (
         type(head) is ExitHead
-        and type(head.classifier) is nn.Linear
-        and not _has_hooks(head)
-        and not _has_hooks(head.classifier)
+        and type(classifier) is nn.Linear
+        and not _is_changed(head)
+        and not _is_changed(classifier)
+        and ExitHead.forward is _HEAD
+        and nn.Linear.forward is _LINEAR
+        and not any(_GLOBAL_HOOKS)
     )
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def _is_changed(module: nn.Module) -> bool:
+    """Whether a module has hooks, or a `forward` that was set on it."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -273,20 +299,28 @@ def _recast(model: nn.Module, source: type[nn.Module], to: type[nn.Module]) -> n
             f"model: expected an {source.__module__}.{source.__qualname__} in it, "
             f"got {type(model).__module__}.{type(model).__qualname__} without one"
         )
-    return _recast_tree(model, source, to)
+    return _recast_tree(model, source, to, {})
 
 
-def _recast_tree(model: nn.Module, source: type[nn.Module], to: type[nn.Module]) -> nn.Module:
+def _recast_tree(
+    model: nn.Module,
+    source: type[nn.Module],
+    to: type[nn.Module],
+    twins: dict[nn.Module, nn.Module],
+) -> nn.Module:
+    """twins: the modules that are done; one that occurs twice stays one."""
+    if model in twins:
+        return twins[model]
     if not any(type(module) is source for module in model.modules()):
         return model
-    twin = model.__new__(to if type(model) is source else type(model))
+    twin = twins[model] = model.__new__(to if type(model) is source else type(model))
     twin.__dict__ = {
         key: value.copy() if isinstance(value, dict) else value
         for key, value in model.__dict__.items()
     }
     for name, child in model._modules.items():
         if child is not None:
-            twin._modules[name] = _recast_tree(child, source, to)
+            twin._modules[name] = _recast_tree(child, source, to, twins)
     return twin
 
 

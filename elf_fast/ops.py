@@ -15,11 +15,13 @@ assertion, as an index out of range does in PyTorch.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import checks, criteria, heads, reference
 
@@ -27,7 +29,6 @@ _GATE = "Tensor threshold, Tensor temperature, int criterion"
 _FAMILY = (
     "Tensor? weight, Tensor? margins, Tensor? bias, float gamma, float scale, float label_smoothing"
 )
-_FAMILY_NAMES = ("weight", "margins", "bias", "gamma", "scale", "label_smoothing")
 SCHEMAS = {
     # -> confidence [N], prediction [N], survivors [N], count []
     "exit_gate": f"(Tensor logits, {_GATE}, Tensor? target, bool early_stop)"
@@ -283,8 +284,26 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "exit_loss": _fake_exit_loss,
     "exit_loss_backward": _fake_exit_loss_backward,
 }
+
+
+def _on_one_device(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The fake of an operator if all its tensors are on one device, except scalars on the CPU.
+    Otherwise it raises: torch also calls a fake if one tensor is on the meta device and the others
+    are not, and its results hold no values."""
+    arguments = getattr(torch.ops.elf_fast, name).default._schema.arguments
+
+    @functools.wraps(fake)
+    def checked(*args):
+        for argument, value in zip(arguments, args, strict=True):
+            if isinstance(value, Tensor) and (value.dim() or value.device.type != "cpu"):
+                checks.same_device(argument.name, value, args[0].device)
+        return fake(*args)
+
+    return checked
+
+
 for _name, _fake in _FAKES.items():
-    torch.library.register_fake(f"elf_fast::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"elf_fast::{_name}", _on_one_device(_name, _fake), lib=_library)
 
 
 # Autograd
@@ -294,11 +313,16 @@ def _no_gradients(count: int) -> tuple[None, ...]:
     return (None,) * count
 
 
+def _savable(*tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors, with a copy of each that was made in inference mode: autograd saves no other."""
+    return [t.clone() if t is not None and t.is_inference() else t for t in tensors]
+
+
 class _GateGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, logits, threshold, temperature, criterion, target, early_stop):
         out = kernel(logits, threshold, temperature, criterion, target, early_stop)
-        ctx.save_for_backward(logits, temperature)
+        ctx.save_for_backward(logits, *_savable(temperature))
         ctx.criterion = criterion
         ctx.mark_non_differentiable(*out[0 if early_stop else 1 :])
         return out
@@ -344,7 +368,7 @@ class _HeadGrad(torch.autograd.Function):
 class _CompactGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, features, survivors):
-        ctx.save_for_backward(survivors)
+        ctx.save_for_backward(*_savable(survivors))
         ctx.rows = features.shape[0]
         return kernel(features, survivors)
 
@@ -357,7 +381,7 @@ class _CompactGrad(torch.autograd.Function):
 class _CompactBackwardGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, grad, survivors, rows):
-        ctx.save_for_backward(survivors)
+        ctx.save_for_backward(*_savable(survivors))
         return kernel(grad, survivors, rows)
 
     @staticmethod
@@ -370,26 +394,69 @@ class _LossGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, kernel, logits, target, weight, margins, bias, *rest):
         out = kernel(logits, target, weight, margins, bias, *rest)
-        ctx.save_for_backward(logits, target, out[1], weight, margins, bias)
+        ctx.save_for_backward(logits, out[1], *_savable(target, weight, margins, bias))
         ctx.scalars = rest[:3]  # gamma, scale, label_smoothing
         ctx.mark_non_differentiable(*out[1:])
         return out
 
     @staticmethod
     def backward(ctx, grad_loss, *_):
-        logits, target, log_sum, *vectors = ctx.saved_tensors
+        logits, log_sum, target, *vectors = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: exit_loss_backward has no gradient
-            settings = zip(_FAMILY_NAMES, (*vectors, *ctx.scalars), strict=True)
-            loss = reference.exit_loss(logits, target, **dict(settings)).loss
+            loss = reference.family_loss(logits, target, *vectors, *ctx.scalars)
             (grad,) = torch.autograd.grad(loss, logits, grad_loss, create_graph=True)
         else:
             grad = exit_loss_backward(grad_loss, logits, target, log_sum, *vectors, *ctx.scalars)
         return None, grad, *_no_gradients(10)
 
 
-def _register_autograd(name: str, function: type[torch.autograd.Function]) -> None:
+# The same operators for torch.func and forward mode, which need derivatives of derivatives, batches
+# of them and tangents: what has a derivative is computed in plain PyTorch, the rest by the kernel.
+# `run` is the kernel.
+
+
+def _gate_in_torch(run, logits, threshold, temperature, criterion, target, early_stop):
+    out = run(logits, threshold, temperature, criterion, target, early_stop)
+    if early_stop:
+        return out
+    return reference.statistic(logits, temperature, criteria.by_code(criterion)), *out[1:]
+
+
+def _head_in_torch(run, features, weight, bias, *rest):
+    out = run(features, weight, bias, *rest)
+    if not rest[-1]:
+        return out
+    pooled = heads.pool(features).to(weight.dtype)
+    return torch.nn.functional.linear(pooled, weight, bias), pooled, *out[2:]
+
+
+def _compact_in_torch(run, features, survivors):
+    return features.index_select(0, survivors)
+
+
+def _compact_backward_in_torch(run, grad, survivors, rows):
+    return grad.new_zeros(rows, *grad.shape[1:]).index_copy(0, survivors, grad)
+
+
+def _loss_in_torch(run, logits, target, *settings):
+    out = run(logits, target, *settings)
+    return reference.family_loss(logits, target, *settings[:6]), *out[1:]
+
+
+#: Whether torch.func (grad, jvp, vmap and others) is running in this thread.
+transforms_active = torch._C._are_functorch_transforms_active
+
+
+def tangents_active() -> bool:
+    """Whether tensors may carry tangents of forward mode (torch.autograd.forward_ad)."""
+    return forward_ad._current_level >= 0
+
+
+def _register_autograd(
+    name: str, function: type[torch.autograd.Function], in_torch: Callable[..., Any]
+) -> None:
     """Does what torch.library.register_autograd does, without the 35 us per call that it spends on
-    looking up defaults."""
+    looking up defaults, and for torch.func and forward mode, too."""
     op = getattr(torch.ops.elf_fast, name).default
 
     def kernel(keyset, *args):
@@ -399,6 +466,8 @@ def _register_autograd(name: str, function: type[torch.autograd.Function]) -> No
             with torch._C._AutoDispatchBelowAutograd():
                 return op.redispatch(below, *inputs)
 
+        if transforms_active() or tangents_active():
+            return in_torch(run, *args)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
             return function.apply(run, *args)
         return run(*args)
@@ -406,14 +475,14 @@ def _register_autograd(name: str, function: type[torch.autograd.Function]) -> No
     _library.impl(name, kernel, "Autograd", with_keyset=True)
 
 
-for _name, _function in (
-    ("exit_gate", _GateGrad),
-    ("exit_head", _HeadGrad),
-    ("compact", _CompactGrad),
-    ("compact_backward", _CompactBackwardGrad),
-    ("exit_loss", _LossGrad),
+for _name, _function, _in_torch in (
+    ("exit_gate", _GateGrad, _gate_in_torch),
+    ("exit_head", _HeadGrad, _head_in_torch),
+    ("compact", _CompactGrad, _compact_in_torch),
+    ("compact_backward", _CompactBackwardGrad, _compact_backward_in_torch),
+    ("exit_loss", _LossGrad, _loss_in_torch),
 ):
-    _register_autograd(_name, _function)
+    _register_autograd(_name, _function, _in_torch)
 
 
 # Autocast casts the inputs of the classifier, as for nn.Linear. The gate and the loss compute in

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import checks, criteria, ranks
-from .base import ELFBase, ELFOutput, accumulated
+from .base import ELFBase, ELFOutput, accumulated, apart_from
 from .criteria import TABLE as CRITERIA
 from .criteria import Criterion, Score
 from .heads import ExitHead, pool
@@ -222,6 +222,31 @@ def adjusted(
     return x if bias is None else x + bias
 
 
+def family_loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    margins: Tensor | None,
+    bias: Tensor | None,
+    gamma: float,
+    scale: float,
+    label_smoothing: float,
+) -> Tensor:
+    """The losses [N] of `exit_loss`, without the gate."""
+    x = adjusted(logits, target, margins, bias, scale)
+    log_q = torch.log_softmax(x, dim=1)
+    nll = -log_q.gather(1, target[:, None]).squeeze(1)
+    loss = nll
+    if label_smoothing > 0:
+        loss = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(dim=1)
+    if gamma > 0:
+        rest = -torch.expm1(-nll)  # 1 - p
+        # At p = 1 and gamma < 1 the slope of the power is infinite; its product with a loss of 0
+        # must be 0, not NaN.
+        loss = rest.clamp_min(torch.finfo(rest.dtype).tiny) ** gamma * loss
+    return loss if weight is None else weight[target] * loss
+
+
 def exit_loss(
     logits: Tensor,
     target: Tensor,
@@ -249,19 +274,8 @@ def exit_loss(
     eq. 4) or, times tau, logit adjustment (Menon et al., arXiv 2007.07314, eq. 10).
     The gate reads `logits`, not x. threshold None: no sample leaves.
     """
-    x = adjusted(logits, target, margins, bias, scale)
-    log_q = torch.log_softmax(x, dim=1)
-    nll = -log_q.gather(1, target[:, None]).squeeze(1)
-    loss = nll
-    if label_smoothing > 0:
-        loss = (1 - label_smoothing) * nll - label_smoothing * log_q.mean(dim=1)
-    if gamma > 0:
-        rest = -torch.expm1(-nll)  # 1 - p
-        # At p = 1 and gamma < 1 the slope of the power is infinite; its product with a loss of 0
-        # must be 0, not NaN.
-        loss = rest.clamp_min(torch.finfo(rest.dtype).tiny) ** gamma * loss
-    if weight is not None:
-        loss = weight[target] * loss
+    family = (weight, margins, bias, gamma, scale, label_smoothing)
+    loss = family_loss(logits, target, *family)
     if threshold is None:
         threshold = criteria.find(criterion).off
     with torch.no_grad():
@@ -275,7 +289,7 @@ class ELF(ELFBase):
     """A network with early exits, in plain PyTorch.
 
     Args:
-        stages: E modules; stage e maps features to features.
+        stages: E modules; stage e maps features to features, and may write into its input.
         heads: E modules; head e maps the features after stage e to logits [n, C].
         thresholds: a scalar, E-1 values, or [E-1, C], one per predicted class. Used at inference.
         train_thresholds: the same for training; None: as `thresholds`.
@@ -288,15 +302,20 @@ class ELF(ELFBase):
             cross-entropy.
         exit_weights: a scalar or E values w_k >= 0.
         drop_exited: whether training drops samples that left from the later stages, as evaluation
-            always does, or keeps them in the forward pass with weight 0. Without batch statistics
+            does, or keeps them in the forward pass with weight 0. Without batch statistics
             the two give the same gradients, but for random draws, and dropping is cheaper; with
             BatchNorm, keeping trained the more accurate networks (docs/accuracy.md). None: drop
             unless a later stage or head has a BatchNorm of torch's (or derived from it) that
-            normalises by the batch. If other layers use batch statistics, pass False.
+            normalises by the batch. If other layers use batch statistics, pass False. Evaluation
+            keeps them only for a later BatchNorm without running statistics (looked for by the
+            constructor and by `train()` and `eval()`).
 
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
     never rounded to another dtype. Assigned and loaded values are checked and converted like
     arguments, so `model.thresholds = 0.8` works. Values [E-1] also load into [E-1, C] and back.
+    Values that reach the buffers in another way, in place or by `torch.func.functional_call`, are
+    not checked. A threshold of NaN switches its exit off and reads as inf (entropy: -inf): tools
+    that average models average buffers, too, and inf - inf is NaN.
 
     forward(x, target=None) -> ELFOutput. A sample leaves at the first exit whose test it passes;
     in training with a target its prediction there must be right, too. With a target,
@@ -327,7 +346,7 @@ class ELF(ELFBase):
         out: ELFOutput | None = None
         loss: Tensor | None = None
         for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            x = stage(x)
+            x = stage(x) if e else apart_from(x, stage(x))
             z = head(x)
             if present is not None:
                 z = z[present]
@@ -360,6 +379,7 @@ class ELF(ELFBase):
                 x = compact(x, rows)
             else:
                 present = alive
+                x = x.clone()  # because the next stage may write into it
         assert out is not None
         return out._replace(loss=None if loss is None else batch.mean(loss))
 

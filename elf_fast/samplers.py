@@ -100,7 +100,7 @@ class EpochSampler(Sampler[int], ABC):
     def __iter__(self) -> Iterator[int]:
         seed = numpy.random.SeedSequence([self.seed, self.epoch]).generate_state(1, numpy.uint64)
         order = self.order(torch.Generator().manual_seed(int(seed[0])))
-        own = self.rank + self.num_replicas * torch.arange(len(self))
+        own = self.rank + self.num_replicas * torch.arange(len(self), device="cpu")
         return iter(order[own % len(order)].tolist())
 
     @abstractmethod
@@ -112,7 +112,7 @@ class InstanceSampler(EpochSampler):
     """Every sample once an epoch, in random order."""
 
     def order(self, generator: torch.Generator) -> Tensor:
-        return torch.randperm(len(self.targets), generator=generator)
+        return torch.randperm(len(self.targets), generator=generator, device="cpu")
 
 
 class _ClassDrawer(EpochSampler):
@@ -132,7 +132,8 @@ class _ClassDrawer(EpochSampler):
     def order(self, generator: torch.Generator) -> Tensor:
         N = len(self.targets)
         classes = torch.multinomial(self.probabilities(), N, replacement=True, generator=generator)
-        at = torch.rand(N, generator=generator, dtype=torch.float64) * self.class_counts[classes]
+        at = torch.rand(N, generator=generator, dtype=torch.float64, device="cpu")
+        at = at * self.class_counts[classes]
         return self._by_class[self._first[classes] + at.long()]
 
 

@@ -430,3 +430,13 @@ def test_kernels_refuse_what_would_read_out_of_bounds(name, device):
             ops.exit_gate(logits, one, one, 0, short, False)
         else:
             ops.exit_loss(logits, short, None, None, None, 0.0, 1.0, 0.0, one, one, 0)
+
+
+@pytest.mark.parametrize("shape", [(0,), (3, 0, 2)], ids=str)
+def test_rows_without_bytes_take_no_time(shape, device):
+    """2**40 of them. tests/faults/test_meta.py has more shapes."""
+    survivors = torch.tensor([1, 5, 2**40 - 1], device=device)
+    x = torch.empty(2**40, *shape, device=device, requires_grad=True)
+    functional.compact(x, survivors).sum().backward()
+    assert x.grad.shape == x.shape
+    assert functional.compact_(x.detach(), survivors).tolist() == [5, 1, 2**40 - 1]

@@ -91,10 +91,10 @@ def _decide(
     ordered = value.sort(descending=not criterion.larger_is_surer).values  # least sure first
     k = round(share * len(value))
     if k >= len(value):
-        threshold = torch.tensor(criterion.off)
+        threshold = torch.tensor(criterion.off, device="cpu")
     elif k == 0:
         everyone = criterion.everyone if criterion.is_bounded else float(ordered[0]) - 1.0
-        threshold = torch.tensor(everyone)
+        threshold = torch.tensor(everyone, device="cpu")
     else:
         threshold = (ordered[k - 1].double() + ordered[k].double()) / 2
     thresholds[e] = threshold

@@ -48,7 +48,7 @@ def moved_to(value: float, thresholds: Tensor, criterion: Criterion) -> Tensor:
     elif criterion.is_bounded:
         span = criterion.high - criterion.low
         inside = ((thresholds.double() - criterion.low) / span).clamp(_EDGE, 1 - _EDGE)
-        centre = torch.tensor((value - criterion.low) / span, dtype=torch.float64)
+        centre = inside.new_tensor((value - criterion.low) / span)
         odds = inside.logit() - inside[on].logit().mean() + centre.logit()
         moved = (criterion.low + span * odds.sigmoid()).to(thresholds)
     else:
@@ -76,7 +76,7 @@ def sweep(
     if not N:
         raise ValueError("table: expected at least one sample, got none")
     if thresholds is None:
-        thresholds = torch.zeros(E - 1)
+        thresholds = torch.zeros(E - 1, device="cpu")
     if thresholds.dim() not in (1, 2) or len(thresholds) != E - 1:
         raise ValueError(
             f"thresholds: expected [{E - 1}] or [{E - 1}, C], got {checks.describe(thresholds)}"

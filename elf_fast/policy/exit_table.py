@@ -53,9 +53,9 @@ def exit_table(model: ELFBase, batches: Iterable[tuple[Tensor, Tensor]]) -> Exit
     process may have none) the table has N = 0."""
     device = model.thresholds.device
     criterion = find(model.criterion)
-    temperatures = [*model.temperatures, torch.tensor(1.0)]
+    temperatures = [*model.temperatures, 1.0]
     E = len(model.stages)
-    empty = torch.empty(E, 0)
+    empty = torch.empty(E, 0, device="cpu")
     found = [ExitTable(empty, empty.long(), empty[0].long(), criterion)]
     with mode(model, training=False):
         for x, y in batches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import functools
 import importlib
 import math
 import time
@@ -148,6 +149,17 @@ class Trainer:
         one image and the network cannot normalise one value per channel over the batch."""
         if N % self.config.batch_size != 1 and self.config.batch_size > 1:
             return
+        if self._needs_two:
+            raise ValueError(
+                f"batch_size: expected one that leaves more than one of {N} images for the last "
+                f"batch, since {self.config.model} cannot normalise one over the batch, got "
+                f"{self.config.batch_size}"
+            )
+
+    @functools.cached_property
+    def _needs_two(self) -> bool:
+        """Whether the network cannot train on a batch of one image, because a layer normalises one
+        value per channel over the batch."""
         x = blank_image(self.config, self.processes.device)
         model = copy.deepcopy(self.model).train()
         try:
@@ -155,12 +167,18 @@ class Trainer:
                 for stage, head in zip(model.stages, model.heads, strict=True):
                     x = stage(x)
                     head(x)
-        except ValueError as error:
-            raise ValueError(
-                f"batch_size: expected one that leaves more than one of {N} images for the last "
-                f"batch, since {self.config.model} cannot normalise one over the batch, got "
-                f"{self.config.batch_size}"
-            ) from error
+        except ValueError:
+            return True
+        return False
+
+    def _trainable(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """The batch. If only one of its images could be read and the network needs two, that one is
+        left out as well, and counted as skipped."""
+        images, targets = batch
+        if len(targets) == 1 and self.config.batch_size > 1 and self._needs_two:
+            self.progress.totals.skipped += 1
+            return images[:0], targets[:0]
+        return batch
 
     def _no_totals(self) -> Totals:
         return Totals([0] * len(self.model.stages))
@@ -299,6 +317,7 @@ class Trainer:
         p, learner, device = self.progress, self.learner, self.processes.device
         p.step += 1
         # With `skip_errors`, processes may have different numbers of readable images.
+        group = [self._trainable(batch) for batch in group]
         sizes = self.processes.total(torch.tensor([len(targets) for _, targets in group])).tolist()
         batches = [(*batch, n) for batch, n in zip(group, sizes, strict=True) if n]
         N = sum(sizes)
