@@ -96,7 +96,7 @@ def test_a_lack_of_memory_is_one_line_and_an_error_of_ours_is_not(error, monkeyp
         ("a: &a [1]\nb: *a", "expected no aliases, got *a"),
         ("epochs: 1\nlr: 2\nepochs: 3", "expected every key once, got epochs again"),
         ("model_kwargs: {a: 1, b: {c: 1, c: 2}}", "expected every key once, got c again"),
-        ("[" * 20_000, "nested too deeply"),
+        ("[" * 2_000, "nested too deeply"),
         ("- " * 9_000, "nested too deeply"),
         ("a: 2020-99-99", "month must be in 1..12"),
         ("a: !!timestamp x", "expected YAML"),
@@ -200,15 +200,18 @@ def test_a_state_of_another_shape_is_refused(path, value, saved):
         )
 
 
-@pytest.mark.parametrize("state", [[], {}, "text", None])
+@pytest.mark.parametrize("state", [[], "text", None, {}])
 def test_an_empty_state_is_refused_by_name(state, saved, tmp_path):
     trainer, checkpoint = saved
-    args = (checkpoint.weights, None, state, checkpoint.metadata)
-    path = checkpoints.save(tmp_path, 1, *args)
-    with pytest.raises(CheckpointError, match=f"^{path}: "):
-        resume.restore(
-            checkpoints.load(path), trainer.config, trainer.learner, CPU, global_batch=64
-        )
+    path = checkpoints.save(tmp_path, 1, checkpoint.weights, None, state, checkpoint.metadata)
+    if state == {}:
+        with pytest.raises(CheckpointError, match=f"^{path}: .*'position'"):
+            resume.restore(
+                checkpoints.load(path), trainer.config, trainer.learner, CPU, global_batch=64
+            )
+    else:
+        with pytest.raises(CheckpointError, match=f"^{path}: state.pt holds a .*, expected a dict"):
+            checkpoints.load(path)
 
 
 def test_a_file_without_content_and_metadata_of_another_shape_are_refused(tmp_path, monkeypatch):

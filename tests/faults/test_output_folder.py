@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def hold(folder: Path, ready: object) -> None:
 def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
     fork = multiprocessing.get_context("fork")
     ready = fork.Event()
-    holder = fork.Process(target=hold, args=(tmp_path, ready))
+    holder = fork.Process(target=hold, args=(tmp_path, ready), daemon=True)
     holder.start()
     assert ready.wait(30)
     said = f"in use by a run on {socket.gethostname()}, process {holder.pid}, started 2"
@@ -227,11 +228,16 @@ def test_a_signal_to_the_workers_does_not_end_them(whole, tmp_path, monkeypatch)
 
 
 def train_with_a_signal_to_one(folder: Path) -> None:
-    """Trains in several processes, of which the second gets SIGTERM in its first step."""
+    """Trains in several processes, of which the second gets SIGTERM in its first step. The first is
+    slow to write the checkpoint."""
     if os.environ["RANK"] == "1":
         Trainer.step = signalled(signal.SIGTERM, 1)
+    save = checkpoints.save
+    checkpoints.save = lambda *arguments: time.sleep(0.3) or save(*arguments)
     flags = "--dataset digits --model cifar_resnet8 --workers 0 --no-log-tensorboard --epochs 9"
-    sys.exit(cli.main(["train", *flags.split(), "--device", "cpu", "--output", str(folder)]))
+    status = cli.main(["train", *flags.split(), "--device", "cpu", "--output", str(folder)])
+    assert list((folder / CHECKPOINTS).glob("step-????????")), "left before the checkpoint"
+    sys.exit(status)
 
 
 def test_processes_leave_together_where_one_gets_a_signal(tmp_path):

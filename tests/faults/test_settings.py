@@ -186,7 +186,7 @@ def test_settings_that_others_switch_off_are_named():
     "flag", [["--thresholds", "0.5"], ["--exit-weights", "1"], ["--conv-heads"]]
 )
 def test_flags_of_exits_beside_no_exits_are_refused(flag, capsys):
-    said = refused(capsys, "train", "--dataset", "digits", "--no-exits", *flag)
+    said = refused(capsys, "train", "--dataset", "digits", "--model", "none", "--no-exits", *flag)
     assert f"{flag[0]}: expected none with --no-exits" in said
 
 
