@@ -107,6 +107,13 @@ def jobs() -> int:
     return max(1, min(limits))
 
 
+def prefix_maps(torch: Any) -> list[str]:
+    """Options that write paths of sources and of torch's headers, which messages of checks name, as
+    if both lay in one folder. Builds of the same sources in two folders are then equal."""
+    folders = {os.path.abspath("."): ".", os.path.dirname(torch.__file__): "torch"}
+    return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
+
+
 def native(mode: str) -> dict[str, Any]:
     """The arguments of `setup` that compile what `mode` asks for."""
     torch = import_torch()
@@ -132,7 +139,12 @@ def native(mode: str) -> dict[str, Any]:
             except RuntimeError as error:
                 raise SystemExit(f"elf_fast: {error} (the compiler says why above)") from None
 
-    args = {"extra_compile_args": {"cxx": CXX_FLAGS, "nvcc": NVCC_FLAGS}, "py_limited_api": True}
+    maps = prefix_maps(torch)
+    flags = {
+        "cxx": CXX_FLAGS + maps,
+        "nvcc": NVCC_FLAGS + [f"-Xcompiler={option}" for option in maps],
+    }
+    args = {"extra_compile_args": flags, "py_limited_api": True}
     libraries = [CppExtension("elf_fast._native_cpu", cpu, **args)]
     if not problem:
         libraries.append(CUDAExtension("elf_fast._native_cuda", cuda, **args))
@@ -144,6 +156,8 @@ if __name__ == "__main__":
     build = os.environ.get("ELF_FAST_BUILD") or "auto"
     if build not in MODES:
         raise SystemExit(f"elf_fast: ELF_FAST_BUILD: expected {', '.join(MODES)}, got {build!r}")
+    # The time of the files in a wheel. Archives of the sources keep that of this file.
+    os.environ.setdefault("SOURCE_DATE_EPOCH", str(int(os.stat(__file__).st_mtime)))
     setup(
         packages=[*find_packages(include=["elf_fast", "elf_fast.*"]), "elf_fast.kernels"],
         package_dir={"elf_fast.kernels": "kernels"},

@@ -192,10 +192,20 @@ def device(name: str | None) -> torch.device:
         raise ValueError(
             f"device: expected cpu, cuda or another device of torch, got {name!r}"
         ) from None
-    gpus = torch.cuda.device_count()
-    if found.type == "cuda" and (found.index or 0) >= gpus:
+    if found.type == "cpu":
+        return torch.device("cpu")  # tensors on cpu:1 say that they are on cpu
+    if found.type == "cuda":
+        gpus = torch.cuda.device_count()
+        if (found.index or 0) >= gpus:
+            raise ValueError(
+                f"device: expected cpu, or one of the {gpus} GPUs that torch can use, got {name!r}"
+            )
+        return found
+    here = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if here is None or here.type != found.type:
         raise ValueError(
-            f"device: expected cpu, or one of the {gpus} GPUs that torch can use, got {name!r}"
+            f"device: expected cpu or {here.type if here else 'a device'} that torch can use here, "
+            f"got {name!r}"
         )
     return found
 

@@ -137,9 +137,9 @@ def test_command(capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (("--batch", "0"), "--batch, --size, --classes: expected at least 1, 1 and 2, got 0"),
+        (("--batch", "0"), "--batch: expected an integer in [1, 1048576], got 0"),
         (("--share", "1.5"), "--share: expected numbers in [0, 1], got [1.5]"),
-        (("--model", "resnet_18x"), "name: expected a network"),
+        (("--model", "resnet_18x"), "--model: expected a network"),
         (("--device", "gpu"), "device: expected cpu, cuda or another device of torch, got 'gpu'"),
         (("--model", "cifar_resnet8", "--exits", "layer7"), "layer7"),
     ],

@@ -163,6 +163,14 @@ def test_wheel_holds_the_package(wheel, recipe):
     assert "elf-fast = elf_fast.cli:main" in scripts
 
 
+def test_the_cpu_library_does_not_name_the_folder_of_its_build(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        library = archive.read("elf_fast/_native_cpu.so")
+    named = set(re.findall(rb"[ -~]*\.(?:cpp|h|inl)(?=\0)", library))
+    assert b"./csrc/cpu/compact.cpp" in named
+    assert [name for name in named if name.startswith(b"/")] == []
+
+
 def test_wheel_runs(installed, tmp_path):
     said = probe(tmp_path, installed)
     assert Path(said["package"]).is_relative_to(installed)
@@ -345,3 +353,29 @@ def test_requested_cuda_is_refused_and_auto_goes_on(tree, tmp_path):
 
 def test_jobs_are_bounded(recipe):
     assert 1 <= recipe.jobs() <= (os.cpu_count() or 1)
+
+
+#: Calls the operators of one source, built with the sanitizer, on batches without rows or bytes.
+EMPTY = """
+import sys, torch
+from elf_fast import ops
+torch.ops.load_library(sys.argv[1])
+for shape in ((3, 0), (0, 4), (0, 0), (2, 0, 5)):
+    for n in {0, shape[0]}:
+        x, kept = torch.empty(shape), torch.arange(n)
+        y = torch.ops.elf_fast.compact(x, kept)
+        torch.ops.elf_fast.compact_backward(y, kept, shape[0])
+        torch.ops.elf_fast.compact_(x.clone(), kept, None)
+"""
+
+
+def test_batches_without_bytes_are_no_undefined_behaviour(recipe, tmp_path):
+    folder, library = Path(torch.__file__).parent, tmp_path / "compact.so"
+    flags = [*recipe.CXX_FLAGS, "-O0", "-fPIC", "-shared", "-fsanitize=undefined"]
+    paths = (f"-isystem{folder}/include", f"-L{folder}/lib")
+    source = ROOT / "csrc/cpu/compact.cpp"
+    compiler = recipe.find_compiler().split()
+    run(*compiler, *flags, *paths, source, "-o", library, "-ltorch_cpu", cwd=tmp_path)
+    python = {"ELF_FAST_BACKEND": "torch", "PYTHONPATH": str(ROOT)}
+    said = run(sys.executable, "-c", EMPTY, library, cwd=tmp_path, **python).stdout
+    assert "runtime error" not in said, said

@@ -41,16 +41,16 @@ FLOORS = (
 #: The same inside folders; modules that are not named stand on the highest floor of their folder.
 INSIDE = {
     "bench": (("timing", "workload"), ("inference", "training"), ("command",)),
-    "cli": (("errors", "metrics", "flags"), ("bench", "demo", "doctor", "evaluate", "train"),
-            ("main",), ("__init__", "__main__")),
+    "cli": (("errors", "metrics", "flags", "interrupts"),
+            ("bench", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("transforms", "loader", "tree"),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
     "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
     "policy": (("exit_table",), ("calibrate",)),
-    "runs": (("values", "files"), ("config", "checkpoints"), ("plain", "datasets"),
-             ("networks", "evaluation", "contents"), ("opening",)),
-    "training": (("processes", "ema", "schedule", "log"), ("progress", "learner"),
-                 ("resume", "results", "unreadable"), ("trainer", "config")),
+    "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
+             ("plain", "datasets"), ("networks", "evaluation", "contents"), ("opening",)),
+    "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),
+                 ("resume", "results", "unreadable"), ("folder",), ("trainer", "config")),
 }  # fmt: skip
 DATA_MAY_IMPORT = {"checks", "criteria", "data"}
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}

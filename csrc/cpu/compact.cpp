@@ -127,7 +127,8 @@ Tensor compact_backward(const Tensor& grad, const Tensor& survivors, int64_t N) 
   if (from.bytes == 0) return out;  // N may be anything then, and visiting N rows takes time
   const char* src = data<const char>(source);
   char* dst = data<char>(out);
-  over_rows(N, from.bytes / 4, [&](int64_t begin, int64_t end) {
+  // Samples without bytes have no memory, and memcpy takes no null pointer.
+  over_rows(from.bytes ? N : 0, from.bytes / 4, [&](int64_t begin, int64_t end) {
     int64_t k = std::lower_bound(rows, rows + n, begin) - rows;
     for (int64_t row = begin; row < end; ++row) {
       char* to = dst + row * from.bytes;

@@ -25,17 +25,19 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     Raises:
         ValueError: the network, a module or the device does not exist, or a number is out of range.
     """
-    if options.batch < 1 or options.size < 1 or options.classes < 2:
-        raise ValueError(
-            "--batch, --size, --classes: expected at least 1, 1 and 2, got "
-            f"{options.batch}, {options.size} and {options.classes}"
-        )
+    checks.integer("--batch", options.batch, 1, 2**20)
+    checks.integer("--size", options.size, 1, 2**14)
+    checks.integer("--classes", options.classes, 2, 2**20)
+    checks.at_least("--seconds", options.seconds, 0.0, 86_400.0)
     if not all(0 <= share <= 1 for share in options.share):
         raise ValueError(f"--share: expected numbers in [0, 1], got {options.share}")
     torch.manual_seed(0)
     device = checks.device(options.device)
     layout = torch.channels_last
-    backbone = create(options.model, options.classes).to(device).to(memory_format=layout)
+    try:
+        backbone = create(options.model, options.classes).to(device).to(memory_format=layout)
+    except ValueError as error:  # `create` calls the flag by its own argument's name
+        raise ValueError(f"--model: {str(error).removeprefix('name: ')}") from error
     images = torch.randn(options.batch, 3, options.size, options.size)
     images = images.to(device, memory_format=layout)
     exits = options.exits.split(",") if options.exits else default_exits(backbone)

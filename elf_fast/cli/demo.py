@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, check_path
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -28,10 +28,11 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..demo import run as demo
-
+    check_path("--output", arguments.output)
     if arguments.output.exists() and not arguments.output.is_dir():
         raise UserError(f"--output: expected a folder, got the file {arguments.output}")
+    from ..demo import run as demo
+
     demo.run(arguments.output, seeds=arguments.seeds, epochs=arguments.epochs)
     return 0
 

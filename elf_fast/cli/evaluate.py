@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, check_path
 from .metrics import show
 
 
@@ -34,6 +34,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     path = arguments.checkpoint
+    named = (("RUN", path), ("--data-dir", arguments.data_dir), ("--lists", arguments.lists))
+    for name, given in named:
+        if given is not None:
+            check_path(name, given)
     moved = {"data_dir": arguments.data_dir, "lists": arguments.lists}
     overrides = {name: folder for name, folder in moved.items() if folder is not None}
     try:

@@ -33,6 +33,11 @@ def from_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(arguments).items() if name in HINTS}
 
 
+def group_of(name: str) -> str:
+    """The group of a setting in --help."""
+    return TrainConfig.__dataclass_fields__[name].metadata["group"]
+
+
 def _add_flag(group: Any, option: dataclasses.Field, hint: Any) -> None:
     flag = "--" + option.name.replace("_", "-")
     common: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}

@@ -6,8 +6,8 @@ import argparse
 import os
 import sys
 
-from . import bench, demo, doctor, evaluate, train
-from .errors import UserError
+from . import bench, demo, doctor, evaluate, interrupts, train
+from .errors import UserError, is_out_of_memory
 
 #: Subcommands in the order of `elf-fast --help`.
 _COMMANDS = (demo, train, evaluate, bench, doctor)
@@ -22,7 +22,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
     arguments = parser().parse_args(argv)
     try:
-        return arguments.run(arguments)
+        with interrupts.second_ends_at_once():
+            return arguments.run(arguments)
     except UserError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
@@ -40,7 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(f"{where}{error.strerror or error}")
     except KeyboardInterrupt:
         print("elf-fast: stopped", file=sys.stderr)
-        return 130
+        return interrupts.STATUS
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(f"out of memory: smaller batches or images need less ({error})")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -7,8 +7,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError
-from .flags import add_flags, from_arguments
+from .errors import UserError, check_path
+from .flags import add_flags, from_arguments, group_of
 from .metrics import show
 
 
@@ -34,7 +34,7 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..data import DataError
-    from ..training.processes import joined
+    from ..training.processes import Stopped, joined
     from ..training.trainer import NonFiniteError, Trainer
 
     folder = arguments.resume
@@ -51,6 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
             results = trainer.run()
         except (NonFiniteError, DataError) as error:
             raise UserError(str(error)) from error
+        except Stopped as stopped:
+            return 128 + stopped.signal
         if processes.is_first:
             for part in ("validation", "test"):
                 if part in results:
@@ -64,12 +66,16 @@ def _settings(arguments: argparse.Namespace) -> Any:
     from ..training.trainer import CONFIG, resumed_config
 
     folder = arguments.resume
+    for flag, path in (("--config", arguments.config), ("--resume", folder)):
+        if path is not None:
+            check_path(flag, path)
     given = load_yaml(arguments.config) if arguments.config else {}
     flags = from_arguments(arguments)
     if folder is not None and Path(flags.get("output", folder)) != folder:
         raise UserError(
             f"--output: expected {folder} or none with --resume {folder}, got {flags['output']}"
         )
+    _check_no_exits(flags)
     given.update(flags)
     if folder is None:
         return from_dict(given)
@@ -78,3 +84,14 @@ def _settings(arguments: argparse.Namespace) -> Any:
     if not given:
         raise UserError(f"--resume: expected the folder of a run, got {folder}")
     return from_dict({**given, "output": str(folder)})
+
+
+def _check_no_exits(flags: dict[str, Any]) -> None:
+    """Settings of exits beside --no-exits are a mistake on one command line. In a file they are
+    not: the flag is how to train the same without exits."""
+    if flags.get("exits") == ():
+        for name in flags:
+            if name != "exits" and group_of(name) == "exits":
+                raise UserError(
+                    f"--{name.replace('_', '-')}: expected none with --no-exits, got {flags[name]}"
+                )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import signal
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -72,6 +73,7 @@ class ImageLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
+            worker_init_fn=_ignore_signals,
             generator=torch.Generator(),  # else every epoch draws from torch's global one
         )
 
@@ -101,6 +103,14 @@ class ImageLoader:
                 yield batch.images, batch.targets
             elif self.image_shape is not None:
                 yield torch.empty(0, *self.image_shape), batch.targets
+
+
+def _ignore_signals(worker: int) -> None:
+    """Queues send SIGTERM and others to all processes of a job. A worker that ended at once would
+    fail its parent, which may still have to save. Workers end when their parent asks or ends."""
+    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 class _Key(NamedTuple):

@@ -14,7 +14,6 @@ import hashlib
 import io
 import json
 import os
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,10 +95,12 @@ def load(path: Path) -> Checkpoint:
     average = files.load(path / AVERAGE)[0] if AVERAGE in digests else None
     try:
         state = torch.load(io.BytesIO(content[STATE]), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError) as error:
+    except Exception as error:  # torch.load raises anything for contents that are not its own
         raise CheckpointError(
             f"{path}: {STATE} holds what this version cannot read ({error})"
         ) from error
+    if not isinstance(state, dict):
+        raise CheckpointError(f"{path}: {STATE} holds a {type(state).__name__}, expected a dict")
     return Checkpoint(path, weights, average, state, metadata)
 
 
@@ -131,7 +132,7 @@ def _manifest(path: Path) -> dict[str, str]:
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         digests = manifest["files"] if manifest["format"] == FORMAT else {}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
         raise CheckpointError(f"{path}: {MANIFEST} is missing or damaged ({error!r})") from error
     if not isinstance(digests, dict) or not {WEIGHTS, STATE} <= set(digests) <= {
         WEIGHTS, AVERAGE, STATE

@@ -8,6 +8,8 @@ annotation says what values it takes, its `_option` the help text and its group 
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, get_type_hints
 
@@ -18,10 +20,13 @@ from .values import convert
 #: What one exit's entry in `thresholds` may be: a number, or one number per class.
 Thresholds = float | tuple[float, ...]
 
+#: The largest integer of settings without a limit of their own. Larger ones overflow further on.
+LARGEST = 2**31 - 1
+
 
 def _option(default: Any, group: str, help: str, **metadata: Any) -> Any:
-    """A setting. metadata: metavar in the help; limits (lowest,) or (lowest, highest); choices,
-    the names it takes; const, its value if the flag is given without one."""
+    """A setting. metadata: metavar in the help; limits (lowest,) or (lowest, highest) of the number
+    or of each; choices, the names it takes; const, its value if the flag is given without one."""
     return dataclasses.field(default=default, metadata={"group": group, "help": help, **metadata})
 
 
@@ -61,13 +66,13 @@ class TrainConfig:
         0,
         "data",
         "seed that chooses images for the tail and for validation; published CIFAR-LT: 0",
-        limits=(0,),
+        limits=(0, 2**32 - 1),  # as NumPy takes them
     )
     img_size: int | None = _option(
         None,
         "data",
         "height and width; 224 if not given, and 32 or 16 for CIFAR and digits",
-        limits=(1,),
+        limits=(1, 2**14),
     )
     transforms: Literal["small", "large"] | None = _option(
         None, "data", "small: shift and mirror images that have img-size already; large: random "
@@ -104,8 +109,9 @@ class TrainConfig:
         None, "exits", "thresholds in training; equal to --thresholds if not given"
     )
     exit_weights: tuple[float, ...] = _option(
-        (1.0,), "exits", "weights of the exits' losses: one, or one per exit, the last included"
-    )
+        (1.0,), "exits", "weights of the exits' losses: one, or one per exit, the last included",
+        limits=(0.0,),
+    )  # fmt: skip
     drop_exited: bool | None = _option(
         None, "exits", "in training, drop samples that left from the later stages, or keep them "
         "there with weight 0; keep if not given where these normalise by the batch, else drop",
@@ -122,11 +128,13 @@ class TrainConfig:
     loss: Literal[
         "cross_entropy", "focal", "class_balanced", "ldam", "balanced_softmax", "logit_adjusted"
     ] = _option("cross_entropy", "loss and sampling", "at every exit; ldam uses its own classifier")
-    label_smoothing: float = _option(0.0, "loss and sampling", "in [0, 1]")
-    gamma: float = _option(2.0, "loss and sampling", "of focal")
-    beta: float = _option(0.9999, "loss and sampling", "of class_balanced and --drw-epoch")
-    tau: float = _option(1.0, "loss and sampling", "of logit_adjusted")
-    ldam_scale: float = _option(30.0, "loss and sampling", "of ldam")
+    label_smoothing: float = _option(0.0, "loss and sampling", "in [0, 1]", limits=(0.0, 1.0))
+    gamma: float = _option(2.0, "loss and sampling", "of focal", limits=(0.0,))
+    beta: float = _option(
+        0.9999, "loss and sampling", "of class_balanced and --drw-epoch", limits=(0.0, 1.0)
+    )
+    tau: float = _option(1.0, "loss and sampling", "of logit_adjusted", limits=(0.0,))
+    ldam_scale: float = _option(30.0, "loss and sampling", "of ldam", limits=(0.0,))
     drw_epoch: int | None = _option(
         None,
         "loss and sampling",
@@ -150,12 +158,13 @@ class TrainConfig:
     )
     sched: Literal["cosine", "step"] = _option("cosine", "optimisation", "of the learning rate")
     warmup_epochs: float = _option(
-        5.0, "optimisation", "epochs in which the learning rate rises", limits=(0.0,)
+        5.0, "optimisation", "epochs in which the learning rate rises", limits=(0.0, 1e9)
     )
     min_lr: float = _option(0.0, "optimisation", "where cosine ends", limits=(0.0,))
     decay_milestones: tuple[int, ...] = _option(
-        (160, 180), "optimisation", "epochs at which step multiplies the rate by --decay-rate"
-    )
+        (160, 180), "optimisation", "epochs at which step multiplies the rate by --decay-rate",
+        limits=(0,),
+    )  # fmt: skip
     decay_rate: float = _option(0.01, "optimisation", "of step", limits=(0.0, 1.0))
     clip_grad: float | None = _option(
         None, "optimisation", "largest norm of the gradient", limits=(0.0,)
@@ -169,7 +178,7 @@ class TrainConfig:
 
     device: str | None = _option(None, "speed", "cuda if there is one, else cpu")
     workers: int = _option(
-        4, "speed", "processes that load images, per training process", limits=(0,)
+        4, "speed", "processes that load images, per training process", limits=(0, 1024)
     )
     amp: bool = _option(False, "speed", "mixed precision")
     amp_dtype: Literal["bfloat16", "float16"] = _option("bfloat16", "speed", "of mixed precision")
@@ -183,7 +192,7 @@ class TrainConfig:
     output: str = _option(
         "run", "run", "folder for checkpoints, weights and results", metavar="FOLDER"
     )
-    seed: int = _option(0, "run", "seed of weights, order and augmentation", limits=(0,))
+    seed: int = _option(0, "run", "seed of weights, order and augmentation", limits=(0, 2**63 - 1))
     val_interval: int = _option(1, "run", "epochs from one validation to the next", limits=(1,))
     checkpoint_epochs: int = _option(
         1, "run", "epochs from one checkpoint to the next", limits=(1,)
@@ -198,10 +207,11 @@ class TrainConfig:
         for option in dataclasses.fields(self):
             value = convert(option.name, getattr(self, option.name), HINTS[option.name])
             object.__setattr__(self, option.name, value)
-            limits = option.metadata.get("limits")
-            if limits and value is not None:
-                check: Any = checks.integer if isinstance(limits[0], int) else checks.at_least
-                check(option.name, value, *limits)
+            if value is not None and "limits" in option.metadata:
+                for number in value if isinstance(value, tuple) else (value,):
+                    _check_limits(option.name, number, *option.metadata["limits"])
+        self._check_open_limits()
+        self._check_lists()
         self._check_data()
         self._check_exits()
         if self.drw_epoch is not None and self.drw_epoch >= self.epochs:
@@ -210,6 +220,28 @@ class TrainConfig:
             )
         if self.torchcompile is not None:
             _check_compiler(self.torchcompile)
+
+    def _check_open_limits(self) -> None:
+        for name in ("clip_grad", "ldam_scale"):
+            if getattr(self, name) is not None:
+                checks.positive(name, getattr(self, name))
+        for name in ("beta", "model_ema_decay"):
+            if getattr(self, name) == 1.0:
+                raise ValueError(f"{name}: expected a number in [0, 1), got 1.0")
+
+    def _check_lists(self) -> None:
+        for name in ("thresholds", "train_thresholds", "exit_weights"):
+            value = getattr(self, name)
+            if value is not None and (not value or () in value):
+                raise ValueError(f"{name}: expected at least one number, got {value}")
+        if not any(self.exit_weights):
+            raise ValueError(
+                f"exit_weights: expected one above 0, or nothing learns, got {self.exit_weights}"
+            )
+        for name in ("exits", "decay_milestones"):
+            value = getattr(self, name) or ()
+            if len(set(value)) < len(value):
+                raise ValueError(f"{name}: expected every one once, got {value}")
 
     def _check_data(self) -> None:
         if self.dataset == "digits":
@@ -253,6 +285,20 @@ class TrainConfig:
                 f"{self.max_flops}"
             )
 
+    def without_effect(self) -> list[str]:
+        """For each setting that differs from its default and that other settings switch off, its
+        name and what it needs."""
+        defaults = {option.name: option.default for option in dataclasses.fields(self)}
+        found = [
+            f"{name} (needs {need})"
+            for need, names, acts in _ACTS
+            for name in names
+            if getattr(self, name) != defaults[name] and not acts(self)
+        ]
+        if not self.has_exits and len(self.exit_weights) > 1:
+            found.append("exit_weights but the last (need exits)")
+        return found
+
     @property
     def has_exits(self) -> bool:
         """`--no-exits` is an empty list of exits."""
@@ -261,6 +307,15 @@ class TrainConfig:
     @property
     def is_cifar(self) -> bool:
         return self.dataset in ("cifar10", "cifar100")
+
+
+def _check_limits(name: str, number: Any, low: Any, high: Any = None) -> None:
+    if isinstance(low, float):
+        checks.at_least(name, number, low, math.inf if high is None else high)
+        return
+    checks.integer(name, number, low, high)
+    if number > LARGEST and high is None:
+        raise ValueError(f"{name}: expected an integer of at most {LARGEST}, got {number}")
 
 
 def _check_compiler(backend: str) -> None:
@@ -277,3 +332,18 @@ def _check_compiler(backend: str) -> None:
 HINTS = get_type_hints(TrainConfig)
 #: Data sets that the settings may make long-tailed and split.
 _SUBSETTABLE = ("folder", "digits", "cifar10", "cifar100")
+#: What settings need to have an effect: its name, the settings, and whether a run has it.
+_ACTS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ...] = (
+    ("exits", ("conv_heads", "criterion", "thresholds", "train_thresholds", "drop_exited",
+               "max_flops"), lambda run: run.has_exits),
+    ("loss focal", ("gamma",), lambda run: run.loss == "focal"),
+    ("loss class_balanced or drw_epoch", ("beta",),
+     lambda run: run.loss == "class_balanced" or run.drw_epoch is not None),
+    ("loss logit_adjusted", ("tau",), lambda run: run.loss == "logit_adjusted"),
+    ("loss ldam", ("ldam_scale",), lambda run: run.loss == "ldam"),
+    ("sched step", ("decay_milestones", "decay_rate"), lambda run: run.sched == "step"),
+    ("sched cosine", ("min_lr",), lambda run: run.sched == "cosine"),
+    ("model_ema", ("model_ema_decay",), lambda run: run.model_ema),
+    ("amp", ("amp_dtype",), lambda run: run.amp),
+    ("imbalance", ("imbalance_profile",), lambda run: run.imbalance is not None),
+)  # fmt: skip

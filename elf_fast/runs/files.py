@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -46,7 +47,7 @@ def write(path: Path, content: bytes) -> None:
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())
+            _sync(file.fileno())
         os.replace(partial, path)
     except OSError as error:
         error.filename = str(path)  # the error of a full disk names no file
@@ -60,9 +61,18 @@ def sync_folder(folder: Path) -> None:
     """Flushes a folder's list of files to disk, so that a rename survives a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    """Flushes to disk, where the file system can: some network shares cannot."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
+            raise
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -94,13 +104,20 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise CheckpointError(
             f"{path}: its contents were changed after it was written (checksum differs)"
         )
-    return state, json.loads(described)
+    try:
+        metadata = json.loads(described)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: expected metadata in JSON ({error})") from error
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{path}: expected metadata with names, got {metadata!r}")
+    return state, metadata
 
 
 def misfit(error: Exception) -> str:
     """The last line of a `load_state_dict` error, cut to 200 characters: it may list hundreds of
     names."""
-    return textwrap.shorten(str(error).splitlines()[-1], 200, placeholder=" ...")
+    lines = str(error).splitlines() or [repr(error)]
+    return textwrap.shorten(lines[-1], 200, placeholder=" ...")
 
 
 def previous(path: Path) -> Path:

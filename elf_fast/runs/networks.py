@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from .. import checks
 from ..backbones import create, default_exits
 from ..classifiers import use_cosine_
 from ..losses import (
@@ -21,6 +23,7 @@ from ..losses import (
     LongTailLoss,
 )
 from ..models import from_backbone
+from ..modes import mode
 from ..modules import ELF
 from .config import TrainConfig
 from .datasets import image_size
@@ -55,15 +58,15 @@ def network(config: TrainConfig, class_counts: list[int]) -> ELF:
     The weights of the backbone follow from the seed and are the same with and without exits. A loss
     with margins (LDAM) gets cosine classifiers, temperatures that undo its scale, and its margins
     in the exit test of training: see `losses.LDAMLoss`.
+
+    Raises:
+        ValueError, TypeError: the settings make no network, or not one from images of this size to
+            logits.
     """
     torch.manual_seed(config.seed)
     C = len(class_counts)
-    try:
-        backbone = create(config.model, C, **config.model_kwargs)
-    except TypeError as error:
-        raise TypeError(
-            f"model_kwargs: expected options of {config.model}, got {config.model_kwargs} ({error})"
-        ) from error
+    backbone = _backbone(config, C)
+    _check_backbone(config, backbone, C)
     loss = exit_loss(config, class_counts)
     has_margins = loss.margins is not None
     if has_margins:
@@ -91,6 +94,50 @@ def network(config: TrainConfig, class_counts: list[int]) -> ELF:
         for head in model.heads[:-1]:
             use_cosine_(head)
     return model
+
+
+def _backbone(config: TrainConfig, classes: int) -> nn.Module:
+    try:
+        return create(config.model, classes, **config.model_kwargs)
+    except Exception as error:
+        # Networks raise anything for options that they do not take, such as KeyError.
+        if config.model_kwargs and not isinstance(error, ModuleNotFoundError):
+            raise ValueError(
+                f"model_kwargs: expected options of {config.model}, got {config.model_kwargs} "
+                f"({type(error).__name__}: {error})"
+            ) from error
+        if isinstance(error, ValueError):  # `create` calls the setting by its own argument's name
+            raise ValueError(f"model: {str(error).removeprefix('name: ')}") from error
+        raise
+
+
+def _check_backbone(config: TrainConfig, backbone: nn.Module, classes: int) -> None:
+    """Raises a ValueError unless the backbone makes logits [N, C] from the images of the run.
+
+    Without exits it is checked in training mode, too, in which some networks return more than
+    logits. With exits `from_backbone` refuses what is in the way of logits.
+    """
+    size = image_size(config)
+    expected = f"model: expected a network from images [N, 3, {size}, {size}] to logits [N, C]"
+    for training in (False,) if config.has_exits else (False, True):
+        # A copy, and generators that are restored: training mode changes both.
+        tried = copy.deepcopy(backbone) if training else backbone
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), mode(tried, training=training):
+            try:
+                logits = tried(torch.zeros(2, 3, size, size))
+            except Exception as error:  # a network may raise anything for images that do not fit
+                raise ValueError(
+                    f"{expected}, got {config.model}, which raises {type(error).__name__}: {error}"
+                ) from error
+        if not isinstance(logits, Tensor) or logits.shape != (2, classes):
+            raise ValueError(
+                f"{expected}, got {config.model}, which returns {_kind(logits)} for N = 2 and C = "
+                f"{classes} in {'training' if training else 'evaluation'}"
+            )
+
+
+def _kind(value: Any) -> str:
+    return checks.describe(value) if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _train_thresholds(config: TrainConfig, loss: LongTailLoss, exits: int) -> Any:

@@ -54,11 +54,15 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
     """Loads the weights that were read from `path`.
 
     Raises:
-        CheckpointError: they do not fit the model.
+        CheckpointError: they do not fit the model, or are NaN or infinite.
     """
+    for name, value in weights.items():
+        # Thresholds outside of stages and heads may be infinite.
+        if name.startswith(("stages.", "heads.")) and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{path}: expected finite weights, got NaN or infinity in {name}")
     try:
         model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{path}: its weights do not fit the network of this version ({files.misfit(error)})"
         ) from error

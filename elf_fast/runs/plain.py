@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import checks, criteria
+from . import strict_yaml
 from .config import HINTS, TrainConfig
 
 #: Settings that had other names in earlier versions.
@@ -56,14 +57,15 @@ def load_yaml(path: Path) -> dict[str, Any]:
     """The settings that a YAML file names.
 
     Raises:
-        ValueError: the file is not valid YAML, or not a table of keys and values.
+        ValueError: the file is not the YAML that `strict_yaml` reads, or not a table of keys and
+            values.
     """
-    import yaml
-
+    with open(path, "rb") as file:
+        content = file.read(strict_yaml.LARGEST + 1)
     try:
-        values = yaml.safe_load(path.read_bytes())
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: expected YAML: {error}") from error
+        values = strict_yaml.parse(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):
@@ -74,4 +76,8 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def to_yaml(config: TrainConfig) -> str:
     import yaml
 
-    return yaml.safe_dump(to_dict(config), sort_keys=False, allow_unicode=True)
+    values = to_dict(config)
+    text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+    if strict_yaml.parse(text) != values:  # PyYAML reads some separators of lines as others
+        text = yaml.safe_dump(values, sort_keys=False)
+    return text

@@ -4,14 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from .. import checks
+
+#: How long a process waits for another one in a collective, before it ends with an error. All wait
+#: while the first one writes a checkpoint, and a compiler may take minutes; NCCL's own default is
+#: the same, Gloo's three times as long.
+TIMEOUT = timedelta(minutes=10)
+
+
+class Stopped(SystemExit):
+    """A signal asked the run to end, and all its processes do. If nobody catches it, the process
+    ends with status 128 + signal, as shells and queues expect."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number)
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,11 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     if own.type == "cuda":
         own = checks.device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(own)
-    distributed.init_process_group("nccl" if own.type == "cuda" else "gloo")
-    yield Processes(own, distributed.get_rank(), distributed.get_world_size())
+    distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        yield Processes(own, distributed.get_rank(), distributed.get_world_size())
+    except Stopped:
+        distributed.destroy_process_group()
+        raise
     # Not after an error: other processes may wait in a collective that this process never enters.
     distributed.destroy_process_group()

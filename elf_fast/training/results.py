@@ -20,6 +20,7 @@ from ..runs.config import TrainConfig
 from ..runs.evaluation import autocast, check_read, evaluate, evaluation_loader
 from ..runs.plain import to_dict
 from .processes import Processes
+from .stopping import Stop
 
 RESULTS = "metrics.json"
 
@@ -34,7 +35,9 @@ class Evaluator:
         flops: Flops,
         processes: Processes,
         console: Console,
+        stop: Stop,
     ) -> None:
+        self.stop = stop
         self.config, self.class_counts, self.flops = config, class_counts, flops
         self.processes, self.console = processes, console
         self._named: set[str] = set()
@@ -48,7 +51,8 @@ class Evaluator:
         """See `runs.evaluation.evaluate`."""
         self.processes.share_buffers(model)
         try:
-            found = evaluate(self.config, model, loader, self.class_counts, self.flops)
+            batches = self.stop.watched(loader)
+            found = evaluate(self.config, model, batches, self.class_counts, self.flops)
         except DataError:  # every process raises it, so a collective here cannot hang
             self.name_skipped(loader)
             raise
@@ -59,7 +63,7 @@ class Evaluator:
         """Chooses the exits' thresholds on validation; returns their accuracy and FLOPs there."""
         self.processes.share_buffers(model)
         with autocast(self.config, self.processes.device):
-            own = exit_table(model, validation)
+            own = exit_table(model, self.stop.watched(validation))
         # Only tensors are sent, because a user's criterion need not be picklable.
         answers = self.processes.gather((own.statistic, own.prediction, own.target))
         table = ExitTable.joined([ExitTable(s, p, t, own.criterion) for s, p, t in answers])

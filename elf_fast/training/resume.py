@@ -103,6 +103,7 @@ def restore(
         CheckpointError: it does not fit the settings.
     """
     state = saved.state
+    progress = _progress(saved)
     _check_settings(saved, config, global_batch)
     try:
         _load_learnt(learner.model, saved.weights)
@@ -111,17 +112,44 @@ def restore(
         _load_optimizer(learner.optimizer, state["optimizer"])
         if state["scaler"]:  # empty, of a run that scaled no loss
             learner.scaler.load_state_dict(state["scaler"])
-    except (RuntimeError, ValueError) as error:
+        if len(state["random"]) == processes.world_size:
+            set_random_state(state["random"][processes.rank], learner.device)
+    except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         raise CheckpointError(
             f"{saved.path}: does not fit the network and optimiser of these settings "
             f"({files.misfit(error)})"
         ) from error
     # The saved sums are over all processes, so only the first process takes them.
-    sums = Totals(**state[_PROGRESS]["totals"])
-    totals = sums if processes.is_first else Totals([0] * len(sums.exits))
-    if len(state["random"]) == processes.world_size:
-        set_random_state(state["random"][processes.rank], learner.device)
-    return Progress(**{**state[_PROGRESS], "totals": totals})
+    if not processes.is_first:
+        progress.totals = Totals([0] * len(progress.totals.exits))
+    return progress
+
+
+def _progress(saved: Checkpoint) -> Progress:
+    """How far the run was, from a state whose entries have the kinds that `save` writes.
+
+    Raises:
+        CheckpointError: an entry is missing or of another kind.
+    """
+    kinds = (
+        (_PROGRESS, dict), ("global_batch", int), ("optimizer", dict), ("scaler", dict),
+        ("random", list),
+    )  # fmt: skip
+    try:
+        for name, kind in kinds:
+            if not isinstance(saved.state[name], kind):
+                raise TypeError(f"{name} is a {type(saved.state[name]).__name__}")
+        saved.metadata["config"]["opt"]
+        progress = Progress(**saved.state[_PROGRESS])
+        progress.totals = Totals(**saved.state[_PROGRESS]["totals"])
+        for n in (progress.epoch, progress.samples, progress.step):
+            if not isinstance(n, int) or n < 0:
+                raise TypeError(f"{_PROGRESS} holds {n!r} in place of a count")
+    except (LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{saved.path}: expected the state that a run saves, got another ({error!r})"
+        ) from error
+    return progress
 
 
 def _check_settings(saved: Checkpoint, config: TrainConfig, global_batch: int) -> None:

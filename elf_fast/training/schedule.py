@@ -20,17 +20,20 @@ def optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     from timm.optim import create_optimizer_v2
 
     try:
-        return create_optimizer_v2(
+        made = create_optimizer_v2(
             model,
             opt=config.opt,
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-    except ValueError as error:
+    except (ValueError, TypeError, AssertionError, RuntimeError, ImportError) as error:
         raise ValueError(
             f"opt: expected an optimiser that timm can make, got {config.opt!r} ({error})"
         ) from error
+    if getattr(made, "is_second_order", False):  # timm's name for it; it needs create_graph
+        raise ValueError(f"opt: expected an optimiser of first order, got {config.opt!r}")
+    return made
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -3,8 +3,8 @@ or in those that torchrun started. A resumed run ends with the result of an unin
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import errno
 import functools
 import importlib
 import math
@@ -18,25 +18,26 @@ from rich.console import Console
 from rich.text import Text
 from torch import Tensor
 
-from .. import __version__
+from .. import __version__, criteria, functional
 from ..data import ImageLoader
 from ..flops import count_flops
 from ..modules import ELF
-from ..runs import contents, files
+from ..runs import contents
 from ..runs.config import TrainConfig
 from ..runs.datasets import blank_image, image_size, load_splits
 from ..runs.networks import network
 from ..runs.opening import CHECKPOINTS, NETWORK
-from ..runs.plain import from_dict, load_yaml, to_dict, to_yaml
+from ..runs.plain import from_dict, load_yaml, to_dict
 from . import resume, schedule
+from .folder import CONFIG, RunFolder
 from .learner import Learner
 from .log import Log
-from .processes import Processes, joined
+from .processes import Processes, Stopped, joined
 from .progress import Progress, Totals
 from .results import Evaluator, write_results
+from .stopping import Stop
 from .unreadable import check_epoch
 
-CONFIG = "config.yaml"
 #: Metrics that the record of an epoch leaves out: there may be thousands of classes.
 _BY_CLASS = ("per_class", "exit_shares_by_class")
 
@@ -54,7 +55,10 @@ def train(
         resume: continue the run in config.output from its newest good checkpoint.
 
     Raises:
-        FileExistsError: config.output holds a run, and `resume` is False.
+        FileExistsError: config.output holds a run, and `resume` is False; or another run writes
+            there.
+        FileNotFoundError: config.output was deleted during the run.
+        Stopped: SIGTERM, SIGHUP or SIGUSR1 came, and a checkpoint was written.
         NonFiniteError: the loss or a weight became NaN or infinite.
         ValueError: settings that do not fit each other, the data or the checkpoint.
         DataError: more than half of the images of an epoch or of an evaluation cannot be read, or
@@ -86,6 +90,7 @@ class Trainer:
     ) -> None:
         self.config, self.processes = config, processes
         self.output = Path(config.output)
+        self.folder = RunFolder(self.output, processes)
         self.console = (console or Console()) if processes.is_first else Console(quiet=True)
         self.splits = load_splits(config)
         self.console.print(Text(self.splits.summary()), soft_wrap=True)
@@ -98,16 +103,21 @@ class Trainer:
             )
         self.learner = Learner(config, network(config, self.class_counts), processes)
         self._check_same_data()
+        self._check_criterion()
         flops = count_flops(self.model, blank_image(config, processes.device))
         # Every process has its own seed for augmentation and for random layers such as dropout.
-        seed = config.seed * processes.world_size + processes.rank
+        seed = (config.seed * processes.world_size + processes.rank) % 2**64
         self.loader = self._training_loader(seed)
         self.global_batch = config.batch_size * processes.world_size
         self.steps_per_epoch = math.ceil(len(self.loader) / config.grad_accum_steps)
-        self.evaluator = Evaluator(config, self.class_counts, flops, processes, self.console)
+        self.stop = Stop(processes)
+        self.evaluator = Evaluator(
+            config, self.class_counts, flops, processes, self.console, self.stop
+        )
         self.validation = self.evaluator.loader(self.splits.validation)
         self.progress = Progress(self._no_totals())
         self.resumed = False
+        self._saved: Any = None  # the progress that the newest checkpoint of this process holds
         for name, wanted in (("tensorboard", config.log_tensorboard), ("wandb", config.log_wandb)):
             if wanted:
                 importlib.import_module(name)  # fail now if the logger isn't installed
@@ -126,6 +136,24 @@ class Trainer:
                 "data_dir: expected all processes to read the same data, got "
                 f"{len(seen)} kinds: {' | '.join(seen.values())}"
             )
+
+    def _check_criterion(self) -> None:
+        """Fails now if a kernel that serves this device does not compute the criterion."""
+        criterion, device = self.config.criterion, self.processes.device
+        if not isinstance(criterion, str):
+            return
+        logits, target = torch.zeros(1, len(self.class_counts), device=device), torch.zeros(1)
+        off = criteria.by_name(criterion).off
+        try:
+            functional.exit_gate(logits, off, criterion=criterion)
+            functional.exit_loss(
+                logits, target.long().to(device), threshold=off, criterion=criterion
+            )
+        except (RuntimeError, ValueError) as error:
+            raise ValueError(
+                f"criterion: expected one that the kernels for {device} compute, got "
+                f"{criterion!r} ({error})"
+            ) from error
 
     def _training_loader(self, seed: int) -> ImageLoader:
         config = self.config
@@ -194,7 +222,8 @@ class Trainer:
                 see different ones.
         """
         self.resumed = True
-        found = resume.newest(self.output / CHECKPOINTS, self.processes, self.console)
+        with self.folder.locked() if self.output.is_dir() else contextlib.nullcontext():
+            found = resume.newest(self.output / CHECKPOINTS, self.processes, self.console)
         if found is None:
             self.console.print("no checkpoint yet: the run starts anew", highlight=False)
             return
@@ -210,7 +239,9 @@ class Trainer:
 
         Raises:
             NonFiniteError: a weight is NaN or infinite; nothing is written.
+            FileNotFoundError: the run's folder was deleted.
         """
+        self.folder.check()
         if not self.learner.is_finite():
             raise self._non_finite("a weight is NaN or infinite after")
         resume.save(
@@ -221,6 +252,10 @@ class Trainer:
             global_batch=self.global_batch,
             metadata=self.metadata(),
         )
+        self._saved = self._position()
+
+    def _position(self) -> tuple[int, int, int]:
+        return self.progress.epoch, self.progress.samples, self.progress.step
 
     def metadata(self) -> dict[str, Any]:
         """The metadata of files of weights."""
@@ -236,9 +271,26 @@ class Trainer:
 
     def run(self) -> dict[str, Any]:
         """Trains to the end, calibrates, evaluates once, and writes the results."""
+        with self.folder.locked(), self.stop:
+            self.folder.claim(self.config, resumed=self.resumed)
+            if idle := self.config.without_effect():
+                self.console.print(
+                    f"settings without effect: {', '.join(idle)}", highlight=False, soft_wrap=True
+                )
+            self._train()
+            self.folder.check()
+            return write_results(
+                self.learner.result,
+                self.evaluator,
+                self.splits,
+                validation=self.validation,
+                history=self.progress.history,
+                metadata=self.metadata(),
+            )
+
+    def _train(self) -> None:
+        """All epochs that are left."""
         config, p = self.config, self.progress
-        if self.processes.is_first:
-            self._claim_folder()
         with Log(
             config,
             self.console,
@@ -247,26 +299,23 @@ class Trainer:
             active=self.processes.is_first,
         ) as log:
             while p.epoch < config.epochs:
-                self._epoch(log)
+                try:
+                    self._epoch(log)
+                except Stopped as stopped:
+                    self._save_and_leave(stopped)
+                    raise
                 if p.epoch % config.checkpoint_epochs == 0 or p.epoch == config.epochs:
                     self.save()
-        return write_results(
-            self.learner.result,
-            self.evaluator,
-            self.splits,
-            validation=self.validation,
-            history=p.history,
-            metadata=self.metadata(),
-        )
 
-    def _claim_folder(self) -> None:
-        self.output.mkdir(parents=True, exist_ok=True)
-        if not self.resumed and (self.output / CONFIG).exists():
-            why = "holds a run already: go on with it by --resume, or choose another folder"
-            raise FileExistsError(errno.EEXIST, why, str(self.output))
-        for leftover in self.output.glob("*.partial"):  # from a killed process
-            leftover.unlink()
-        files.write(self.output / CONFIG, to_yaml(self.config).encode())
+    def _save_and_leave(self, stopped: Stopped) -> None:
+        if self._saved != self._position():
+            self.save()
+        self.processes.gather(None)  # none leaves, and is missed, before the checkpoint is written
+        self.console.print(
+            f"{stopped.signal.name}: the run stops after step {self.progress.step}; its checkpoint "
+            f"is written: go on with it by --resume {self.output}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
     def _epoch(self, log: Log) -> None:
         config, p, loader = self.config, self.progress, self.loader
@@ -291,18 +340,19 @@ class Trainer:
         totals = p.totals.over(self.processes)
         names, processes = self.splits.class_names, self.processes
         check_epoch(p.epoch + 1, totals, own if is_whole else None, loader, names, processes)
-        p.epoch, p.samples, p.totals = p.epoch + 1, 0, self._no_totals()
         record = {
-            "epoch": p.epoch,
+            "epoch": p.epoch + 1,
             "step": p.step,
             "lr": self.learner.lr,
             **totals.means(),
             "skipped": totals.skipped,
             "images_per_second": rate,
         }
-        if self.validation is not None and p.epoch % config.val_interval == 0:
+        if self.validation is not None and (p.epoch + 1) % config.val_interval == 0:
             metrics = self.evaluator.metrics(self.learner.result, self.validation)
             record["validation"] = {k: v for k, v in metrics.items() if k not in _BY_CLASS}
+        # Only now, so that a run which a signal stops in validation resumes with validation.
+        p.epoch, p.samples, p.totals = p.epoch + 1, 0, self._no_totals()
         p.history.append(record)
         log.epoch(record)
         self.evaluator.name_skipped(loader)
@@ -313,12 +363,16 @@ class Trainer:
 
         Raises:
             NonFiniteError: the loss is NaN or infinite.
+            Stopped: a process got a signal. The step is not made.
         """
         p, learner, device = self.progress, self.learner, self.processes.device
-        p.step += 1
         # With `skip_errors`, processes may have different numbers of readable images.
         group = [self._trainable(batch) for batch in group]
-        sizes = self.processes.total(torch.tensor([len(targets) for _, targets in group])).tolist()
+        own = [*(len(targets) for _, targets in group), *self.stop.received]
+        sums = self.processes.total(torch.tensor(own)).tolist()
+        sizes, received = sums[: len(group)], sums[len(group) :]
+        self.stop.check(received)
+        p.step += 1
         batches = [(*batch, n) for batch, n in zip(group, sizes, strict=True) if n]
         N = sum(sizes)
         if not batches:

@@ -1,0 +1,307 @@
+"""The folder of a run: one run at a time, and signals, deletions and failures in mid-run."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import socket
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from run_cases import DIGITS, QUIET
+
+pytest.importorskip("safetensors")
+
+from elf_fast import cli
+from elf_fast.cli import doctor
+from elf_fast.runs import checkpoints, files, lock
+from elf_fast.runs.opening import CHECKPOINTS
+from elf_fast.training import trainer as trainers
+from elf_fast.training.processes import Stopped
+from elf_fast.training.results import Evaluator
+from elf_fast.training.trainer import Trainer, train
+
+CONFIG = replace(DIGITS, batch_size=160, device="cpu")  # two steps
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(one_thread) -> None:
+    """For every test of this file."""
+
+
+# The lock
+
+
+def hold(folder: Path, ready: object) -> None:
+    with lock.Lock(folder):
+        ready.set()
+        signal.pause()
+
+
+def test_a_second_process_is_refused_until_the_first_is_dead(tmp_path):
+    fork = multiprocessing.get_context("fork")
+    ready = fork.Event()
+    holder = fork.Process(target=hold, args=(tmp_path, ready), daemon=True)
+    holder.start()
+    assert ready.wait(30)
+    said = f"in use by a run on {socket.gethostname()}, process {holder.pid}, started 2"
+    with pytest.raises(FileExistsError, match=said), lock.Lock(tmp_path):
+        pass
+    holder.kill()  # SIGKILL: nothing is cleaned up
+    holder.join()
+    assert (tmp_path / lock.NAME).exists()
+    with lock.Lock(tmp_path):
+        assert json.loads((tmp_path / lock.NAME).read_bytes())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_process_is_kept_from_itself_and_an_error_frees_the_folder(tmp_path):
+    with pytest.raises(ZeroDivisionError), lock.Lock(tmp_path):
+        with pytest.raises(FileExistsError, match=f"process {os.getpid()}, "):
+            lock.Lock(tmp_path / ".." / tmp_path.name).__enter__()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+
+
+def left_by(folder: Path, host: str, pid: int) -> None:
+    owner = {"host": host, "pid": pid, "started": "2026-01-02 03:04:05"}
+    (folder / lock.NAME).write_text(json.dumps(owner))
+
+
+def test_the_lock_of_another_machine_is_left_to_the_user(tmp_path):
+    left_by(tmp_path, "node17", os.getpid())
+    with pytest.raises(FileExistsError) as error, lock.Lock(tmp_path):
+        pass
+    assert "run on node17, " in str(error.value)
+    assert f"if that run has ended, delete {tmp_path / lock.NAME}" in str(error.value)
+    (tmp_path / lock.NAME).unlink()
+    with lock.Lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("content", [b"", b"\0\0", b"[]", b'{"host": "a"}'])
+def test_a_damaged_lock_that_nobody_holds_is_taken_over(content, tmp_path):
+    (tmp_path / lock.NAME).write_bytes(content)
+    with lock.Lock(tmp_path):
+        assert json.loads((tmp_path / lock.NAME).read_bytes())["host"] == socket.gethostname()
+
+
+def test_without_locks_of_the_kernel_the_process_that_is_named_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "_lock", lambda descriptor: None)
+    left_by(tmp_path, socket.gethostname(), os.getppid())
+    with pytest.raises(FileExistsError, match=f"process {os.getppid()}"), lock.Lock(tmp_path):
+        pass
+    ended = multiprocessing.get_context("fork").Process(target=int)
+    ended.start()
+    ended.join()
+    left_by(tmp_path, socket.gethostname(), ended.pid)
+    with lock.Lock(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_train_names_the_run_that_holds_the_folder(resume, tmp_path, capsys):
+    flags = "--dataset digits --model cifar_resnet8 --epochs 1 --workers 0 --no-log-tensorboard"
+    left_by(tmp_path, "node3", 12)
+    (tmp_path / "config.yaml").write_text("dataset: digits\n")
+    where = ["--resume" if resume else "--output", str(tmp_path)]
+    assert cli.main(["train", *flags.split(), *where]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"elf-fast: {tmp_path}: is in use by a run on node3, process 12, ")
+    assert said.count("\n") == 1
+
+
+# Whose folder it is
+
+
+def fail(*arguments: object) -> None:
+    raise RuntimeError("the first step fails")
+
+
+def test_a_folder_without_a_checkpoint_is_free_again(tmp_path, monkeypatch):
+    config = replace(CONFIG, output=str(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", fail)
+        with pytest.raises(RuntimeError, match="the first step fails"):
+            train(replace(config, lr=7.0), console=QUIET)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    train(config, console=QUIET)
+    assert "lr: 7.0" in (tmp_path / "config.previous.yaml").read_text()
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(config, console=QUIET)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "metrics.json", "checkpoints/step-00000001"])
+def test_a_folder_with_results_of_a_run_is_not_free(name, tmp_path):
+    (tmp_path / name).mkdir(parents=True)
+    with pytest.raises(FileExistsError, match="holds a run already"):
+        train(replace(CONFIG, output=str(tmp_path)), console=QUIET)
+    assert not (tmp_path / "config.yaml").exists()
+
+
+# Signals
+
+
+def signalled(number: int, step: int):
+    """`Trainer.step`, which gets a signal before a step, as if from outside."""
+    make = Trainer.step
+
+    def step_with_signal(self, group):
+        if self.progress.step == step - 1:
+            os.kill(os.getpid(), number)
+        return make(self, group)
+
+    return step_with_signal
+
+
+def weights(folder: Path) -> dict:
+    return files.load(folder / checkpoints.WEIGHTS)[0]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """An uninterrupted run."""
+    folder = tmp_path_factory.mktemp("whole")
+    torch.set_num_threads(1)
+    train(replace(CONFIG, output=str(folder)), console=QUIET)
+    return folder
+
+
+@pytest.mark.parametrize("name, when", [("SIGTERM", 2), ("SIGUSR1", 1), ("SIGHUP", "validation")])
+def test_a_signal_writes_a_checkpoint_and_the_run_ends_alike(
+    name, when, whole, tmp_path, monkeypatch
+):
+    number, config = signal.Signals[name], replace(CONFIG, output=str(tmp_path))
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        if when == "validation":
+            evaluate = Evaluator.metrics
+            patch.setattr(
+                Evaluator, "metrics",
+                lambda *arguments: os.kill(os.getpid(), number) or evaluate(*arguments),
+            )  # fmt: skip
+        else:
+            patch.setattr(Trainer, "step", signalled(number, when))
+        with pytest.raises(Stopped) as stopped:
+            train(config, console=QUIET)
+    assert stopped.value.code == 128 + number and signal.getsignal(number) is before
+    assert not (tmp_path / checkpoints.WEIGHTS).exists() and not (tmp_path / lock.NAME).exists()
+    (saved,) = (tmp_path / CHECKPOINTS).iterdir()
+    assert saved.name == f"step-{2 if when == 'validation' else when - 1:08}"
+    results = train(config, resume=True, console=QUIET)
+    assert "validation" in results["history"][0]
+    for key, value in weights(whole).items():
+        assert torch.equal(weights(tmp_path)[key], value), key
+
+
+def test_the_command_ends_with_the_signals_status(tmp_path, monkeypatch, capsys):
+    flags = "--dataset digits --model cifar_resnet8 --workers 0 --no-log-tensorboard --epochs 2"
+    monkeypatch.setattr(Trainer, "step", signalled(signal.SIGTERM, 1))
+    assert cli.main(["train", *flags.split(), "--output", str(tmp_path / "run")]) == 143
+    shown = capsys.readouterr()
+    assert "SIGTERM: the run stops after step 0; its checkpoint is written" in shown.out
+    assert shown.err == ""
+
+
+def test_a_signal_to_the_workers_does_not_end_them(whole, tmp_path, monkeypatch):
+    make = Trainer.step
+
+    def step(self, group):
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            for worker in multiprocessing.active_children():
+                os.kill(worker.pid, number)
+        return make(self, group)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    train(replace(CONFIG, output=str(tmp_path), workers=1), console=QUIET)
+    for key, value in weights(whole).items():
+        assert torch.equal(weights(tmp_path)[key], value), key
+
+
+def train_with_a_signal_to_one(folder: Path) -> None:
+    """Trains in several processes, of which the second gets SIGTERM in its first step. The first is
+    slow to write the checkpoint."""
+    if os.environ["RANK"] == "1":
+        Trainer.step = signalled(signal.SIGTERM, 1)
+    save = checkpoints.save
+    checkpoints.save = lambda *arguments: time.sleep(0.3) or save(*arguments)
+    flags = "--dataset digits --model cifar_resnet8 --workers 0 --no-log-tensorboard --epochs 9"
+    status = cli.main(["train", *flags.split(), "--device", "cpu", "--output", str(folder)])
+    assert list((folder / CHECKPOINTS).glob("step-????????")), "left before the checkpoint"
+    sys.exit(status)
+
+
+def test_processes_leave_together_where_one_gets_a_signal(tmp_path):
+    started = processes.start(2, train_with_a_signal_to_one, tmp_path)
+    assert processes.wait(started) == [143, 143]
+    (saved,) = (tmp_path / CHECKPOINTS).iterdir()
+    assert len(checkpoints.load(saved).state["random"]) == 2
+
+
+def interrupted_twice(said: Path) -> None:
+    """A command that Ctrl-C interrupts, and again while it cleans up."""
+
+    def run(arguments: object) -> int:
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+        return 0
+
+    os.dup2(os.open(said, os.O_WRONLY | os.O_CREAT), 2)
+    doctor.run = run
+    sys.exit(cli.main(["doctor"]))
+
+
+def test_ctrl_c_twice_shows_no_traceback(tmp_path):
+    started = processes.start(1, interrupted_twice, tmp_path / "said")
+    assert processes.wait(started) == [130]
+    assert "Traceback" not in (tmp_path / "said").read_text()
+
+
+# File systems
+
+
+@pytest.mark.parametrize("code", ["EINVAL", "ENOTSUP", "EOPNOTSUPP", "EIO"])
+def test_only_a_file_system_that_cannot_flush_is_excused(code, tmp_path, monkeypatch):
+    def fsync(descriptor: int) -> None:
+        raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+
+    monkeypatch.setattr(files.os, "fsync", fsync)
+    if code == "EIO":
+        with pytest.raises(OSError, match="a.txt"):
+            files.write(tmp_path / "a.txt", b"a")
+        return
+    files.write(tmp_path / "a.txt", b"a")
+    files.sync_folder(tmp_path)
+    assert (tmp_path / "a.txt").read_bytes() == b"a"
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "deleted and made again"])
+def test_a_run_whose_folder_is_deleted_says_so_and_does_not_bring_it_back(
+    replaced, tmp_path, monkeypatch, capsys
+):
+    make, folder = Trainer.step, tmp_path / "run"
+
+    def step(self, group):
+        shutil.rmtree(folder, ignore_errors=True)
+        if replaced:
+            folder.mkdir()
+        return make(self, group)
+
+    monkeypatch.setattr(trainers.Trainer, "step", step)
+    flags = "--dataset digits --model cifar_resnet8 --workers 0 --no-log-tensorboard --epochs 1"
+    assert cli.main(["train", *flags.split(), "--output", str(folder)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"elf-fast: {folder}: the run stops: its folder was deleted or moved")
+    assert said.count("\n") == 1
+    assert not folder.exists() or list(folder.iterdir()) == []
