@@ -73,16 +73,17 @@ def test_a_norm_that_loses_its_running_statistics_is_seen(cls):
 @pytest.fixture
 def broken(tmp_path):
     """A run on images of 4 x 4, whose last feature map is 1 x 1; some cannot be read."""
-    root = coloured_images(tmp_path / "data", {"train": (8, 8), "test": (2, 2)})
+    root = coloured_images(tmp_path / "data", {"train": (20, 20), "test": (2, 2)})
     files = sorted((root / "train").rglob("*.png"))
-    for path in files[::3] + files[1::3]:
+    unreadable = files[::5] + files[1::5]
+    for path in unreadable:
         path.write_bytes(b"no image")
     config = TrainConfig(
         data_dir=str(root), model="cifar_resnet8", epochs=1, batch_size=4, workers=0, img_size=4,
         warmup_epochs=0.0, lr=0.02, log_tensorboard=False, skip_errors=True,
         output=str(tmp_path / "run"), device="cpu",
     )  # fmt: skip
-    return config, len(files[::3] + files[1::3])
+    return config, len(unreadable)
 
 
 @pytest.mark.parametrize("norms", [True, False])
@@ -103,5 +104,5 @@ def test_a_lone_readable_image_is_left_out_if_it_cannot_be_normalised(broken, no
         monkeypatch.setattr(Trainer, "_needs_two", False)
     monkeypatch.setattr(Trainer, "step", observed)
     epoch = train(config, console=QUIET)["history"][0]
-    assert 1 in sizes and sum(sizes) == 16 - unreadable
+    assert 1 in sizes and sum(sizes) == 40 - unreadable
     assert epoch["skipped"] == unreadable + (sizes.count(1) if norms else 0)
