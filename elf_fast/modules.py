@@ -87,6 +87,7 @@ class ELF(ELFBase):
         samples, given = _Samples(N, target), x
         out: ELFOutput | None = None
         loss: Tensor | None = None
+        overwritten: list[Tensor] = []  # logits [N, C] of exits where nobody left
         parts = zip(self.stages, self.heads, self._tests(), strict=True)
         for e, (stage, head, test) in enumerate(parts):
             x = stage(x)
@@ -100,6 +101,8 @@ class ELF(ELFBase):
                 dtype = result.logits.dtype
             # If no sample leaves, a later exit overwrites every row, but backward needs this one.
             if n < samples.n or torch.is_grad_enabled():
+                if out is not None and samples.alive is None:
+                    overwritten.append(out.logits)
                 out = _written(out, samples.alive, result, e, dtype)
             if result.losses is not None:
                 at_this_exit = self.exit_weights[e] * result.losses.sum()
@@ -122,6 +125,9 @@ class ELF(ELFBase):
             if everyone or not drop:
                 x = writable(x)
         assert out is not None
+        if overwritten and out.logits.requires_grad:
+            # Every exit that ran takes part in a backward pass from the logits, with gradient 0.
+            out = out._replace(logits=torch.stack([*overwritten, out.logits])[-1])
         return out._replace(loss=None if loss is None else batch.mean(loss))
 
     def _tests(self) -> Iterator[_Test]:
@@ -238,9 +244,6 @@ def _written(
         # A copy, because later exits write into these logits, which may be the user's tensor.
         copy = r.logits_are_shared and not torch.is_grad_enabled()
         logits = r.logits.to(dtype, copy=copy)
-        if out is not None and out.logits.requires_grad:
-            # The exits before take part in every backward pass, with a gradient of 0.
-            logits = torch.where(torch.ones_like(logits, dtype=torch.bool), logits, out.logits)
         exit_index = torch.full_like(r.prediction, e)
         return ELFOutput(logits, r.prediction, confidence, exit_index, None)
     z = r.logits.to(dtype)
