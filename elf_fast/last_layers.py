@@ -60,13 +60,14 @@ def _graph(module: nn.Module) -> fx.Graph:
     """What the module's own forward does in evaluation mode, from its input to its output."""
     if isinstance(module, fx.GraphModule):
         return module.graph
-    own_attributes = set(module.__dict__)
+    before = dict(vars(module))
     try:
         with mode(module, training=False):
             graph = Tracer().trace(module)
     finally:
-        for name in set(module.__dict__) - own_attributes:  # constants that fx stored
+        for name in set(vars(module)) - set(before):  # constants that torch.fx stored
             delattr(module, name)
+        vars(module).update(before)
     if not isinstance(graph.output_node().args[0], fx.Node):
         raise TypeError("expected one tensor")
     return graph

@@ -69,8 +69,8 @@ def from_backbone(
             one value crosses a cut; the forward cannot be traced, or differs between training and
             evaluation in more than numbers; features or logits have another shape than expected;
             the layout of features does not show; a module that contains an exit has hooks, draws
-            random numbers in Python, or works under torch.no_grad(), autocast or gradient
-            checkpointing; the stages give other logits or gradients than the backbone.
+            random numbers in Python, sets its attributes, or works under torch.no_grad(), autocast
+            or gradient checkpointing; the stages give other logits or gradients than the backbone.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),

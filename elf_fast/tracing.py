@@ -168,7 +168,8 @@ class Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
     ) -> Any:
-        value = super().call_module(m, forward, args, kwargs)
+        # Not `forward`, which also runs global hooks. In them a proxy would be a surprise.
+        value = super().call_module(m, m.forward, args, kwargs)
         if m in self.exits:
             self.outputs[self.exits[m]].append(value)
         return value
@@ -222,10 +223,14 @@ def _trace(backbone: nn.Module, exits: Sequence[str], *, other_contexts: bool = 
     with _contexts(backbone, other=other_contexts):
         tracer = Tracer(backbone, exits)
         before = _random_states(tracer.ancestors)
+        attributes = {module: dict(vars(module)) for module in tracer.ancestors}
         try:
             graph, parts = _record(tracer, backbone)
         except Exception as error:  # a forward that is given proxies can raise anything
             failure = error
+        changed = _restore(attributes, backbone)
+        if changed:
+            tracer.lost = f"an attribute that the forward sets, {changed[0]}"
         if _random_states(tracer.ancestors) != before:
             tracer.lost = "a random number that is drawn while the forward is recorded"
     if tracer.lost is not None:
@@ -245,21 +250,16 @@ def _trace(backbone: nn.Module, exits: Sequence[str], *, other_contexts: bool = 
 
 def _record(tracer: Tracer, backbone: nn.Module) -> tuple[fx.Graph, dict[str, Any]]:
     """The graph, and what its nodes call and read, by target."""
-    own_attributes = set(backbone.__dict__)
+    graph = tracer.trace(backbone)
     parts: dict[str, Any] = {}
-    try:
-        graph = tracer.trace(backbone)
-        for node in graph.nodes:
-            if node.op == "call_module":
-                parts[node.target] = backbone.get_submodule(node.target)
-            elif node.op == "get_attr":
-                _read_attribute(backbone, node, parts)
-                constant = parts[node.target]
-                if isinstance(constant, _Constant) and not constant.value.is_leaf:
-                    tracer.lost = "a tensor that Python computes from parameters"
-    finally:
-        for name in set(backbone.__dict__) - own_attributes:  # constants that fx stored
-            delattr(backbone, name)
+    for node in graph.nodes:
+        if node.op == "call_module":
+            parts[node.target] = backbone.get_submodule(node.target)
+        elif node.op == "get_attr":
+            _read_attribute(backbone, node, parts)
+            constant = parts[node.target]
+            if isinstance(constant, _Constant) and not constant.value.is_leaf:
+                tracer.lost = "a tensor that Python computes from parameters"
     return graph, parts
 
 
@@ -300,6 +300,22 @@ def _random_states(modules: Iterable[nn.Module]) -> list[bytes]:
             on_devices.append(value.get_state())
     states = [pickle.dumps(state) for state in generators]
     return states + [state.cpu().numpy().tobytes() for state in on_devices]
+
+
+def _restore(attributes: Mapping[nn.Module, dict[str, Any]], backbone: nn.Module) -> list[str]:
+    """Gives modules their attributes back and returns the names of those that the forward set.
+    torch.fx stores constants in new attributes of the backbone."""
+    changed = []
+    for module, before in attributes.items():
+        now = vars(module)
+        for name in list(now):
+            is_new, is_proxy = name not in before, isinstance(now[name], fx.Proxy)
+            if is_proxy or not (is_new or now[name] is before[name]):
+                changed.append(f"{type(module).__name__}.{name}")
+            if is_new and (is_proxy or module is backbone):
+                del now[name]
+        now.update(before)
+    return changed
 
 
 def _read_attribute(backbone: nn.Module, node: fx.Node, parts: dict[str, Any]) -> None:

@@ -98,6 +98,15 @@ CASES = {
         Net(nn.Conv2d(3, 6, 4, 4), nn.ReLU(), nn.Sequential(Channels2d(6), mean(2, 3)), 6),
         IMAGES, (2, 6, 4, 3), (2, 3),
     ),
+    "one size only, as many channels as rows and columns, a layer reads them": (
+        Net(nn.Conv2d(3, 6, 4, 4), nn.ReLU(), nn.Sequential(
+            nn.Conv2d(6, 2, 1), nn.Flatten(), nn.Linear(72, 6)), 6),
+        IMAGES, (2, 6, 4, 3), (2, 3),
+    ),
+    "one size only, as many channels as tokens, a layer returns them": (
+        Net(nn.Identity(), nn.Linear(5, 9), nn.Sequential(nn.Flatten(), nn.Linear(81, 6)), 6),
+        torch.randn(3, 9, 5), (4, 5, 9), (1,),
+    ),
     "tall images": (
         Net(nn.Conv2d(3, 4, 2, 2), nn.ReLU(), mean(2, 3), 4),
         torch.randn(2, 3, 32, 8), (2, 4, 4, 4), (2, 3),

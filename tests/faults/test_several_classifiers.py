@@ -204,11 +204,16 @@ def test_a_forward_that_cannot_be_recorded():
 
 
 def test_looking_changes_nothing():
-    net = network(by_stack).train()
+    def forward(self, x):
+        self.kept = x * torch.ones(5)
+        return by_stack(self, self.kept)
+
+    net = network(forward).train()
     net.a.eval()
-    modes, attributes = [m.training for m in net.modules()], set(vars(net))
+    net.kept = None
+    modes, attributes = [m.training for m in net.modules()], dict(vars(net))
     classifiers(net)
-    assert [m.training for m in net.modules()] == modes and set(vars(net)) == attributes
+    assert [m.training for m in net.modules()] == modes and dict(vars(net)) == attributes
 
 
 def test_adjustments_behind_a_head_stay():

@@ -120,6 +120,13 @@ def test_copies_keep_the_list():
     assert decayed(twins[3]) == EXPECTED
 
 
+def test_parts_that_are_replaced_are_forgotten():
+    model = from_backbone(Net(), ["body.first"], C, example_input=X)
+    assert "stages.1.last.weight" in model.no_weight_decay()
+    model.stages[1] = nn.Linear(4, C)
+    assert model.no_weight_decay() == set()
+
+
 def test_an_elf_that_is_built_by_hand_asks_its_modules():
     model = ELF([Body(), nn.Linear(4, 4)], [ExitHead(4, C), Body()])
     names = {"stages.0.scale", "stages.0.second.weight", "stages.0.second.bias"}

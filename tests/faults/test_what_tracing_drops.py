@@ -114,6 +114,7 @@ def test_frozen_parameters_stay_frozen():
     from_backbone(net.requires_grad_(False), ["a"], C, example_input=X)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("part", ["stem", "a", "b"])
 def test_gradient_checkpointing(reentrant, part):
@@ -177,6 +178,7 @@ HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_ba
          "register_full_backward_pre_hook")  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
 @pytest.mark.parametrize("register", HOOKS)
 @pytest.mark.parametrize("owner", ["", "body"])
 def test_hooks_on_what_contains_an_exit(register, owner):
@@ -195,6 +197,44 @@ def test_hooks_on_what_contains_an_exit(register, owner):
     seen.clear()
     model(X, torch.arange(4) % C).loss.backward()
     assert len(seen) == 1
+
+
+def test_global_hooks_see_tensors_only():
+    net = nn.Sequential()
+    net.add_module("body", nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6)))
+    net.add_module("fc", nn.Linear(6, C))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args[2]))
+    try:
+        from_backbone(net, ["body.0"], C, example_input=X)
+    finally:
+        handle.remove()
+    assert seen and all(isinstance(output, Tensor) for output in seen)
+
+
+@pytest.mark.parametrize("owner", ["", "body"])
+def test_attributes_that_the_forward_sets(owner):
+    """A counter would stand still, and what is kept for later would be a proxy of torch.fx."""
+
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            if "calls" in vars(self):
+                self.calls += 1
+            if "kept" in vars(self):
+                self.kept = x
+            if "keeps" in vars(self):
+                self.new = x
+            return super().forward(x)
+
+    for name, value in (("calls", 3), ("kept", None), ("keeps", True)):
+        net = Counting()
+        net.add_module("body", Counting(nn.Linear(5, 6), nn.Linear(6, 6)))
+        net.add_module("fc", nn.Linear(6, C))
+        setattr(net.get_submodule(owner), name, value)
+        before = dict(vars(net.get_submodule(owner)))
+        with pytest.raises(ValueError, match="^backbone: .* got an attribute .* sets, Counting."):
+            split(net, ["body.0"])
+        assert vars(net.get_submodule(owner)) == before
 
 
 def test_a_forward_of_the_instance():
