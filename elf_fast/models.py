@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checks, layouts, tracing
+from . import checks, layouts
 from .modes import mode
 from .modules import ELF
+from .stages import cut, work_on_copy
+from .tracing import BY_HAND
 from .weight_decay import undecayed
 
 __all__ = ["from_backbone", "split"]
@@ -130,7 +132,7 @@ def split(backbone: nn.Module, exits: Sequence[str]) -> list[nn.Module]:
     if not isinstance(backbone, nn.Module):
         raise TypeError(f"backbone: expected an nn.Module, got {checks.describe(backbone)}")
     exits = _check_names(backbone, exits)
-    return list(tracing.cut(backbone, exits))
+    return list(cut(backbone, exits))
 
 
 def _check_names(backbone: nn.Module, exits: Any) -> list[str]:
@@ -210,7 +212,7 @@ def _run(
             version = values[-1]._version
             value = stage(values[-1])
             if e > 0 and values[-1]._version != version:
-                tracing.work_on_copy(stage)
+                work_on_copy(stage)
             if not isinstance(value, Tensor):
                 what = (
                     f'exits: expected "{exits[e]}"' if e < len(exits) else "backbone: expected it"
@@ -230,7 +232,7 @@ def _check_logits(logits: Tensor, expected: Tensor) -> None:
         raise ValueError(
             "backbone: expected its stages to compute its logits on example_input; they differ: "
             "a hook, a random number or a state outside the named modules is lost in tracing; "
-            + tracing.BY_HAND
+            + BY_HAND
         )
 
 
@@ -252,7 +254,7 @@ def _check_gradients(backbone: nn.Module, stages: Sequence[nn.Module], x: Tensor
         raise ValueError(
             "backbone: expected its stages to give its parameters its gradients on example_input; "
             f"those of {shown} differ: what the forward computes from parameters in Python, "
-            f"outside the modules that it calls, is lost in tracing; {tracing.BY_HAND}"
+            f"outside the modules that it calls, is lost in tracing; {BY_HAND}"
         )
 
 

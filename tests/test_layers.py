@@ -30,7 +30,7 @@ FLOORS = (
     ("arguments",),
     ("functional",),
     ("losses", "samplers", "flops", "tracing", "layouts"),
-    ("modules", "metrics", "last_layers"),
+    ("modules", "metrics", "last_layers", "stages"),
     ("classifiers", "models", "backbones"),
     ("",),
     ("data", "bench"),
