@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import checks, criteria, exit_settings, ranks
 from .criteria import Criterion, Score
+from .weight_decay import undecayed
 
 __all__ = ["ELFBase", "ELFOutput", "accumulated", "apart_from", "writable"]
 
@@ -76,6 +77,8 @@ class ELFBase(nn.Module):
 
     temperatures: Tensor
     _evaluates_by_batch = False  # for models pickled without it
+    #: Names of parameters that a network cut by `models.from_backbone` excludes from weight decay.
+    undecayed: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -289,6 +292,17 @@ class ELFBase(nn.Module):
 
     def _active_criterion(self) -> Criterion:
         return criteria.find(self.criterion)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay must leave out, because a module of the network
+        or the network that `models.from_backbone` cut says so. timm's optimisers ask for them."""
+        found = {
+            f"{part}.{name}"
+            for part in ("stages", "heads")
+            for name in undecayed(self.get_submodule(part))
+        }
+        names = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        return found | (self.undecayed & names)
 
     # Losses
 

@@ -17,15 +17,16 @@ Shapes: N samples, C classes, D features, E exits.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import checks
 from .base import ELFBase
+from .last_layers import LastLayers, find
 from .losses import log_prior
 
 __all__ = [
@@ -74,27 +75,78 @@ class CosineClassifier(nn.Module):
 
 
 def classifiers(model: nn.Module) -> dict[str, nn.Linear | CosineClassifier]:
-    """The classifier of every exit, by its name in the model: the last `nn.Linear` or
-    `CosineClassifier` of the head, or of the stage where the head is `nn.Identity`; without exits,
-    the last one of the network.
+    """The classifiers of every exit, by name in the model: the `nn.Linear` or `CosineClassifier`
+    that runs last in the head, or in the stage where the head is `nn.Identity`; without exits, in
+    the network. A distilled network (DeiT, LeViT) has two, and its logits are their mean.
 
     Raises:
-        ValueError: a head or the network has none.
+        ValueError: a head or the network has none, or its logits are not those of one classifier or
+            the mean of several.
     """
     found: dict[str, nn.Linear | CosineClassifier] = {}
+    for last in _by_exit(model).values():
+        found.update(last.layers)
+    return found
+
+
+def _by_exit(model: nn.Module) -> dict[str, LastLayers]:
+    found = {}
     for name, part in _parts_with_classifier(model).items():
-        own = [
-            (inner, module)
-            for inner, module in _in_order(part, name)
-            if isinstance(module, (nn.Linear, CosineClassifier))
-        ]
-        if not own:
+        kinds = (nn.Linear, CosineClassifier)
+        spelt = name or "model"
+        if not any(isinstance(module, kinds) for module in part.modules()):
             raise ValueError(
-                f"{name or 'model'}: expected an nn.Linear or a CosineClassifier in it, "
+                f"{spelt}: expected an nn.Linear or a CosineClassifier in it, "
                 f"got {type(part).__name__} without one"
             )
-        found.update(own[-1:])
+        last = find(part, kinds, name)
+        if last.depends_on_more or not last.layers:
+            raise ValueError(
+                f"{spelt}: expected logits that come from nn.Linear or CosineClassifier alone, "
+                f"got a {type(part).__name__} whose last ones, {list(last.layers)}, are not all"
+            )
+        if len(last.layers) > 1 and not _is_mean(last):
+            raise ValueError(
+                f"{spelt}: expected one classifier, or several whose mean is the logits, got "
+                f"{list(last.layers)}"
+            )
+        found[name] = last
     return found
+
+
+def _is_mean(last: LastLayers) -> bool:
+    z = _any_outputs(last)
+    logits = _computed(last, z)
+    if logits is None or any(v.shape != logits.shape for v in z.values()):
+        return False
+    return torch.allclose(logits, torch.stack([*z.values()]).mean(0), 1e-3, 1e-3)
+
+
+def _hands_on(last: LastLayers, shift: Tensor) -> bool:
+    """Whether logits change by the shift [C] if the outputs of all classifiers do. A forward that
+    cannot be recorded is believed to."""
+    z = _any_outputs(last)
+    before = _computed(last, z)
+    after = _computed(last, {name: v + shift.to(v) for name, v in z.items()})
+    if before is None or after is None:
+        return True
+    return torch.allclose(after, before + shift.to(before), 1e-3, 1e-3)
+
+
+def _any_outputs(last: LastLayers) -> dict[str, Tensor]:
+    """Some output [2, C] of every layer."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        name: torch.randn(2, layer.out_features, generator=generator).to(layer.weight)
+        for name, layer in last.layers.items()
+    }
+
+
+def _computed(last: LastLayers, outputs: Mapping[str, Tensor]) -> Tensor | None:
+    try:
+        return None if last.logits is None else last.logits(outputs)
+    except Exception:  # what follows the layers may read more than their outputs, such as sizes
+        return None
 
 
 def _parts_with_classifier(model: nn.Module) -> dict[str, nn.Module]:
@@ -106,18 +158,6 @@ def _parts_with_classifier(model: nn.Module) -> dict[str, nn.Module]:
             ]
             return {f"{name}.{p}".lstrip("."): elf.get_submodule(p) for p in parts}
     return {"": model}
-
-
-def _in_order(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    """Like `module.named_modules(prefix=name)`, but the modules of a stage of `from_backbone` come
-    in the order of their calls: an fx.GraphModule registers nested modules ("blocks.11") after
-    top-level ones ("head")."""
-    yield name, module
-    children: Iterable[str] = dict(module.named_children())
-    if isinstance(module, fx.GraphModule):
-        children = [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
-    for child in children:
-        yield from _in_order(module.get_submodule(child), f"{name}.{child}".lstrip("."))
 
 
 def _linear(model: nn.Module, method: str) -> dict[str, nn.Linear]:
@@ -272,7 +312,8 @@ def adjust_logits_(
 
     Raises:
         TypeError: a classifier is no `nn.Linear`.
-        ValueError: class_counts [C] has another C than a classifier.
+        ValueError: class_counts [C] has another C than a classifier, or a change of the biases
+            changes the logits otherwise, because something follows the classifier, such as a scale.
     """
     adjustment = LogitAdjustment(class_counts, tau=tau)
     C = len(adjustment.shift)
@@ -281,6 +322,12 @@ def adjust_logits_(
         if linear.out_features != C:
             raise ValueError(
                 f"class_counts: expected {linear.out_features}, the classes of {name}, got {C}"
+            )
+    for name, last in _by_exit(model).items():
+        if not _hands_on(last, adjustment.shift):
+            raise ValueError(
+                f"{name or 'model'}: expected the outputs of {list(last.layers)} as logits, got "
+                f"a {type(model.get_submodule(name)).__name__} that changes them further"
             )
     for linear in found.values():
         if linear.bias is None:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: only. A name is a module or a folder of elf_fast/. "" is the package itself: what
 #: elf_fast/__init__.py exports may be used through it only above it.
 FLOORS = (
-    ("criteria", "modes", "kernels"),
+    ("criteria", "modes", "weight_decay", "kernels"),
     ("checks",),
     ("ranks", "exit_settings"),
     ("base", "heads"),
@@ -29,8 +29,8 @@ FLOORS = (
     ("backend",),
     ("arguments",),
     ("functional",),
-    ("losses", "samplers", "flops"),
-    ("modules", "metrics"),
+    ("losses", "samplers", "flops", "tracing", "layouts"),
+    ("modules", "metrics", "last_layers", "stages"),
     ("classifiers", "models", "backbones"),
     ("",),
     ("data", "bench"),

@@ -645,8 +645,18 @@ class TestErrors:
     def test_hook_that_is_lost(self):
         net, x = make_plain()
         net.register_forward_hook(lambda module, args, out: out + 1)
-        with pytest.raises(ValueError, match="^backbone: .* a hook, a random number or a state"):
+        with pytest.raises(ValueError, match="^backbone: expected no hook on Sequential, which"):
             cut(net, x, ["1"])
+
+    def test_state_that_is_lost(self):
+        """A forward whose logits depend on how often it was called."""
+        calls = []
+
+        def forward(self, x):
+            calls.append(x)
+            return self.logits(self.b(self.a(self.stem(x)))) + len(calls)
+
+        self.check(forward, "^backbone: .* a hook, a random number or a state")
 
     def test_several_outputs(self):
         def forward(self, x):

@@ -1,0 +1,309 @@
+"""What a recorded forward cannot hold is refused, and the stages' gradients are the backbone's."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import types
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from elf_fast import from_backbone
+from elf_fast.models import split
+
+C = 3
+X = torch.randn(4, 5)
+
+
+class Net(nn.Module):
+    """Layers that the `forward` of a test joins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.fc = (nn.Linear(i, o) for i, o in
+                                              ((5, 6), (6, 6), (6, 6), (6, C)))  # fmt: skip
+        self.rng = np.random.default_rng(0)
+        self.dice = random.Random(0)
+        self.noise = torch.Generator().manual_seed(0)
+
+
+def network(forward) -> nn.Module:
+    torch.manual_seed(0)
+    return type("Custom", (Net,), {"forward": forward})()
+
+
+def around(context, part: str = "stem"):
+    """A forward in which `context()` surrounds the call of a part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for name in ("stem", "a", "b", "fc"):
+            with context() if name == part else contextlib.nullcontext():
+                x = getattr(self, name)(x)
+        return x
+
+    return forward
+
+
+CONTEXTS = {
+    "torch.no_grad()": torch.no_grad,
+    "torch.inference_mode()": torch.inference_mode,
+    "torch.enable_grad()": torch.enable_grad,
+    'torch.autocast("cpu", enabled=False)': lambda: torch.autocast("cpu", enabled=False),
+    'torch.autocast("cpu", enabled=True)': lambda: torch.autocast("cpu", torch.bfloat16),
+    'torch.autocast("cuda", enabled=False)': lambda: torch.autocast("cuda", enabled=False),
+}
+
+
+def refuse(net: nn.Module, message: str) -> None:
+    """Both functions refuse the network, whatever surrounds them, and leave it as it was."""
+    modes = [module.training for module in net.modules()]
+    attributes = set(vars(net))
+    outside = (contextlib.nullcontext(), torch.no_grad(), torch.autocast("cpu"))
+    for context in outside:
+        with context:
+            for cut in (split, lambda net, a: from_backbone(net, a, C, example_input=X)):
+                with pytest.raises(ValueError) as caught:
+                    cut(net, ["a"])
+                assert message in str(caught.value) and str(caught.value).startswith("backbone: ")
+    assert [module.training for module in net.modules()] == modes
+    assert set(vars(net)) == attributes
+    assert torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("name", CONTEXTS)
+@pytest.mark.parametrize("part", ["stem", "fc"])
+def test_contexts_around_a_part(name, part):
+    refuse(network(around(CONTEXTS[name], part)), f'got "{part}" under {name}')
+
+
+def test_a_context_in_one_mode_only():
+    def forward(self, x):
+        with torch.set_grad_enabled(self.training):
+            x = self.stem(x)
+        return self.fc(self.b(self.a(x)))
+
+    refuse(network(forward), '"stem" under torch.')
+
+
+def test_a_decorated_forward():
+    refuse(network(torch.no_grad()(around(contextlib.nullcontext))), '"stem" under torch.no_grad()')
+
+
+def test_contexts_inside_a_module_stay():
+    """A module that contains no exit is called, with all that its forward does."""
+    net = nn.Sequential()
+    frozen = network(around(torch.no_grad, "fc"))
+    for name, module in (("frozen", frozen), ("a", nn.Linear(C, C)), ("fc", nn.Linear(C, C))):
+        net.add_module(name, module)
+    model = from_backbone(net, ["a"], C, example_input=X).train()
+    model(X, torch.arange(4) % C).loss.backward()
+    assert net.a.weight.grad.any() and net.fc.weight.grad.any()
+    assert all(p.grad is None for p in frozen.parameters())
+
+
+def test_frozen_parameters_stay_frozen():
+    net = network(around(contextlib.nullcontext))
+    net.stem.requires_grad_(False)
+    model = from_backbone(net, ["a"], C, example_input=X).train()
+    model(X, torch.arange(4) % C).loss.backward()
+    assert [n for n, p in net.named_parameters() if p.grad is None] == ["stem.weight", "stem.bias"]
+    from_backbone(net.requires_grad_(False), ["a"], C, example_input=X)
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("part", ["stem", "a", "b"])
+def test_gradient_checkpointing(reentrant, part):
+    def forward(self, x):
+        for name in ("stem", "a", "b", "fc"):
+            layer = getattr(self, name)
+            x = (
+                checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+                if name == part
+                else layer(x)
+            )
+        return x
+
+    refuse(network(forward), f'"{part}" under gradient checkpointing')
+
+
+def test_gradient_checkpointing_of_timm():
+    net = pytest.importorskip("timm").create_model(
+        "vit_tiny_patch16_224", img_size=32, depth=2, embed_dim=48, num_classes=C
+    )
+    x = torch.zeros(1, 3, 32, 32)
+    from_backbone(net, ["blocks.0"], C, example_input=x)
+    net.set_grad_checkpointing()
+    with pytest.raises(ValueError, match="^backbone: .* under gradient checkpointing"):
+        split(net, ["blocks.0"])
+
+
+DRAWS = {
+    "random": lambda self: random.random() < 2,
+    "numpy": lambda self: np.random.rand() < 2,
+    "torch": lambda self: bool(torch.rand(()) < 2),
+    "a generator of numpy": lambda self: self.rng.random() < 2,
+    "a generator of Python": lambda self: self.dice.random() < 2,
+    "a generator of torch": lambda self: bool(torch.rand((), generator=self.noise) < 2),
+}
+
+
+@pytest.mark.parametrize("name", DRAWS)
+@pytest.mark.parametrize("always", [True, False])
+def test_random_decisions(name, always):
+    """Also in training only, as in a layer that is dropped at random."""
+
+    def forward(self, x):
+        x = self.a(self.stem(x))
+        if (always or self.training) and not DRAWS[name](self):
+            return self.fc(x)
+        return self.fc(self.b(x))
+
+    refuse(network(forward), "got a random number that is drawn")
+
+
+def test_tracing_draws_no_random_numbers():
+    net = network(around(contextlib.nullcontext))
+    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    split(net, ["a"])
+    assert states == [random.getstate(), np.random.get_state()[1].tolist(),
+                      torch.get_rng_state().tolist()]  # fmt: skip
+
+
+HOOKS = ("register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook",
+         "register_full_backward_pre_hook")  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("register", HOOKS)
+@pytest.mark.parametrize("owner", ["", "body"])
+def test_hooks_on_what_contains_an_exit(register, owner):
+    """They would see the proxies of torch.fx, and never run again."""
+    net = nn.Sequential()
+    net.add_module("body", nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6)))
+    net.add_module("fc", nn.Linear(6, C))
+    seen = []
+    handle = getattr(net.get_submodule(owner), register)(lambda *args: seen.append(args))
+    with pytest.raises(ValueError, match="^backbone: expected no hook on .*, got 1 in _"):
+        from_backbone(net, ["body.0"], C, example_input=X)
+    assert seen == []
+    handle.remove()
+    getattr(net.body[0], register)(lambda *args: seen.append(args))
+    model = from_backbone(net, ["body.0"], C, example_input=X).train()
+    seen.clear()
+    model(X, torch.arange(4) % C).loss.backward()
+    assert len(seen) == 1
+
+
+def test_global_hooks_see_tensors_only():
+    net = nn.Sequential()
+    net.add_module("body", nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6)))
+    net.add_module("fc", nn.Linear(6, C))
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda *args: seen.append(args[2]))
+    try:
+        from_backbone(net, ["body.0"], C, example_input=X)
+    finally:
+        handle.remove()
+    assert seen and all(isinstance(output, Tensor) for output in seen)
+
+
+@pytest.mark.parametrize("owner", ["", "body"])
+def test_attributes_that_the_forward_sets(owner):
+    """A counter would stand still, and what is kept for later would be a proxy of torch.fx."""
+
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            if "calls" in vars(self):
+                self.calls += 1
+            if "kept" in vars(self):
+                self.kept = x
+            if "keeps" in vars(self):
+                self.new = x
+            return super().forward(x)
+
+    for name, value in (("calls", 3), ("kept", None), ("keeps", True)):
+        net = Counting()
+        net.add_module("body", Counting(nn.Linear(5, 6), nn.Linear(6, 6)))
+        net.add_module("fc", nn.Linear(6, C))
+        setattr(net.get_submodule(owner), name, value)
+        before = dict(vars(net.get_submodule(owner)))
+        with pytest.raises(ValueError, match="^backbone: .* got an attribute .* sets, Counting."):
+            split(net, ["body.0"])
+        assert vars(net.get_submodule(owner)) == before
+
+
+def test_a_forward_of_the_instance():
+    net = network(around(contextlib.nullcontext))
+    net.forward = types.MethodType(around(torch.no_grad), net)
+    refuse(net, "backbone: expected the forward of its class, got a Custom")
+
+
+def test_weights_that_the_forward_computes_in_python():
+    """Parameters that are read around torch.fx would become constants, with a gradient once."""
+
+    def forward(self, x):
+        mixed = torch.stack([p for p in self.b.parameters() if p.dim() == 2]).sum(0)
+        return self.fc(self.a(self.stem(x)) @ mixed)
+
+    net = network(forward)
+    refuse(net, "got a tensor that Python computes from parameters")
+    net.b.requires_grad_(False)
+    from_backbone(net, ["a"], C, example_input=X)
+
+
+class Scaled(torch.autograd.Function):
+    """Hands on x, and its gradient times a factor."""
+
+    @staticmethod
+    def forward(ctx, x, factor, computes):
+        ctx.factor = factor
+        return x * 1 if computes else x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.factor * grad, None, None
+
+
+@pytest.mark.parametrize(
+    "computes, message",
+    [
+        (True, r"^backbone: .*, got mul\(\) under .* or in a torch.autograd.Function, which"),
+        (
+            False,
+            "^backbone: .* its gradients on .* those of stem.weight, stem.bias, a.weight, a.bi",
+        ),
+    ],
+)
+def test_gradients_that_the_forward_changes(computes, message):
+    """torch.fx records what a Function does in its forward only: the logits would be right."""
+
+    def forward(self, x):
+        return self.fc(Scaled.apply(self.b(self.a(self.stem(x))), -0.5, computes))
+
+    with pytest.raises(ValueError, match=message):
+        from_backbone(network(forward), ["a"], C, example_input=X)
+
+
+def test_layers_without_gradient_in_evaluation():
+    """A part that stops the gradient stops it in the stages."""
+
+    def forward(self, x):
+        return self.fc(self.b(self.a(self.stem(x).detach())))
+
+    net = network(forward)
+    model = from_backbone(net, ["a"], C, example_input=X)
+    model.eval()(X).logits.sum().backward()
+    assert net.stem.weight.grad is None and net.b.weight.grad.any()
+
+
+def test_the_comparison_leaves_no_trace():
+    net = network(around(contextlib.nullcontext)).train()
+    with torch.inference_mode():
+        from_backbone(net, ["a"], C, example_input=X.clone())
+    from_backbone(net, ["a"], C, example_input=X)
+    assert all(p.grad is None and p.requires_grad for p in net.parameters()) and net.training
