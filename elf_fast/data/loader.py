@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import multiprocessing
+import os
 import random
 import signal
+import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from typing import NamedTuple
 
 import numpy as np
@@ -73,7 +78,7 @@ class ImageLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_signals,
+            worker_init_fn=_end_by_sigusr2_only,
             generator=torch.Generator(),  # else every epoch draws from torch's global one
         )
 
@@ -94,7 +99,10 @@ class ImageLoader:
         return len(self._keys.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for number, batch in enumerate(self._loader, self._keys.start):
+        others = set(multiprocessing.active_children())
+        batches = iter(self._loader)  # starts the workers, if they do not run yet
+        _workers.update(set(multiprocessing.active_children()) - others)
+        for number, batch in enumerate(batches, self._keys.start):
             self.position = number + 1
             if batch.unreadable and not self.skip_errors:
                 raise DecodeError(*batch.unreadable[0])
@@ -105,12 +113,26 @@ class ImageLoader:
                 yield torch.empty(0, *self.image_shape), batch.targets
 
 
-def _ignore_signals(worker: int) -> None:
+#: Workers of all loaders of this process.
+_workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
+
+
+def _end_by_sigusr2_only(worker: int) -> None:
     """Queues send SIGTERM and others to all processes of a job. A worker that ended at once would
-    fail its parent, which may still have to save. Workers end when their parent asks or ends."""
-    for name in ("SIGTERM", "SIGHUP", "SIGUSR1"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    fail its parent, which may still have to save. So the parent ends it by another signal."""
+    if hasattr(signal, "SIGUSR2"):  # not on Windows
+        for ignored in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+            signal.signal(ignored, signal.SIG_IGN)
+        signal.signal(signal.SIGUSR2, lambda number, frame: os._exit(0))
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Runs at exit before multiprocessing, which sends SIGTERM to the workers and waits for
+    them."""
+    for worker in list(_workers):
+        if worker.is_alive() and worker.pid is not None and hasattr(signal, "SIGUSR2"):
+            os.kill(worker.pid, signal.SIGUSR2)
 
 
 class _Key(NamedTuple):

@@ -23,6 +23,7 @@ pytest.importorskip("safetensors")
 
 from elf_fast import cli
 from elf_fast.cli import doctor
+from elf_fast.data import ImageLoader, loader
 from elf_fast.runs import checkpoints, files, lock
 from elf_fast.runs.opening import CHECKPOINTS
 from elf_fast.training import trainer as trainers
@@ -212,19 +213,19 @@ def test_the_command_ends_with_the_signals_status(tmp_path, monkeypatch, capsys)
     assert shown.err == ""
 
 
-def test_a_signal_to_the_workers_does_not_end_them(whole, tmp_path, monkeypatch):
-    make = Trainer.step
-
-    def step(self, group):
-        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            for worker in multiprocessing.active_children():
-                os.kill(worker.pid, number)
-        return make(self, group)
-
-    monkeypatch.setattr(Trainer, "step", step)
-    train(replace(CONFIG, output=str(tmp_path), workers=1), console=QUIET)
-    for key, value in weights(whole).items():
-        assert torch.equal(weights(tmp_path)[key], value), key
+def test_signals_end_no_worker_and_the_end_of_their_parent_does():
+    """Queues send signals to all processes of a job."""
+    batches = iter(ImageLoader([(torch.zeros(1), 0)] * 64, 1, workers=1))
+    next(batches)
+    (worker,) = multiprocessing.active_children()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        os.kill(worker.pid, number)
+    for _ in range(20):  # more than the worker has loaded ahead
+        next(batches)
+    assert worker.is_alive()
+    loader._end_workers()  # as at exit
+    worker.join(20)
+    assert worker.exitcode == 0
 
 
 def train_with_a_signal_to_one(folder: Path) -> None:
