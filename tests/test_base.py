@@ -141,7 +141,7 @@ def test_copies_pickles_and_devices_keep_assigned_thresholds(cls):
         assert twin.thresholds.dtype == torch.float32
     moved = model.to("meta")
     moved.thresholds = 0.5
-    assert moved.thresholds.is_meta and moved.thresholds.shape == (2,)
+    assert moved.thresholds.tolist() == [0.5, 0.5]  # waits on the CPU, as where a model is made
 
 
 @BOTH
