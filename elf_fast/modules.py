@@ -114,16 +114,7 @@ class ELF(ELFBase):
                 assert out is not None
                 out, loss = self._join_other_ranks(out, loss, x, batch, e + 1, reaching)
                 break
-            everyone = n == samples.n
-            if not everyone:
-                survivors = result.survivors[:n]
-                samples.narrow(survivors)
-                if drop:
-                    x = self._drop(x, survivors, samples, reaching)
-                else:
-                    samples.present = samples.alive
-            if everyone or not drop:
-                x = writable(x)
+            x = self._for_next_stage(x, result.survivors, n, samples, drop, reaching)
         assert out is not None
         if overwritten and out.logits.requires_grad:
             # Every exit that ran takes part in a backward pass from the logits, with gradient 0.
@@ -139,12 +130,18 @@ class ELF(ELFBase):
         never, one = cpu_scalars(criterion.off, 1.0)
         yield _Test(never, one, criterion, True)
 
-    def _drop(self, x: Tensor, survivors: Tensor, samples: _Samples, reaching: int) -> Tensor:
-        """The features of the survivors, given as indices into the samples of x."""
-        present = samples.present
-        keep = survivors if present is None else present.index_select(0, survivors)
-        keep, samples.present = self._rows_to_keep(keep, x.shape[0], reaching)
-        return call(ops.compact, (x,), (x, keep))
+    def _for_next_stage(
+        self, x: Tensor, survivors: Tensor, n: int, samples: _Samples, drop: bool, reaching: int
+    ) -> Tensor:
+        """The features for the next stage. The first n survivors are indices into the samples."""
+        if n < samples.n:
+            survivors = survivors[:n]
+            samples.narrow(survivors)
+            if drop:  # then x holds no other samples, unless only one sample was left already
+                keep, samples.present = self._rows_to_keep(survivors, x.shape[0], reaching)
+                return call(ops.compact, (x,), (x, keep))
+            samples.present = samples.alive
+        return writable(x)
 
     def _exit(self, e: int, head: nn.Module, x: Tensor, samples: _Samples, test: _Test) -> _Exit:
         """Logits, gate and losses at exit e, with as few kernels as possible."""
