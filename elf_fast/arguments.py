@@ -63,7 +63,8 @@ def in_arithmetic_of(x: Tensor, *settings: Tensor) -> tuple[Tensor, ...]:
 def cpu_scalars(*numbers: float) -> tuple[Tensor, ...]:
     """Float32 scalars on the CPU, which serve any device, whatever the default device is. They are
     made only once, which saves 4 us each; nothing may write into them."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack():
+    traced = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack()
+    if traced or ops.transforms_active():
         return _cpu_scalars.__wrapped__(*numbers)
     return _cpu_scalars(*numbers)
 

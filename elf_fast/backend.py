@@ -61,6 +61,11 @@ _unavailable: dict[str, str | None] = {"torch": None}
 _CALLS = {torch._ops.OpOverload.__call__.__code__, torch._ops.OpOverloadPacket.__call__.__code__}
 #: Seconds that `use_backend` waits for the calls of other threads to end.
 _PATIENCE = 10.0
+#: Seconds that a thread which wants to run Python has to wait while kernels are replaced. It waits
+#: as long even if the block ends sooner.
+_HOLD = 0.1
+#: One thread at a time replaces kernels.
+_replacing = threading.Lock()
 
 _chosen: str | None = None
 _override: torch.library.Library | None = None
@@ -181,8 +186,9 @@ def _is_running(frame: FrameType | None) -> bool:
 
 @contextlib.contextmanager
 def _no_calls() -> Iterator[None]:
-    """Waits until no other thread is calling an operator of elf_fast, and keeps all other threads
-    from running Python inside the block. A kernel must not be replaced while it is called.
+    """Waits until no other thread is calling an operator of elf_fast. Inside the block, other
+    threads get to run Python only after `_HOLD` seconds. A kernel must not be replaced while it is
+    called.
 
     Raises:
         RuntimeError: other threads have been calling for `_PATIENCE` seconds.
@@ -190,7 +196,10 @@ def _no_calls() -> Iterator[None]:
     own, start, interval = threading.get_ident(), time.monotonic(), sys.getswitchinterval()
     try:
         while True:
-            sys.setswitchinterval(3600)  # other threads run only while this one sleeps or waits
+            sys.setswitchinterval(_HOLD)
+            if len(sys._current_frames()) > 1:
+                # Threads that wait to run Python already do so for the old interval only.
+                time.sleep(2 * interval)
             frames = sys._current_frames()
             if not any(_is_running(frame) for ident, frame in frames.items() if ident != own):
                 break
@@ -216,7 +225,7 @@ def _install(backend: str | None) -> None:
         reason = _why_not(backend)
         if reason is not None:
             raise RuntimeError(f"backend {backend!r} cannot run: {reason}")
-    with _no_calls():
+    with _replacing, _no_calls():
         _replace(backend)
 
 
@@ -249,7 +258,8 @@ def use_backend(backend: str) -> Iterator[None]:
     Raises:
         ValueError: no backend has this name. RuntimeError: it cannot run here (the message says
         why), the block calls an operator that it does not serve on the tensors' device, or other
-        threads keep calling elf_fast for 10 s (at the end of the block, the choice then remains).
+        threads keep calling elf_fast for 10 s. If that happens when the block ends, the backend
+        that was chosen for the block stays in use.
     """
     before = _chosen
     _install(backend)

@@ -46,7 +46,8 @@ def accumulated(x: Tensor) -> Tensor:
 
 def apart_from(given: Tensor, x: Tensor) -> Tensor:
     """x, or a copy if it is a view of the caller's batch `given`: what comes next may write into x,
-    and must not change the batch. (torch's compiler and torch.func hide which tensors are views.)
+    and must not change the batch. torch.func hides which tensors are views, so there it is always a
+    copy; torch's compiler does, too, and there it never is.
     """
     if torch.compiler.is_compiling():
         return x
@@ -64,12 +65,22 @@ def writable(x: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return x
-    if type(x) is not Tensor or torch._C._are_functorch_transforms_active():
+    hidden = type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+    if hidden or not _can_clone_lazily(x.device):
         return x.clone()
     try:
         return torch._lazy_clone(x)
     except RuntimeError:  # the memory is not torch's own but, for example, NumPy's
         return x.clone()
+
+
+def _can_clone_lazily(device: torch.device) -> bool:
+    """On a GPU torch makes the copy on the default stream, whichever stream writes."""
+    if device.type == "cpu":
+        return True
+    if device.type != "cuda":
+        return False
+    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 class ELFBase(nn.Module):
@@ -133,7 +144,7 @@ class ELFBase(nn.Module):
 
     @thresholds.setter
     def thresholds(self, value: float | Sequence[float] | Tensor) -> None:
-        setattr(self, "thresholds", value)  # noqa: B010  (`__setattr__` checks and converts it)
+        self._set_buffer("thresholds", value)
 
     @property
     def train_thresholds(self) -> Tensor | None:
@@ -142,7 +153,12 @@ class ELFBase(nn.Module):
 
     @train_thresholds.setter
     def train_thresholds(self, value: float | Sequence[float] | Tensor | None) -> None:
-        setattr(self, "train_thresholds", value)  # noqa: B010
+        self._set_buffer("train_thresholds", value)
+
+    def _set_buffer(self, name: str, value: Any) -> None:
+        if name not in self.__dict__.get("_buffers", ()):
+            raise AttributeError(f"{name}: expected a model whose constructor has run")
+        setattr(self, name, value)  # `__setattr__` checks and converts it
 
     def _without_nan(self, name: str) -> Tensor | None:
         """A buffer of thresholds, after NaN in it is replaced by "off".
@@ -159,7 +175,8 @@ class ELFBase(nn.Module):
         nan = held.detach().isnan()
         if held.device.type != "cpu" or bool(nan.any()):  # another device would have to be read
             with torch.inference_mode(held.is_inference()), torch.no_grad():
-                held.masked_fill_(nan, self._active_criterion().off)
+                # Through `data`, because autograd may have saved the buffer.
+                held.data.masked_fill_(nan, self._active_criterion().off)
         return held
 
     def _save_to_state_dict(
@@ -182,6 +199,9 @@ class ELFBase(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """What is assigned to a setting is checked and converted as in the constructor."""
         if name in _SETTINGS and name in self.__dict__.get("_buffers", ()):
+            if self.__dict__.get("_is_replica"):  # nn.DataParallel's: on its own device already
+                self._buffers[name] = value
+                return
             value = self._checked(name, value)
             if value is not None:
                 # A model that waits on the meta device takes values where they are.

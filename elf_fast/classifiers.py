@@ -119,7 +119,7 @@ def _is_mean(last: LastLayers) -> bool:
     logits = _computed(last, z)
     if logits is None or any(v.shape != logits.shape for v in z.values()):
         return False
-    return torch.allclose(logits, torch.stack([*z.values()]).mean(0), 1e-3, 1e-3)
+    return _are_close(logits, torch.stack([*z.values()]).mean(0))
 
 
 def _hands_on(last: LastLayers, shift: Tensor) -> bool:
@@ -130,7 +130,12 @@ def _hands_on(last: LastLayers, shift: Tensor) -> bool:
     after = _computed(last, {name: v + shift.to(v) for name, v in z.items()})
     if before is None or after is None:
         return True
-    return torch.allclose(after, before + shift.to(before), 1e-3, 1e-3)
+    return _are_close(after, before + shift.to(before))
+
+
+def _are_close(a: Tensor, b: Tensor) -> bool:
+    tolerance = max(1e-3, 8 * torch.finfo(b.dtype).eps)
+    return torch.allclose(a, b, tolerance, tolerance)
 
 
 def _any_outputs(last: LastLayers) -> dict[str, Tensor]:

@@ -54,7 +54,7 @@ def find(
     """The layout of the features of every exit: a key of LAYOUTS, or "NC" for vectors.
 
     Args:
-        backbone: runs on a single sample, in evaluation mode.
+        backbone: runs on two samples, in evaluation mode.
         features: by name of the exit, what it returns for x, [N, ...] with 2 to 4 dimensions.
         x: [N, ...].
         given: layouts that the user names, as in `models.from_backbone`.
@@ -65,12 +65,12 @@ def find(
     """
     found = _given(features, given)
     found |= {name: _VECTORS for name, value in features.items() if value.dim() == 2}
-    open_ = {name: value[:1] for name, value in features.items() if name not in found}
+    open_ = {name: value[:2] for name, value in features.items() if name not in found}
     if open_:
-        run = _observe(backbone, open_, x[:1])
+        run = _observe(backbone, open_, x[:2])  # two, as norms over the batch need
         axes = {name: _channels_by_layers(run, name) for name in open_}
         if None in axes.values():
-            smaller = _channels_by_size(backbone, run, x[:1])
+            smaller = _channels_by_size(backbone, run, x[:2])
             axes = {name: smaller[name] if axis is None else axis for name, axis in axes.items()}
         for name, axis in axes.items():
             found[name] = _layout(name, features[name], axis)
@@ -203,9 +203,9 @@ def _axis(module: nn.Module, tensor: Tensor, axis: int, channels: int) -> int | 
 
 
 def _channels_by_layers(run: _Run, name: str) -> int | None:
-    """The dimension that layers show which return or read the features themselves. Else the one
-    that layers show which see tensors of the same shape, if no other dimension has its size: a
-    transposed tensor would then have another shape."""
+    """The channels' dimension according to the layers that return or read this very tensor. Else
+    according to layers that see a tensor of the same shape, if no other dimension has its size;
+    with one, a transposed tensor could have the same shape."""
     features = run.outputs[name]
     same = {axis for tensor, axis in run.seen if tensor is features}
     if len(same) == 1:

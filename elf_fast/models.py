@@ -238,15 +238,15 @@ def _check_logits(logits: Tensor, expected: Tensor) -> None:
 
 def _check_gradients(backbone: nn.Module, stages: Sequence[nn.Module], x: Tensor) -> None:
     """The stages must give the backbone's parameters the gradients that the backbone gives them, on
-    the first sample and in evaluation mode. A backbone that cannot be differentiated in this mode
+    two samples and in evaluation mode. A backbone that cannot be differentiated in this mode
     is not compared."""
     chain = nn.Sequential(*stages)
     named = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     try:
-        expected = _gradients(backbone, list(named.values()), x[:1])
+        expected = _gradients(backbone, list(named.values()), x[:2])
     except (RuntimeError, NotImplementedError):
         return
-    found = _gradients(chain, list(named.values()), x[:1])
+    found = _gradients(chain, list(named.values()), x[:2])
     pairs = zip(named, found, expected, strict=True)
     wrong = [name for name, ours, theirs in pairs if not _are_close(ours, theirs)]
     if wrong:

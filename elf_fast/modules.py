@@ -137,7 +137,9 @@ class ELF(ELFBase):
         if n < samples.n:
             survivors = survivors[:n]
             samples.narrow(survivors)
-            if drop:  # then x holds no other samples, unless only one sample was left already
+            if (
+                drop
+            ):  # then x holds exactly the samples: `_rows_to_keep` adds one only to a last one
                 keep, samples.present = self._rows_to_keep(survivors, x.shape[0], reaching)
                 return call(ops.compact, (x,), (x, keep))
             samples.present = samples.alive

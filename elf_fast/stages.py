@@ -165,9 +165,10 @@ def _movable(trace: Trace) -> set[fx.Node]:
         helper = node.op == "call_module" and isinstance(
             trace.parts[node.target], (_ByMode, Constant)
         )
-        pure = node.op in ("call_function", "call_method") and movable.issuperset(
-            node.all_input_nodes
-        )
+        name = str(getattr(node.target, "__name__", node.target))
+        writes = name.endswith("_") and not name.endswith("__")  # as x.add_(1) does
+        is_call = node.op in ("call_function", "call_method")
+        pure = is_call and not writes and movable.issuperset(node.all_input_nodes)
         if node.op == "get_attr" or helper or pure:
             movable.add(node)
     return movable

@@ -124,11 +124,10 @@ Tensor compact_backward(const Tensor& grad, const Tensor& survivors, int64_t N) 
   const int64_t n = kept.n;
   STD_TORCH_CHECK(from.count == n, "grad: expected ", n, " rows, got ", from.count);
   Tensor out = empty_batch(from, N, source);
-  if (from.bytes == 0) return out;  // N may be anything then, and visiting N rows takes time
+  if (from.bytes == 0) return out;  // there is no memory to copy or clear, and N may be huge
   const char* src = data<const char>(source);
   char* dst = data<char>(out);
-  // Samples without bytes have no memory, and memcpy takes no null pointer.
-  over_rows(from.bytes ? N : 0, from.bytes / 4, [&](int64_t begin, int64_t end) {
+  over_rows(N, from.bytes / 4, [&](int64_t begin, int64_t end) {
     int64_t k = std::lower_bound(rows, rows + n, begin) - rows;
     for (int64_t row = begin; row < end; ++row) {
       char* to = dst + row * from.bytes;

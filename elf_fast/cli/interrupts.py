@@ -15,8 +15,8 @@ STATUS = 128 + signal.SIGINT
 @contextlib.contextmanager
 def second_ends_at_once() -> Iterator[None]:
     """The first SIGINT in the context raises KeyboardInterrupt, as usual. The second one, also if
-    it comes after the context, ends the process at once. It would otherwise raise again wherever
-    the first one is being handled, up to the end of the interpreter, and print a traceback."""
+    it comes after the context, ends the process at once. Otherwise it would raise while the first
+    one is handled, or when the interpreter ends, and print a traceback."""
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

@@ -42,6 +42,10 @@ class LeftOut:
         for reason, (count, example) in other._found.items():
             self.add(reason, example, count)
 
+    @property
+    def only_hidden(self) -> bool:
+        return self._found.keys() <= {"hidden"}
+
     def __str__(self) -> str:
         """Such as "2 x named .txt (cat/notes.txt), 1 x hidden (cat/.DS_Store)"."""
         ordered = sorted(self._found.items(), key=lambda item: (-item[1][0], item[0]))
@@ -78,7 +82,7 @@ def find(root: Path) -> tuple[dict[str, Part], str]:
         for path in classes[part]:
             of_class = LeftOut(root)
             files[path.name] = _images(str(path), links, of_class)
-            if not files[path.name] and (part == "train" or str(of_class)):
+            if not files[path.name] and (part == "train" or not of_class.only_hidden):
                 empty.append(f"{path}: expected images, got {str(of_class) or 'none'}")
             left_out.add_all(of_class)
         parts[part] = Part(folder, files)

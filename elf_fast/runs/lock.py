@@ -14,8 +14,8 @@ from typing import Any
 
 NAME = "run.lock"
 
-#: What this process wrote into the locks of the folders that it has locked. The locks of the kernel
-#: do not keep a process from itself.
+#: What this process wrote into the locks that it holds. A lock of the kernel does not exclude the
+#: process that holds it, so these are remembered here.
 _held: dict[Path, dict[str, Any]] = {}
 
 
@@ -57,7 +57,7 @@ class Lock:
 
     def __exit__(self, *error: object) -> None:
         assert self._descriptor is not None
-        if self._is_file_of(self._descriptor):
+        if self._is_mine(self._descriptor):
             self.path.unlink(missing_ok=True)
         os.close(self._descriptor)
         self._descriptor = None
@@ -65,7 +65,7 @@ class Lock:
 
     def check(self) -> None:
         """Raises FileNotFoundError if the folder or its lock was deleted, moved or replaced."""
-        if self._descriptor is None or not self._is_file_of(self._descriptor):
+        if self._descriptor is None or not self._is_mine(self._descriptor):
             why = "the run stops: its folder was deleted or moved, or taken by another run"
             raise FileNotFoundError(errno.ENOENT, why, str(self.folder))
 
@@ -75,16 +75,26 @@ class Lock:
         except OSError:
             return False
 
+    def _is_mine(self, descriptor: int) -> bool:
+        """Whether the file is there and names this run. Where locks do not work between machines,
+        another run may have taken it."""
+        mine = _held[self._place]
+        return self._is_file_of(descriptor) and _owner(os.pread(descriptor, 4096, 0)) == mine
+
     def _refuse_if_owned(self, descriptor: int, is_free: bool | None) -> None:
         owner = _owner(os.pread(descriptor, 4096, 0))
         if is_free is False:
             raise self._in_use(owner)
         if owner is None:
             return
-        if owner["host"] != socket.gethostname():
-            raise self._in_use(owner, f"; if that run has ended, delete {self.path}")
-        if is_free is None and _runs(owner["pid"]):
-            raise self._in_use(owner)
+        me, cure = _me(), f"; if that run has ended, delete {self.path}"
+        same_kernel = owner.get("boot") == me["boot"] != ""
+        if is_free and same_kernel:  # the kernel would know, also if a container changed the name
+            return
+        if owner["host"] != me["host"]:
+            raise self._in_use(owner, cure)
+        if is_free is None and owner["pid"] != me["pid"] and _runs(owner["pid"]):
+            raise self._in_use(owner, cure)
 
     def _in_use(self, owner: dict[str, Any] | None, cure: str = "") -> FileExistsError:
         who = "another run"
@@ -97,8 +107,11 @@ class Lock:
 
 
 def _me() -> dict[str, Any]:
+    boot = ""  # an identifier of the running kernel
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     started = time.strftime("%Y-%m-%d %H:%M:%S")
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started, "boot": boot}
 
 
 def _owner(content: bytes) -> dict[str, Any] | None:

@@ -17,7 +17,7 @@ from .datasets import blank_image, load_splits
 from .evaluation import evaluate, evaluation_loader
 from .files import CheckpointError
 from .networks import network
-from .plain import from_dict
+from .plain import from_run
 
 #: The entry "network" in the metadata that `elf-fast train` writes beside its weights.
 NETWORK = "elf-fast train"
@@ -110,4 +110,4 @@ def _settings(path: Path, metadata: dict[str, Any], overrides: dict[str, Any]) -
             raise CheckpointError(
                 f"{path}: expected metadata of a run with {name}, got {metadata.get(name)!r}"
             )
-    return from_dict({**metadata["config"], **overrides})
+    return from_run(metadata["config"], **overrides)

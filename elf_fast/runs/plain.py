@@ -39,6 +39,17 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**found)
 
 
+def from_run(values: Mapping[str, Any], **overrides: Any) -> TrainConfig:
+    """The settings that a run recorded, with some changed. Runs of before `exif_orientation` did
+    not turn photos.
+
+    Raises:
+        ValueError, TypeError: as `from_dict`.
+    """
+    is_fixed = values.get("dataset") in ("digits", "cifar10", "cifar100")  # must be the default
+    return from_dict({"exif_orientation": is_fixed, **values, **overrides})
+
+
 def to_dict(config: TrainConfig) -> dict[str, Any]:
     """All settings as plain values, which YAML and strict JSON hold; `from_dict` reads them."""
     names = (field.name for field in dataclasses.fields(config))
@@ -78,6 +89,7 @@ def to_yaml(config: TrainConfig) -> str:
 
     values = to_dict(config)
     text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
-    if strict_yaml.parse(text) != values:  # PyYAML reads some separators of lines as others
+    # PyYAML turns some of Unicode's line separators in texts into others.
+    if strict_yaml.parse(text, math.inf) != values:
         text = yaml.safe_dump(values, sort_keys=False)
     return text

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-#: Bytes of a text, which take some ten seconds to read at worst. Settings with a threshold for each
-#: of 20,000 classes at three exits take a third of it.
-LARGEST = 2**20
+#: Bytes of a text; at worst some ten seconds pass for each 2**20 of them. Settings with a threshold
+#: of 16 digits for each of 20,000 classes at three exits take a third of it.
+LARGEST = 2**22
 
 
-def parse(text: str | bytes) -> Any:
+def parse(text: str | bytes, largest: float = LARGEST) -> Any:
     """The value that `text` holds.
 
     Aliases (`*name`) are refused, because a few lines of them may stand for gigabytes. A key that
     is given twice is refused, because YAML would silently take the last one.
 
     Raises:
-        ValueError: it is no YAML, is larger than `LARGEST`, or holds one of these.
+        ValueError: it is no YAML, is larger than `largest`, or holds one of these.
     """
     import yaml
 
-    if len(text) > LARGEST:
-        raise ValueError(f"expected YAML of at most {LARGEST:,} bytes, got more")
+    if len(text) > largest:
+        raise ValueError(f"expected YAML of at most {largest:,} bytes, got more")
     try:
         return yaml.load(text, _loader())
     # Beside its own errors PyYAML raises those of its conversions, as for the date 2020-99-99.

@@ -63,8 +63,9 @@ class RunFolder:
             if self._holds_a_run():
                 why = "holds a run already: go on with it by --resume, or choose another folder"
                 raise FileExistsError(errno.EEXIST, why, str(self.path))
-            if settings.exists():  # of a run that failed, or of the user
-                os.replace(settings, files.previous(settings))
+            kept = files.previous(settings)
+            if settings.exists() and not kept.exists():  # it may be the user's own
+                os.replace(settings, kept)
         for leftover in self.path.glob("*.partial"):  # from a killed process
             leftover.unlink()
         files.write(settings, to_yaml(config).encode())

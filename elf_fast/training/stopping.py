@@ -57,7 +57,7 @@ class Stop:
                 raise Stopped(number)
 
     def watched(self, batches: ImageLoader) -> Any:
-        """The loader, whose iteration ends in `agree`, and at a signal before its end."""
+        """The loader. Its iteration stops early at a signal, and always ends with `agree`."""
         return _Watched(batches, self)
 
 

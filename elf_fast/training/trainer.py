@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import importlib
 import math
 import time
@@ -27,7 +26,7 @@ from ..runs.config import TrainConfig
 from ..runs.datasets import blank_image, image_size, load_splits
 from ..runs.networks import network
 from ..runs.opening import CHECKPOINTS, NETWORK
-from ..runs.plain import from_dict, load_yaml, to_dict
+from ..runs.plain import from_run, load_yaml, to_dict
 from . import resume, schedule
 from .folder import CONFIG, RunFolder
 from .learner import Learner
@@ -73,7 +72,7 @@ def train(
 
 def resumed_config(folder: Path, **overrides: Any) -> TrainConfig:
     """The settings that a run was started with, with some changed."""
-    return from_dict({**load_yaml(folder / CONFIG), **overrides, "output": str(folder)})
+    return from_run(load_yaml(folder / CONFIG), **{**overrides, "output": str(folder)})
 
 
 class Trainer:
@@ -95,6 +94,7 @@ class Trainer:
         self.splits = load_splits(config)
         self.console.print(Text(self.splits.summary()), soft_wrap=True)
         self.contents = contents.describe(self.splits)
+        self._check_same_data()  # before DistributedDataParallel, which fails on unequal classes
         self.class_counts = self.splits.class_counts
         if config.max_flops is not None and config.has_exits and self.splits.validation is None:
             raise ValueError(
@@ -102,12 +102,13 @@ class Trainer:
                 f"--validation-fraction holds it out, got none and {config.max_flops}"
             )
         self.learner = Learner(config, network(config, self.class_counts), processes)
-        self._check_same_data()
         self._check_criterion()
         flops = count_flops(self.model, blank_image(config, processes.device))
         # Every process has its own seed for augmentation and for random layers such as dropout.
         seed = (config.seed * processes.world_size + processes.rank) % 2**64
         self.loader = self._training_loader(seed)
+        # Now and in every process: with SyncBatchNorm the network communicates.
+        self._leaves_out_lone = config.skip_errors and config.batch_size > 1 and self._needs_two()
         self.global_batch = config.batch_size * processes.world_size
         self.steps_per_epoch = math.ceil(len(self.loader) / config.grad_accum_steps)
         self.stop = Stop(processes)
@@ -177,14 +178,13 @@ class Trainer:
         one image and the network cannot normalise one value per channel over the batch."""
         if N % self.config.batch_size != 1 and self.config.batch_size > 1:
             return
-        if self._needs_two:
+        if self._needs_two():
             raise ValueError(
                 f"batch_size: expected one that leaves more than one of {N} images for the last "
                 f"batch, since {self.config.model} cannot normalise one over the batch, got "
                 f"{self.config.batch_size}"
             )
 
-    @functools.cached_property
     def _needs_two(self) -> bool:
         """Whether the network cannot train on a batch of one image, because a layer normalises one
         value per channel over the batch."""
@@ -201,12 +201,17 @@ class Trainer:
 
     def _trainable(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The batch. If only one of its images could be read and the network needs two, that one is
-        left out as well, and counted as skipped."""
+        left out as well."""
         images, targets = batch
-        if len(targets) == 1 and self.config.batch_size > 1 and self._needs_two:
-            self.progress.totals.skipped += 1
+        if len(targets) == 1 and self._leaves_out_lone:
             return images[:0], targets[:0]
         return batch
+
+    def _has_read_half(self) -> bool:
+        """Whether at least half of the epoch's images so far could be read. Else no checkpoint is
+        written, so that the run resumes from before the images went missing."""
+        totals = self.progress.totals.over(self.processes)
+        return sum(totals.exits) >= totals.skipped
 
     def _no_totals(self) -> Totals:
         return Totals([0] * len(self.model.stages))
@@ -308,12 +313,15 @@ class Trainer:
                     self.save()
 
     def _save_and_leave(self, stopped: Stopped) -> None:
-        if self._saved != self._position():
+        is_saved = self._saved == self._position()
+        if not is_saved and self._has_read_half():
             self.save()
-        self.processes.gather(None)  # none leaves, and is missed, before the checkpoint is written
+            is_saved = True
+        self.processes.gather(None)  # wait for the checkpoint: torchrun ends all if one has left
+        what = "its checkpoint is" if is_saved else "most images could not be read, so none is"
         self.console.print(
-            f"{stopped.signal.name}: the run stops after step {self.progress.step}; its checkpoint "
-            f"is written: go on with it by --resume {self.output}",
+            f"{stopped.signal.name}: the run stops after step {self.progress.step}; {what} "
+            f"written: go on with it by --resume {self.output}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
 
@@ -325,7 +333,7 @@ class Trainer:
         log.begin_epoch(p.epoch, loader.position)
         rate, images, start = 0.0, 0, time.perf_counter()
         own, is_whole = 0, p.samples == 0  # images that this process reads
-        batches, skipped = iter(loader), loader.skipped.total()
+        before, batches, skipped = loader.skipped.copy(), iter(loader), loader.skipped.total()
         while group := list(islice(batches, config.grad_accum_steps)):
             n = self.step(group)
             images, own = images + n, own + sum(len(targets) for _, targets in group)
@@ -334,12 +342,19 @@ class Trainer:
             skipped = loader.skipped.total()
             rate = images / (time.perf_counter() - start)
             log.batch(loader.position, {**p.totals.means(), "images_per_second": rate})
-            # A step without samples is not saved: the run is to resume where images can be read.
-            if n and config.checkpoint_steps and p.step % config.checkpoint_steps == 0:
+            is_due = config.checkpoint_steps and p.step % config.checkpoint_steps == 0
+            if is_due and n and self._has_read_half():
                 self.save()
         totals = p.totals.over(self.processes)
-        names, processes = self.splits.class_names, self.processes
-        check_epoch(p.epoch + 1, totals, own if is_whole else None, loader, names, processes)
+        check_epoch(
+            p.epoch + 1,
+            totals,
+            own if is_whole else None,
+            loader,
+            set(loader.skipped - before),
+            self.splits.class_names,
+            self.processes,
+        )
         record = {
             "epoch": p.epoch + 1,
             "step": p.step,
@@ -367,12 +382,14 @@ class Trainer:
         """
         p, learner, device = self.progress, self.learner, self.processes.device
         # With `skip_errors`, processes may have different numbers of readable images.
+        loaded = sum(len(targets) for _, targets in group)
         group = [self._trainable(batch) for batch in group]
         own = [*(len(targets) for _, targets in group), *self.stop.received]
         sums = self.processes.total(torch.tensor(own)).tolist()
         sizes, received = sums[: len(group)], sums[len(group) :]
         self.stop.check(received)
         p.step += 1
+        p.totals.skipped += loaded - sum(len(targets) for _, targets in group)
         batches = [(*batch, n) for batch, n in zip(group, sizes, strict=True) if n]
         N = sum(sizes)
         if not batches:

@@ -15,6 +15,7 @@ def check_epoch(
     totals: Totals,
     own: int | None,
     loader: ImageLoader,
+    own_unreadable: set[str],
     class_names: list[str],
     processes: Processes,
 ) -> None:
@@ -25,6 +26,7 @@ def check_epoch(
         epoch: its number, from 1.
         totals: of the epoch over all processes.
         own: images that this process read; None if it resumed in the middle of the epoch.
+        own_unreadable: names of the images that this process could not read in this epoch.
         class_names: [C].
 
     Raises:
@@ -33,7 +35,7 @@ def check_epoch(
     """
     if not totals.skipped:
         return
-    unreadable: set[str] = set().union(*processes.gather(set(loader.skipped)))
+    unreadable: set[str] = set().union(*processes.gather(own_unreadable))
     read = sum(totals.exits)
     check_readable(f"epoch {epoch}", read, read + totals.skipped, unreadable)
     shares = processes.gather(own)
@@ -47,7 +49,8 @@ def check_epoch(
         more = ", ..." if len(lost) > _SHOWN else ""
         raise DataError(
             f"epoch {epoch}: expected readable images of every class, got none of "
-            f"{', '.join(lost[:_SHOWN])}{more}; repair or remove these classes"
+            f"{', '.join(lost[:_SHOWN])}{more}; repair the files, or start a new run without "
+            "these classes"
         )
 
 

@@ -101,7 +101,7 @@ def test_a_lone_readable_image_is_left_out_if_it_cannot_be_normalised(broken, no
         return step(self, group)
 
     if not norms:
-        monkeypatch.setattr(Trainer, "_needs_two", False)
+        monkeypatch.setattr(Trainer, "_needs_two", lambda trainer: False)
     monkeypatch.setattr(Trainer, "step", observed)
     epoch = train(config, console=QUIET)["history"][0]
     assert 1 in sizes and sum(sizes) == 40 - unreadable

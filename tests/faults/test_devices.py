@@ -143,3 +143,12 @@ def test_the_last_exit_keeps_its_sample_under_any_mode():
     out.confidence.sum()
     out.logits.sum().backward()
     assert out.exit_index.tolist() == [2] * 6
+
+
+def test_replicas_of_data_parallel_keep_settings_on_their_own_devices():
+    model = ELF([nn.Linear(4, 4), nn.Linear(4, 4)], [nn.Linear(4, 3), nn.Linear(4, 3)])
+    replica = model._replicate_for_data_parallel()
+    there = torch.tensor([0.5], device="meta")
+    replica.thresholds = there
+    assert replica.thresholds is there
+    assert model.thresholds.device.type == "cpu"

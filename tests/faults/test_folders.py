@@ -214,3 +214,13 @@ def test_the_order_of_images_is_that_of_torchvision(tmp_path):
     assert splits.class_names == torchvisions.classes
     assert splits.train.paths == [path for path, _ in torchvisions.samples]
     assert torch.equal(splits.train.targets, torch.tensor(torchvisions.targets))
+
+
+def test_a_class_without_images_in_validation_may_hold_hidden_files(tmp_path):
+    for part in ("train", "val"):
+        for name in ("a", "b"):
+            (tmp_path / part / name).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / name / "0.png")
+    (tmp_path / "val" / "b" / "0.png").unlink()
+    (tmp_path / "val" / "b" / ".gitkeep").touch()
+    assert data.image_folder(tmp_path).validation.targets.tolist() == [0]

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from elf_fast import data
 from elf_fast.data.images import read_image
+from elf_fast.runs import plain
 from elf_fast.runs.config import TrainConfig
 from elf_fast.runs.datasets import load_splits
 
@@ -210,3 +211,12 @@ def test_large_texts_in_a_png_are_no_bomb_but_an_error(tmp_path):
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png", pnginfo=info)
     with pytest.raises(data.DecodeError, match="a.png: cannot be read"):
         read_image(str(tmp_path / "a.png"))
+
+
+def test_runs_of_before_exif_orientation_stay_without():
+    recorded = plain.to_dict(TrainConfig(data_dir="photos"))
+    assert plain.from_run(recorded).exif_orientation
+    del recorded["exif_orientation"]
+    assert not plain.from_run(recorded).exif_orientation
+    assert plain.from_run(recorded, exif_orientation=True).exif_orientation
+    assert plain.from_run({"dataset": "digits"}).exif_orientation  # no other value is allowed

@@ -98,6 +98,28 @@ def test_a_step_without_images_is_no_checkpoint(folder):
         opening.read(Path(running.config.output))
 
 
+def test_an_outage_of_most_images_is_no_checkpoint(folder):
+    """Else the resumed epoch could never have enough images."""
+    settings = config(folder, checkpoint_steps=1, epochs=1)
+    running = Trainer(replace(settings, batch_size=3), CPU, console=QUIET)
+    for path in running.loader.dataset.paths:
+        Path(path).rename(path + ".gone")
+    step, steps = running.step, []
+
+    def back_for_the_last(group):
+        steps.append(step(group))
+        if len(steps) == 3:
+            for path in running.loader.dataset.paths:
+                Path(path + ".gone").rename(path)
+        return steps[-1]
+
+    running.step = back_for_the_last
+    with pytest.raises(data.DataError):
+        running.run()
+    assert steps == [0, 0, 0, 3]
+    assert not list((Path(settings.output) / "checkpoints").glob("step-*"))
+
+
 class Peers(Processes):
     """Several processes: what the others answer to `gather`, in turn."""
 
@@ -116,10 +138,9 @@ def test_a_process_that_reads_nothing_stops_all(folder):
     names = ["class0", "class1"]
     peers = Peers([set(), {"a"}], [4, 0])
     with pytest.raises(data.DataError, match="got none in process 2 of 3"):
-        check_epoch(1, totals, 4, loader, names, peers)
-    check_epoch(1, totals, None, loader, names, Peers([{"a"}], [None]))
+        check_epoch(1, totals, 4, loader, set(), names, peers)
+    check_epoch(1, totals, None, loader, set(), names, Peers([{"a"}], [None]))
     paths = loader.dataset.paths
     both = Peers([set(paths[8:10])], [4])  # each process cannot read a part of class 1
-    loader.skipped.update(paths[10:])
     with pytest.raises(data.DataError, match="epoch 7: .* got none of class1; repair"):
-        check_epoch(7, totals, 4, loader, names, both)
+        check_epoch(7, totals, 4, loader, set(paths[10:]), names, both)

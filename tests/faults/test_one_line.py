@@ -102,7 +102,7 @@ def test_a_lack_of_memory_is_one_line_and_an_error_of_ours_is_not(error, monkeyp
         ("a: !!timestamp x", "expected YAML"),
         ("a: !!bool x", "expected YAML"),
         ("a: " + "9" * 5000, "expected YAML"),
-        ("a: " + "x" * strict_yaml.LARGEST, "expected YAML of at most 1,048,576 bytes"),
+        ("a: " + "x" * strict_yaml.LARGEST, "expected YAML of at most 4,194,304 bytes"),
         ("a: 1\n---\nb: 1", "expected a single document"),
     ],
 )

@@ -27,7 +27,8 @@ from elf_fast.data import ImageLoader, loader
 from elf_fast.runs import checkpoints, files, lock
 from elf_fast.runs.opening import CHECKPOINTS
 from elf_fast.training import trainer as trainers
-from elf_fast.training.processes import Stopped
+from elf_fast.training.folder import RunFolder
+from elf_fast.training.processes import Processes, Stopped
 from elf_fast.training.results import Evaluator
 from elf_fast.training.trainer import Trainer, train
 
@@ -306,3 +307,30 @@ def test_a_run_whose_folder_is_deleted_says_so_and_does_not_bring_it_back(
     assert said.startswith(f"elf-fast: {folder}: the run stops: its folder was deleted or moved")
     assert said.count("\n") == 1
     assert not folder.exists() or list(folder.iterdir()) == []
+
+
+def test_a_lock_of_a_dead_container_on_this_host_is_taken_over(tmp_path, monkeypatch):
+    with lock.Lock(tmp_path):
+        left = (tmp_path / lock.NAME).read_text()
+    (tmp_path / lock.NAME).write_text(left)  # as after SIGKILL
+    monkeypatch.setattr(socket, "gethostname", lambda: "another-container")
+    with lock.Lock(tmp_path):
+        assert json.loads((tmp_path / lock.NAME).read_text())["host"] == "another-container"
+
+
+def test_a_lock_that_another_run_has_written_over_stops_the_run(tmp_path):
+    """As where locks do not work between machines."""
+    with lock.Lock(tmp_path) as held:
+        held.check()
+        left_by(tmp_path, "elsewhere", 1)
+        with pytest.raises(FileNotFoundError, match="taken by another run"):
+            held.check()
+    assert (tmp_path / lock.NAME).exists()
+
+
+def test_the_settings_that_a_user_put_into_the_folder_are_kept(tmp_path):
+    own = RunFolder(tmp_path, Processes(torch.device("cpu")))
+    (tmp_path / "config.yaml").write_text("# by hand")
+    for _ in range(3):
+        own.claim(DIGITS, resumed=False)
+    assert (tmp_path / "config.previous.yaml").read_text() == "# by hand"

@@ -223,3 +223,10 @@ def test_adjustments_behind_a_head_stay():
     assert list(classifiers(model)) == ["heads.0.0.classifier"]
     adjust_logits_(model, COUNTS)
     torch.testing.assert_close(model(X).logits - before, SHIFT.expand(4, C))
+
+
+def test_low_precision_is_close_enough():
+    net = nn.Sequential(nn.Linear(4, 3), LogitAdjustment([100, 10, 1])).bfloat16()
+    before = net[0].bias.clone()
+    adjust_logits_(net, [1000, 100, 1])
+    assert not torch.equal(net[0].bias, before)

@@ -307,3 +307,31 @@ def test_the_comparison_leaves_no_trace():
         from_backbone(net, ["a"], C, example_input=X.clone())
     from_backbone(net, ["a"], C, example_input=X)
     assert all(p.grad is None and p.requires_grad for p in net.parameters()) and net.training
+
+
+class Counts(nn.Module):
+    """Its forward writes into a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.fc = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps.add_(1)
+        return self.fc(self.a(x))
+
+
+def test_a_write_into_a_buffer_stays():
+    net = Counts()
+    model = from_backbone(net, ["a"], 3, example_input=torch.zeros(2, 4)).eval()
+    before = net.steps.item()
+    model(torch.zeros(2, 4))
+    assert net.steps.item() == before + 1
+
+
+def test_a_norm_without_running_statistics_can_be_cut():
+    norm = nn.BatchNorm1d(8, track_running_stats=False)
+    net = nn.Sequential(nn.Linear(5, 8), norm, nn.ReLU(), nn.Linear(8, 3))
+    model = from_backbone(net, ["0"], 3, example_input=torch.randn(4, 5))
+    assert model.heads[0].classifier.in_features == 8
