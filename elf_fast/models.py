@@ -225,10 +225,7 @@ def _run(
 
 
 def _check_logits(logits: Tensor, expected: Tensor) -> None:
-    largest = expected.float().abs().nan_to_num(0, 0, 0).amax().item() if expected.numel() else 0
-    if logits.shape != expected.shape or not torch.allclose(
-        logits.float(), expected.float(), rtol=1e-2, atol=1e-2 * largest, equal_nan=True
-    ):
+    if logits.shape != expected.shape or not _are_close(logits, expected):
         raise ValueError(
             "backbone: expected its stages to compute its logits on example_input; they differ: "
             "a hook, a random number or a state outside the named modules is lost in tracing; "
@@ -238,8 +235,8 @@ def _check_logits(logits: Tensor, expected: Tensor) -> None:
 
 def _check_gradients(backbone: nn.Module, stages: Sequence[nn.Module], x: Tensor) -> None:
     """The stages must give the backbone's parameters the gradients that the backbone gives them, on
-    two samples and in evaluation mode. A backbone that cannot be differentiated in this mode
-    is not compared."""
+    two samples and in evaluation mode. A backbone that cannot be differentiated in this mode is not
+    compared."""
     chain = nn.Sequential(*stages)
     named = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import os
 import sys
@@ -79,6 +80,16 @@ def demo_output(tmp_path_factory) -> tuple[Path, str]:
     with contextlib.redirect_stdout(printed):
         assert cli.main(["demo", "--output", str(folder), "--seeds", "1", "--epochs", "2"]) == 0
     return folder, printed.getvalue()
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    """setup.py as a module."""
+    setup = Path(__file__).resolve().parents[1] / "setup.py"
+    spec = importlib.util.spec_from_file_location("elf_fast_setup", setup)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -261,15 +260,6 @@ def test_old_torch_is_refused(tree, tmp_path):
     setup = (sys.executable, "setup.py", "--version")
     line = refusal(run(*setup, cwd=tree, check=False, PYTHONPATH=str(tmp_path)))
     assert line == 'elf_fast: torch 2.10.1+cpu is too old: pip install "torch>=2.11"'
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("elf_fast_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def fake_nvcc(folder: Path, release: str) -> Path:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import shutil
 import subprocess
@@ -13,21 +12,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import processes
-import pytest
 import torch
 
 from elf_fast.training import processes as joining
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("elf_fast_setup_faults", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def compiled(recipe, source: Path, out: Path, *flags: str) -> bytes:
