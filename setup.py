@@ -109,7 +109,9 @@ def jobs() -> int:
 
 def prefix_maps(torch: Any) -> list[str]:
     """Options that write paths of sources and of torch's headers, which messages of checks name, as
-    if both lay in one folder. Builds of the same sources in two folders are then equal."""
+    if both lay in one folder. CPU libraries built from the same sources in two folders are then
+    equal. CUDA libraries are not, and no option of nvcc 13.0 helps: it names internal symbols,
+    those of NVIDIA's own headers too, after a hash of the folder and its process number."""
     folders = {os.path.abspath("."): ".", os.path.dirname(torch.__file__): "torch"}
     return [f"-ffile-prefix-map={folder}={name}" for folder, name in folders.items()]
 

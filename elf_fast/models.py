@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, layouts
+from .memory import is_out_of_memory
 from .modes import mode
 from .modules import ELF
 from .stages import cut, work_on_copy
@@ -203,6 +204,8 @@ def _run(
         try:
             expected = backbone(x.clone())
         except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"example_input: expected a batch that the backbone takes, got "
                 f"{checks.describe(x)}: {type(error).__name__}: {error}"
@@ -241,7 +244,9 @@ def _check_gradients(backbone: nn.Module, stages: Sequence[nn.Module], x: Tensor
     named = {name: p for name, p in backbone.named_parameters() if p.requires_grad}
     try:
         expected = _gradients(backbone, list(named.values()), x[:2])
-    except (RuntimeError, NotImplementedError):
+    except (RuntimeError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise
         return
     found = _gradients(chain, list(named.values()), x[:2])
     pairs = zip(named, found, expected, strict=True)

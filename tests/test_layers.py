@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: only. A name is a module or a folder of elf_fast/. "" is the package itself: what
 #: elf_fast/__init__.py exports may be used through it only above it.
 FLOORS = (
-    ("criteria", "modes", "weight_decay", "kernels"),
+    ("criteria", "memory", "modes", "weight_decay", "kernels"),
     ("checks",),
     ("ranks", "exit_settings"),
     ("base", "heads"),

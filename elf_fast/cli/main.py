@@ -6,8 +6,9 @@ import argparse
 import os
 import sys
 
+from ..memory import is_out_of_memory
 from . import bench, demo, doctor, evaluate, interrupts, train
-from .errors import UserError, is_out_of_memory
+from .errors import UserError
 
 #: Subcommands in the order of `elf-fast --help`.
 _COMMANDS = (demo, train, evaluate, bench, doctor)

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..memory import is_out_of_memory
 from . import files
 from .files import CheckpointError
 
@@ -96,6 +97,8 @@ def load(path: Path) -> Checkpoint:
     try:
         state = torch.load(io.BytesIO(content[STATE]), map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises anything for contents that are not its own
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path}: {STATE} holds what this version cannot read ({error})"
         ) from error

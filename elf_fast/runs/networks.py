@@ -22,6 +22,7 @@ from ..losses import (
     LogitAdjustedLoss,
     LongTailLoss,
 )
+from ..memory import is_out_of_memory
 from ..models import from_backbone
 from ..modes import mode
 from ..modules import ELF
@@ -100,6 +101,8 @@ def _backbone(config: TrainConfig, classes: int) -> nn.Module:
     try:
         return create(config.model, classes, **config.model_kwargs)
     except Exception as error:
+        if is_out_of_memory(error):
+            raise
         # Networks raise anything for options that they do not take, such as KeyError.
         if config.model_kwargs and not isinstance(error, ModuleNotFoundError):
             raise ValueError(
@@ -126,6 +129,8 @@ def _check_backbone(config: TrainConfig, backbone: nn.Module, classes: int) -> N
             try:
                 logits = tried(torch.zeros(2, 3, size, size))
             except Exception as error:  # a network may raise anything for images that do not fit
+                if is_out_of_memory(error):
+                    raise
                 raise ValueError(
                     f"{expected}, got {config.model}, which raises {type(error).__name__}: {error}"
                 ) from error

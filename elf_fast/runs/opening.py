@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import checks
 from ..flops import count_flops
+from ..memory import is_out_of_memory
 from ..modules import ELF
 from . import checkpoints, contents, files
 from .config import TrainConfig
@@ -63,6 +64,8 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
     try:
         model.load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path}: its weights do not fit the network of this version ({files.misfit(error)})"
         ) from error

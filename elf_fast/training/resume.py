@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..memory import is_out_of_memory
 from ..modules import ELF
 from ..runs import checkpoints, files
 from ..runs.checkpoints import Checkpoint
@@ -115,6 +116,8 @@ def restore(
         if len(state["random"]) == processes.world_size:
             set_random_state(state["random"][processes.rank], learner.device)
     except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{saved.path}: does not fit the network and optimiser of these settings "
             f"({files.misfit(error)})"

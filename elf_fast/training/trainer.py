@@ -20,6 +20,7 @@ from torch import Tensor
 from .. import __version__, criteria, functional
 from ..data import ImageLoader
 from ..flops import count_flops
+from ..memory import is_out_of_memory
 from ..modules import ELF
 from ..runs import contents
 from ..runs.config import TrainConfig
@@ -151,6 +152,8 @@ class Trainer:
                 logits, target.long().to(device), threshold=off, criterion=criterion
             )
         except (RuntimeError, ValueError) as error:
+            if is_out_of_memory(error):
+                raise
             raise ValueError(
                 f"criterion: expected one that the kernels for {device} compute, got "
                 f"{criterion!r} ({error})"

@@ -13,7 +13,8 @@ from run_cases import DIGITS, QUIET, refused
 pytest.importorskip("safetensors")
 pytest.importorskip("yaml")
 
-from elf_fast import checks, cli, criteria
+from elf_fast import ELF, checks, cli, criteria, from_backbone, functional
+from elf_fast.backbones import CifarResNet
 from elf_fast.cli import doctor
 from elf_fast.runs import checkpoints, files, networks, opening, plain, strict_yaml
 from elf_fast.runs.files import CheckpointError
@@ -236,3 +237,68 @@ def test_weights_that_are_not_finite_are_not_evaluated(part, saved, tmp_path, ca
     assert f"expected finite weights, got NaN or infinity in {part}" in refused(
         capsys, "eval", path
     )
+
+
+# A lack of memory is not blamed on what was tried
+
+
+def no_memory(*arguments: object, **options: object) -> None:
+    raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 9 bytes")
+
+
+class Grows(torch.nn.Module):
+    """A network without memory in inference, or only when its gradients are wanted."""
+
+    def __init__(self, *, gradients_only: bool):
+        super().__init__()
+        self.gradients_only = gradients_only
+        self.first, self.fc = torch.nn.Linear(4, 4), torch.nn.Linear(4, 3)
+        self.first.register_forward_hook(self.check)
+
+    def check(self, module: torch.nn.Module, inputs: object, output: torch.Tensor) -> None:
+        if output.requires_grad or not self.gradients_only:
+            no_memory()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.first(x))
+
+
+@pytest.mark.parametrize("gradients_only", [False, True])
+def test_from_backbone_has_no_memory(gradients_only):
+    backbone = Grows(gradients_only=gradients_only)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        from_backbone(backbone, ["first"], 3, example_input=torch.zeros(2, 4))
+
+
+@pytest.mark.parametrize("exits", [(), None], ids=["no exits", "exits"])
+@pytest.mark.parametrize("where", ["create", "forward"])
+def test_a_network_of_a_run_has_no_memory(where, exits, monkeypatch):
+    backbone = CifarResNet(8, 10)
+    backbone.forward = no_memory
+    made = no_memory if where == "create" else lambda *arguments, **options: backbone
+    monkeypatch.setattr(networks, "create", made)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        networks.network(replace(DIGITS, exits=exits, model_kwargs={"a": 1}), [9] * 10)
+
+
+def test_a_checkpoint_is_not_passed_over_for_want_of_memory(saved, monkeypatch):
+    """The one before it would be taken in its place."""
+    _, checkpoint = saved
+    monkeypatch.setattr(torch, "load", no_memory)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        checkpoints.newest(checkpoint.path.parent)
+
+
+def test_a_run_that_is_opened_or_resumed_has_no_memory(saved, monkeypatch):
+    trainer, checkpoint = saved
+    monkeypatch.setattr(ELF, "load_state_dict", no_memory)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        opening.load_weights(trainer.model, checkpoint.weights, checkpoint.path)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        resume.restore(checkpoint, trainer.config, trainer.learner, CPU, global_batch=64)
+
+
+def test_a_criterion_is_tried_without_memory(monkeypatch):
+    monkeypatch.setattr(functional, "exit_gate", no_memory)
+    with pytest.raises(RuntimeError, match="^DefaultCPUAllocator"):
+        Trainer(replace(DIGITS, output="unused"), CPU, console=QUIET)
