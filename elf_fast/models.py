@@ -217,10 +217,9 @@ def _run(
             if e > 0 and values[-1]._version != version:
                 work_on_copy(stage)
             if not isinstance(value, Tensor):
-                what = (
-                    f'exits: expected "{exits[e]}"' if e < len(exits) else "backbone: expected it"
-                )
-                raise ValueError(f"{what} to return one tensor, got {type(value).__name__}")
+                whole = "backbone: expected its forward"
+                where = f'exits: expected "{exits[e]}"' if e < len(exits) else whole
+                raise ValueError(f"{where} to return one tensor, got {type(value).__name__}")
             values.append(value)
     _check_logits(values[-1], expected)
     _check_gradients(backbone, stages, x)

@@ -674,7 +674,7 @@ class TestErrors:
 
         net, x = make_plain()
         with pytest.raises(
-            ValueError, match="^backbone: expected it to return one tensor, got tup"
+            ValueError, match="^backbone: expected its forward to return one tensor, got tup"
         ):
             cut(nn.Sequential(*net, Pair()), x, ["1"])
 
