@@ -52,7 +52,8 @@ def import_torch() -> Any:
 
 def find_compiler() -> str:
     """$CXX, which may hold a launcher and options, or else the first usual name on PATH."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    chosen = os.environ.get("CXX", "").strip()
+    names = [chosen] if chosen else ["c++", "g++", "clang++"]
     for name in names:
         if shutil.which(name.split()[0]):
             return name
@@ -68,8 +69,12 @@ def find_nvcc() -> str | None:
 
 
 def ask(pattern: str, *command: str) -> str:
-    """The group of `pattern` in what the command prints; empty if the pattern does not match."""
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    """The group of `pattern` in what the command prints; empty if the pattern does not match or the
+    command cannot be started."""
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError:
+        return ""
     found = re.search(pattern, done.stdout)
     return found[1].strip() if found else ""
 

@@ -308,6 +308,22 @@ def test_cuda_versions_must_agree(recipe, no_nvcc, monkeypatch, tmp_path, variab
     assert recipe.cuda_problem(fake_torch("12.9"), ["gate.cu"]) is None
 
 
+@pytest.mark.parametrize("content", ["", "\x7fELF of another machine"])
+def test_an_nvcc_that_does_not_start_is_none_that_fits(
+    recipe, no_nvcc, monkeypatch, tmp_path, content
+):
+    nvcc = fake_nvcc(tmp_path, "13.0")
+    nvcc.write_text(content)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    problem = recipe.cuda_problem(fake_torch("13.0"), ["gate.cu"])
+    assert problem.startswith(f"{nvcc} is CUDA of no known release")
+
+
+def test_an_empty_name_of_a_compiler_is_none(recipe, monkeypatch):
+    monkeypatch.setenv("CXX", " ")
+    assert recipe.find_compiler() in ("c++", "g++", "clang++")
+
+
 def test_cuda_needs_kernels(recipe, no_nvcc, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(fake_nvcc(tmp_path, "13.0").parents[1]))
     problem = recipe.cuda_problem(fake_torch("13.0"), [])
