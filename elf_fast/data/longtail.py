@@ -31,8 +31,8 @@ def long_tailed_counts(
     checks.at_least("imbalance", imbalance, 1.0)
     if imbalance > n_max:
         raise ValueError(
-            f"imbalance: expected at most {n_max}, the samples of the largest class, so that the "
-            f"smallest has one, got {imbalance}"
+            f"imbalance: expected at most {n_max}, since the largest class keeps {n_max} samples "
+            f"and the smallest needs one, got {imbalance}"
         )
     if profile == "exponential":
         shares = [imbalance ** (-i / (classes - 1)) for i in range(classes)]
