@@ -103,6 +103,11 @@ def _backbone(config: TrainConfig, classes: int) -> nn.Module:
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        if isinstance(error, OSError):
+            raise ValueError(
+                f"model: expected weights of {config.model} that can be loaded, got "
+                f"{type(error).__name__}: {error}"
+            ) from error
         # Networks raise anything for options that they do not take, such as KeyError.
         if config.model_kwargs and not isinstance(error, ModuleNotFoundError):
             raise ValueError(

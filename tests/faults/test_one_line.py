@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import replace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -146,6 +147,16 @@ def test_a_network_that_does_not_fit_is_named(changes, message, exits):
     with pytest.raises(ValueError, match=message) as error:
         networks.network(replace(DIGITS, exits=exits, **changes), [9] * 10)
     assert str(error.value).startswith(("model: ", "model_kwargs: "))
+
+
+@pytest.mark.parametrize("error", [URLError("no route"), FileNotFoundError(2, "no file", "a.pth")])
+def test_weights_that_cannot_be_loaded_are_no_wrong_option(error, monkeypatch):
+    def create(*arguments: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(networks, "create", create)
+    with pytest.raises(ValueError, match="^model: expected weights of .* that can be loaded, got "):
+        networks.network(replace(DIGITS, model_kwargs={"pretrained": True}), [9] * 10)
 
 
 def test_the_check_of_a_network_changes_no_weight_and_no_draw():
