@@ -203,14 +203,16 @@ def _linear(model: nn.Module, method: str) -> dict[str, nn.Linear]:
     return found  # type: ignore[return-value]
 
 
-def _check_own_weights(found: Mapping[str, nn.Linear | CosineClassifier], method: str) -> None:
-    """Weights must be parameters: a value written into computed weights would be lost."""
+def _check_own(found: Mapping[str, nn.Linear | CosineClassifier], method: str, *names: str) -> None:
+    """Weights and biases must be parameters: a value written into computed ones would be lost."""
     for name, classifier in found.items():
-        if not isinstance(classifier.weight, nn.Parameter):
-            raise TypeError(
-                f"{name}: expected weights that are a parameter for {method}, got computed ones "
-                f"(by learn_scales_, weight normalisation, pruning): {classifier}"
-            )
+        for kind in names:
+            value = getattr(classifier, kind, None)
+            if value is not None and not isinstance(value, nn.Parameter):
+                raise TypeError(
+                    f"{name}: expected a {kind} that is a parameter for {method}, got a computed "
+                    f"one (by learn_scales_, weight normalisation, pruning): {classifier}"
+                )
 
 
 def _scale(classifier: nn.Module) -> _Scale | None:
@@ -241,10 +243,10 @@ def reset_classifiers_(model: nn.Module) -> None:
     """Initialises every classifier anew, with its own `reset_parameters`.
 
     Raises:
-        TypeError: a classifier's weights are computed from other tensors.
+        TypeError: a classifier's weight or bias is computed from other tensors.
     """
     found = classifiers(model)
-    _check_own_weights(found, "reset_classifiers_")
+    _check_own(found, "reset_classifiers_", "weight", "bias")
     for classifier in found.values():
         classifier.reset_parameters()
 
@@ -277,10 +279,11 @@ def tau_normalise_(model: nn.Module, tau: float) -> None:
     function does not restore them.
 
     Raises:
-        TypeError: a classifier is no `nn.Linear`, or its weights are computed from other tensors.
+        TypeError: a classifier is no `nn.Linear`, or its weight or bias is computed from other
+            tensors.
     """
     found = _linear(model, "tau-normalisation")
-    _check_own_weights(found, "tau-normalisation")
+    _check_own(found, "tau-normalisation", "weight", "bias")
     for weight in dict.fromkeys(linear.weight for linear in found.values()):
         weight.copy_(tau_normalised(weight, tau))
     for linear in found.values():
@@ -309,7 +312,7 @@ def learn_scales_(model: nn.Module) -> None:
         ValueError: two classifiers have the same weights.
     """
     found = _linear(model, "LWS")
-    _check_own_weights(found, "LWS")
+    _check_own(found, "LWS", "weight")
     owners: dict[Tensor, nn.Linear] = {}
     for name, linear in found.items():
         if owners.setdefault(linear.weight, linear) is not linear:
@@ -362,7 +365,7 @@ def adjust_logits_(
     inference. A forward that torch.fx cannot record is believed to return the classifier's outputs.
 
     Raises:
-        TypeError: a classifier is no `nn.Linear`.
+        TypeError: a classifier is no `nn.Linear`, or its bias is computed from other tensors.
         ValueError: class_counts [C] has another C than a classifier, or a change of the biases
             changes the logits otherwise, because something follows the classifier, such as a scale
             or a hook.
@@ -370,6 +373,7 @@ def adjust_logits_(
     adjustment = LogitAdjustment(class_counts, tau=tau)
     C = len(adjustment.shift)
     found = _linear(model, "logit adjustment")
+    _check_own(found, "logit adjustment", "bias")
     for name, linear in found.items():
         if linear.out_features != C:
             raise ValueError(

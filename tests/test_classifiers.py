@@ -322,13 +322,26 @@ def test_weights_that_are_computed_train_and_are_not_written_over(compute):
     compute(linear)
     for method in (reset_classifiers_, learn_scales_, lambda m: tau_normalise_(m, 1.0)):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(TypeError, match="^heads.1.classifier: expected weights that are a"):
+        with pytest.raises(TypeError, match="^heads.1.classifier: expected a weight that is a"):
             method(model)
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     with pytest.raises(ValueError, match="expected scales by learn_scales_"):
         fold_scales_(linear)
     train_classifiers(model)
     assert all(p.requires_grad for p in linear.parameters())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [reset_classifiers_, lambda m: tau_normalise_(m, 1.0), lambda m: adjust_logits_(m, COUNTS)],
+)
+def test_biases_that_are_computed_are_not_written_over(method):
+    model = elf()
+    prune.random_unstructured(model.heads[1].classifier, "bias", 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match="^heads.1.classifier: expected a bias that is a parameter"):
+        method(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_scales_are_not_put_on_scales():
