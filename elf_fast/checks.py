@@ -239,9 +239,11 @@ def class_counts(value: Any, least: int = 1) -> Tensor:
     counts = torch.as_tensor(value, dtype=torch.float64, device=device_for(value))
     if counts.is_meta:
         raise ValueError("class_counts: expected values, got a tensor on the meta device")
-    if counts.dim() != 1 or counts.numel() == 0 or not bool((counts >= least).all()):
+    valid = (counts >= least) & counts.isfinite()
+    if counts.dim() != 1 or counts.numel() == 0 or not bool(valid.all()):
         raise ValueError(
-            f"class_counts: expected [C] training counts of at least {least}, got {describe(value)}"
+            f"class_counts: expected [C] finite training counts of at least {least}, "
+            f"got {describe(value)}"
         )
     return counts
 

@@ -8,9 +8,9 @@ adjustment (Menon et al., arXiv 2007.07314, eq. 9). LDAM trains a normalised cla
         `model.train()` and class-balanced batches (`samplers.ClassSampler`).
     LWS: learn_scales_(model), train in the same way, fold_scales_(model).
 
-The functions take an ELF, a module that holds one, or a network without exits, and change its
-classifiers in place. An `ExitHead` whose classifier is a plain `nn.Linear` afterwards still runs
-fused.
+The functions take an ELF, a module that holds some, or a network without exits, and change its
+classifiers in place, once where exits share one. An `ExitHead` whose classifier is a plain
+`nn.Linear` afterwards still runs fused.
 
 Shapes: N samples, C classes, D features, E exits.
 """
@@ -18,16 +18,19 @@ Shapes: N samples, C classes, D features, E exits.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from . import checks
 from .base import ELFBase
 from .last_layers import LastLayers, find
 from .losses import log_prior
+from .modes import mode
 
 __all__ = [
     "CosineClassifier",
@@ -123,14 +126,26 @@ def _is_mean(last: LastLayers) -> bool:
 
 
 def _hands_on(last: LastLayers, shift: Tensor) -> bool:
-    """Whether logits change by the shift [C] if the outputs of all classifiers do. A forward that
+    """Whether logits change by the shift [C] if the biases of all classifiers do. A forward that
     cannot be recorded is believed to."""
-    z = _any_outputs(last)
-    before = _computed(last, z)
-    after = _computed(last, {name: v + shift.to(v) for name, v in z.items()})
+    biases = _any_outputs(last)
+    shifted = {name: bias + shift.to(bias) for name, bias in biases.items()}
+    before, after = (_computed(last, b, are_biases=True) for b in (biases, shifted))
     if before is None or after is None:
         return True
     return _are_close(after, before + shift.to(before))
+
+
+def _check_calls(part: nn.Module, last: LastLayers, name: str) -> None:
+    """What a hook or a forward that was set on a module does to the logits is not recorded."""
+    for path, module in part.named_modules(prefix=name):
+        compiled = "_orig_mod" in module._modules  # torch.compile sets such a forward
+        changed = module._forward_hooks or ("forward" in vars(module) and not compiled)
+        if changed and any(inner in last.layers.values() for inner in module.modules()):
+            raise ValueError(
+                f"{path or 'model'}: expected the forward of its class and no forward hooks, which "
+                f"may change the logits, got a {type(module).__name__} with one"
+            )
 
 
 def _are_close(a: Tensor, b: Tensor) -> bool:
@@ -147,22 +162,37 @@ def _any_outputs(last: LastLayers) -> dict[str, Tensor]:
     }
 
 
-def _computed(last: LastLayers, outputs: Mapping[str, Tensor]) -> Tensor | None:
+def _computed(
+    last: LastLayers, outputs: Mapping[str, Tensor], *, are_biases: bool = False
+) -> Tensor | None:
     try:
+        if are_biases:
+            outputs = {name: _output(last.layers[name], bias) for name, bias in outputs.items()}
         return None if last.logits is None else last.logits(outputs)
     except Exception:  # what follows the layers may read more than their outputs, such as sizes
         return None
 
 
+@torch.no_grad()
+def _output(layer: nn.Linear, biases: Tensor) -> Tensor:
+    """What the layer makes of input 0 with every bias [n, C]: the bias, unless a subclass of
+    `nn.Linear` changes it further."""
+    if type(layer).forward is nn.Linear.forward:
+        return biases
+    zeros = biases.new_zeros(1, layer.in_features)
+    with mode(layer, training=False):
+        return torch.cat([functional_call(layer, {"bias": b}, (zeros,)) for b in biases])
+
+
 def _parts_with_classifier(model: nn.Module) -> dict[str, nn.Module]:
+    found = {}
     for name, elf in model.named_modules():
         if isinstance(elf, ELFBase):
-            parts = [
-                f"stages.{e}" if isinstance(head, nn.Identity) else f"heads.{e}"
-                for e, head in enumerate(elf.heads)
-            ]
-            return {f"{name}.{p}".lstrip("."): elf.get_submodule(p) for p in parts}
-    return {"": model}
+            for e, head in enumerate(elf.heads):
+                passes_on = type(head).forward is nn.Identity.forward
+                part = f"stages.{e}" if passes_on else f"heads.{e}"
+                found[f"{name}.{part}".lstrip(".")] = elf.get_submodule(part)
+    return found or {"": model}
 
 
 def _linear(model: nn.Module, method: str) -> dict[str, nn.Linear]:
@@ -173,14 +203,16 @@ def _linear(model: nn.Module, method: str) -> dict[str, nn.Linear]:
     return found  # type: ignore[return-value]
 
 
-def _check_own_weights(found: Mapping[str, nn.Linear | CosineClassifier], method: str) -> None:
-    """Weights must be parameters: a value written into computed weights would be lost."""
+def _check_own(found: Mapping[str, nn.Linear | CosineClassifier], method: str, *names: str) -> None:
+    """Weights and biases must be parameters: a value written into computed ones would be lost."""
     for name, classifier in found.items():
-        if not isinstance(classifier.weight, nn.Parameter):
-            raise TypeError(
-                f"{name}: expected weights that are a parameter for {method}, got computed ones "
-                f"(by learn_scales_, weight normalisation, pruning): {classifier}"
-            )
+        for kind in names:
+            value = getattr(classifier, kind, None)
+            if value is not None and not isinstance(value, nn.Parameter):
+                raise TypeError(
+                    f"{name}: expected a {kind} that is a parameter for {method}, got a computed "
+                    f"one (by learn_scales_, weight normalisation, pruning): {classifier}"
+                )
 
 
 def _scale(classifier: nn.Module) -> _Scale | None:
@@ -191,24 +223,30 @@ def _scale(classifier: nn.Module) -> _Scale | None:
 
 
 def use_cosine_(model: nn.Module) -> None:
-    """Replaces every classifier by a newly initialised `CosineClassifier`.
+    """Replaces every classifier by a newly initialised `CosineClassifier`. Those with the same
+    weights get the same one. A backbone that `from_backbone` cut keeps its own classifier: only the
+    ELF has the new one.
 
     Raises:
         TypeError: a classifier is no `nn.Linear`.
     """
+    cosines: dict[Any, CosineClassifier] = {}
     for name, linear in _linear(model, "use_cosine_").items():
-        cosine = CosineClassifier(linear.in_features, linear.out_features)
-        model.set_submodule(name, cosine.to(linear.weight).train(linear.training))
+        weight = linear._parameters.get("weight", linear)  # no parameter if it is computed
+        if weight not in cosines:
+            cosine = CosineClassifier(linear.in_features, linear.out_features)
+            cosines[weight] = cosine.to(linear.weight).train(linear.training)
+        model.set_submodule(name, cosines[weight])
 
 
 def reset_classifiers_(model: nn.Module) -> None:
     """Initialises every classifier anew, with its own `reset_parameters`.
 
     Raises:
-        TypeError: a classifier's weights are computed from other tensors.
+        TypeError: a classifier's weight or bias is computed from other tensors.
     """
     found = classifiers(model)
-    _check_own_weights(found, "reset_classifiers_")
+    _check_own(found, "reset_classifiers_", "weight", "bias")
     for classifier in found.values():
         classifier.reset_parameters()
 
@@ -241,12 +279,14 @@ def tau_normalise_(model: nn.Module, tau: float) -> None:
     function does not restore them.
 
     Raises:
-        TypeError: a classifier is no `nn.Linear`, or its weights are computed from other tensors.
+        TypeError: a classifier is no `nn.Linear`, or its weight or bias is computed from other
+            tensors.
     """
     found = _linear(model, "tau-normalisation")
-    _check_own_weights(found, "tau-normalisation")
+    _check_own(found, "tau-normalisation", "weight", "bias")
+    for weight in dict.fromkeys(linear.weight for linear in found.values()):
+        weight.copy_(tau_normalised(weight, tau))
     for linear in found.values():
-        linear.weight.copy_(tau_normalised(linear.weight, tau))
         if linear.bias is not None:
             linear.bias.zero_()
 
@@ -269,10 +309,17 @@ def learn_scales_(model: nn.Module) -> None:
 
     Raises:
         TypeError: a classifier is no `nn.Linear`, or its weights are computed from other tensors.
+        ValueError: two classifiers have the same weights.
     """
     found = _linear(model, "LWS")
-    _check_own_weights(found, "LWS")
-    for linear in found.values():
+    _check_own(found, "LWS", "weight")
+    owners: dict[Tensor, nn.Linear] = {}
+    for name, linear in found.items():
+        if owners.setdefault(linear.weight, linear) is not linear:
+            raise ValueError(
+                f"{name}: expected weights of its own for LWS, got those of another classifier"
+            )
+    for linear in owners.values():
         parametrize.register_parametrization(linear, "weight", _Scale(linear.weight))
 
 
@@ -282,9 +329,11 @@ def fold_scales_(model: nn.Module) -> None:
     Raises:
         ValueError: a classifier has no learnable scale.
     """
-    for name, linear in _linear(model, "LWS").items():
+    found = _linear(model, "LWS")
+    for name, linear in found.items():
         if _scale(linear) is None:
             raise ValueError(f"{name}: expected scales by learn_scales_, got {linear}")
+    for linear in dict.fromkeys(found.values()):
         parametrize.remove_parametrizations(linear, "weight")
 
 
@@ -313,22 +362,25 @@ def adjust_logits_(
     model: nn.Module, class_counts: Sequence[int] | Tensor, *, tau: float = 1.0
 ) -> None:
     """Applies `LogitAdjustment` at every exit by changing the classifiers' biases, at no cost in
-    inference.
+    inference. A forward that torch.fx cannot record is believed to return the classifier's outputs.
 
     Raises:
-        TypeError: a classifier is no `nn.Linear`.
+        TypeError: a classifier is no `nn.Linear`, or its bias is computed from other tensors.
         ValueError: class_counts [C] has another C than a classifier, or a change of the biases
-            changes the logits otherwise, because something follows the classifier, such as a scale.
+            changes the logits otherwise, because something follows the classifier, such as a scale
+            or a hook.
     """
     adjustment = LogitAdjustment(class_counts, tau=tau)
     C = len(adjustment.shift)
     found = _linear(model, "logit adjustment")
+    _check_own(found, "logit adjustment", "bias")
     for name, linear in found.items():
         if linear.out_features != C:
             raise ValueError(
                 f"class_counts: expected {linear.out_features}, the classes of {name}, got {C}"
             )
     for name, last in _by_exit(model).items():
+        _check_calls(model.get_submodule(name), last, name)
         if not _hands_on(last, adjustment.shift):
             raise ValueError(
                 f"{name or 'model'}: expected the outputs of {list(last.layers)} as logits, got "
@@ -337,4 +389,5 @@ def adjust_logits_(
     for linear in found.values():
         if linear.bias is None:
             linear.bias = nn.Parameter(linear.weight.new_zeros(C))  # type: ignore[unreachable]
-        linear.bias.copy_(adjustment.to(linear.bias.device)(linear.bias))
+    for bias in dict.fromkeys(linear.bias for linear in found.values()):
+        bias.copy_(adjustment.to(bias.device)(bias))

@@ -65,7 +65,11 @@ def _per_exit(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     try:
-        t = torch.as_tensor(value, dtype=dtype, device=checks.device_for(value)).detach().clone()
+        device = checks.device_for(value)
+        given = torch.as_tensor(value, device=device)
+        if given.dtype == torch.bool or given.is_complex():
+            raise TypeError
+        t = torch.as_tensor(value, dtype=dtype, device=device).detach().clone()
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name}: expected {shape}, got {checks.describe(value)}") from error
     if t.dim() == 0:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 
 from . import checks
@@ -47,9 +48,10 @@ class Flops(NamedTuple):
         return total / sum(exit_counts)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would make tensors in a module's cache useless for training
 def count_flops(model: ELFBase, sample: Tensor) -> Flops:
-    """FLOPs of every stage and head, by torch.utils.flop_counter on one sample [1, ...].
+    """FLOPs of every stage and head, by torch.utils.flop_counter on one sample [1, ...]. If a
+    BatchNorm has no running statistics, two copies of it run, and half of their FLOPs count.
 
     Operators that compute products and have no formula, and all operators from outside PyTorch
     without one, count as 0 and are named in a warning. `torch.utils.flop_counter` has
@@ -67,10 +69,12 @@ def count_flops(model: ELFBase, sample: Tensor) -> Flops:
         with _Counter() as counter:
             y = module(x)
         unknown.update(counter.unknown)
-        return counter.get_total_flops(), y
+        return counter.get_total_flops() // copies, y
 
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    copies = 2 if any(norm.running_mean is None for norm in norms) else 1
     stages, heads = [], []
-    x = sample
+    x = torch.cat([sample] * copies)  # a stage may write into its input
     with mode(model, training=False), _without_fast_path():
         for stage, head in zip(model.stages, model.heads, strict=True):
             flops, x = measure(stage, x)

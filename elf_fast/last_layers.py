@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from .heads import ExitHead
+from . import heads
 from .modes import mode
 from .tracing import Tracer
 
@@ -29,17 +29,21 @@ def find(module: nn.Module, kinds: tuple[type[nn.Module], ...], name: str = "") 
     """The layers of these kinds whose outputs reach the output of `module` through no other of
     them. `name` is put in front of their names.
 
-    If torch.fx cannot record a forward, the layer that is defined last stands for the module, with
-    all others that have as many outputs.
+    If torch.fx cannot record a forward, the `classifier` of an `ExitHead` stands for it, and for
+    another module the layer that is defined last, with all others that have as many outputs.
     """
     if isinstance(module, kinds):
         return LastLayers({name: module}, lambda outputs: outputs[name])
-    inner = "classifier" if isinstance(module, ExitHead) else "_orig_mod"  # of torch.compile
-    if isinstance(module, ExitHead) or inner in dict(module.named_children()):
+    is_head = type(module).forward is heads.ExitHead.forward
+    inner = "classifier" if is_head else "_orig_mod"  # of torch.compile
+    if is_head or inner in dict(module.named_children()):
         return find(module.get_submodule(inner), kinds, _join(name, inner))
     try:
         graph = _graph(module)
     except Exception:  # a forward that is given proxies can raise anything
+        if isinstance(module, heads.ExitHead):
+            found = find(module.classifier, kinds, _join(name, "classifier"))
+            return found._replace(logits=None)
         return LastLayers(_defined_last(module, kinds, name), None)
     return _follow(module, graph, kinds, name)
 
@@ -56,6 +60,15 @@ def _defined_last(
     return {n: layer for n, layer in named.items() if getattr(layer, "out_features", None) == C}
 
 
+class _Tracer(Tracer):
+    """Keeps calls of `heads.pool` whole: it decides on the shape, which torch.fx cannot record."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._autowrap_function_ids.add(id(heads.pool))
+        self._autowrap_search.append(heads)
+
+
 def _graph(module: nn.Module) -> fx.Graph:
     """What the module's own forward does in evaluation mode, from its input to its output."""
     if isinstance(module, fx.GraphModule):
@@ -63,7 +76,7 @@ def _graph(module: nn.Module) -> fx.Graph:
     before = dict(vars(module))
     try:
         with mode(module, training=False):
-            graph = Tracer().trace(module)
+            graph = _Tracer().trace(module)
     finally:
         for name in set(vars(module)) - set(before):  # constants that torch.fx stored
             delattr(module, name)

@@ -60,10 +60,12 @@ class LongTailLoss(nn.Module):
         checks.at_least("label_smoothing", label_smoothing, 0.0, 1.0)
         if reduction not in ("mean", "none"):
             raise ValueError(f'reduction: expected "mean" or "none", got {reduction!r}')
+        C = None
         for name, value in (("weight", weight), ("margins", margins), ("bias", bias)):
             if value is not None:
                 checks.tensor(name, value)
-                checks.per_class(name, value, value.numel(), value.device)
+                C = value.numel() if C is None else C
+                checks.per_class(name, value, C, value.device)
             self.register_buffer(name, value)
         self.gamma = float(gamma)
         self.scale = float(scale)
@@ -83,8 +85,16 @@ class LongTailLoss(nn.Module):
 
     def as_family(self) -> dict[str, Any] | None:
         """`arguments` if they define the loss completely, so that an ELF can run it fused; None if
-        a subclass overrides `forward`, which the ELF then calls."""
-        return self.arguments() if type(self).forward is LongTailLoss.forward else None
+        `forward` is another one or has hooks. The ELF then calls the loss."""
+        changed = (
+            type(self).forward is not LongTailLoss.forward
+            or "forward" in self.__dict__
+            or self._forward_hooks
+            or self._forward_pre_hooks
+            or self._backward_hooks
+            or self._backward_pre_hooks
+        )
+        return None if changed else self.arguments()
 
     def margin_thresholds(self, thresholds: float | Sequence[float] | Tensor) -> Tensor:
         """`train_thresholds` with which the exit test in training subtracts the margins from the
@@ -99,11 +109,17 @@ class LongTailLoss(nn.Module):
         Shape: thresholds [], [E-1] or [E-1, C], in [0, 1] or inf -> [C] or [E-1, C], float32.
 
         Raises:
-            ValueError: thresholds outside their range, or a loss without margins.
+            ValueError: thresholds of another shape or outside their range, or a loss without
+                margins.
         """
         if self.margins is None:
             raise ValueError(f"margins: expected a loss with margins, got {type(self).__name__}")
         t = torch.as_tensor(thresholds, dtype=torch.float64, device=self.margins.device)
+        C = len(self.margins)
+        if t.dim() > 2 or (t.dim() == 2 and t.shape[1] != C):
+            raise ValueError(
+                f"thresholds: expected shape [], [E-1] or [E-1, {C}], got {list(t.shape)}"
+            )
         t = t if t.dim() == 2 else t[..., None]
         checks.threshold_values("thresholds", t, criteria.by_name("confidence"))
         odds = torch.where(t.isinf(), 0.0, (1 - t) / t)
@@ -248,12 +264,12 @@ class DeferredReweighting(LongTailLoss):
     """`loss` unchanged before epoch `start_epoch`, and times `class_balanced_weight` from that
     epoch on (DRW: Cao et al., arXiv 1906.07413, Algorithm 1).
 
-    Call `set_epoch` before every epoch. The state dict holds the current weights, so a loaded loss
-    continues with them.
+    Call `set_epoch` before every epoch, not between a loss and its backward pass, which reads the
+    weights. The state dict holds the current weights, so a loaded loss continues with them.
 
     Args:
-        loss: any member of the family; its settings are kept. If it has weights, they are
-            multiplied by `class_balanced_weight`.
+        loss: any member of the family that has no `forward` of its own and no hooks; its settings
+            are kept. If it has weights, they are multiplied by `class_balanced_weight`.
         class_counts: [C] training samples of every class.
         start_epoch: the first epoch with the class-balanced weights, counted from 0.
         beta: passed to `class_balanced_weight`.
@@ -277,6 +293,11 @@ class DeferredReweighting(LongTailLoss):
         if not isinstance(loss, LongTailLoss):
             raise TypeError(
                 f"loss: expected a loss of elf_fast.losses, got {checks.describe(loss)}"
+            )
+        if loss.as_family() is None:
+            raise ValueError(
+                "loss: expected one without hooks and with the forward of LongTailLoss, got "
+                f"{checks.describe(loss)}"
             )
         checks.integer("start_epoch", start_epoch, 0)
         after = class_balanced_weight(class_counts, beta).float()

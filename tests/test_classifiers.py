@@ -216,6 +216,52 @@ def test_a_classifier_without_bias_gets_one():
     torch.testing.assert_close(linear.bias.detach(), -LOG_PRIOR.float())
 
 
+# Classifiers that exits share
+
+
+def shared(what):
+    heads = [ExitHead(8, 4), ExitHead(8, 4)]
+    if what == "head":
+        heads[1] = heads[0]
+    elif what == "classifier":
+        heads[1].classifier = heads[0].classifier
+    else:
+        heads[1].classifier.weight = heads[0].classifier.weight
+        heads[1].classifier.bias = heads[0].classifier.bias
+    return ELF([nn.Identity(), nn.Identity()], heads), heads[0].classifier
+
+
+@pytest.mark.parametrize("what", ["head", "classifier", "parameters"])
+def test_what_exits_share_is_changed_once(what):
+    model, linear = shared(what)
+    assert list(classifiers(model)) == ["heads.0.classifier", "heads.1.classifier"]
+    weight, bias = linear.weight.detach().clone(), linear.bias.detach().clone()
+    adjust_logits_(model, COUNTS)
+    torch.testing.assert_close(linear.bias.detach(), bias - LOG_PRIOR.float())
+    tau_normalise_(model, 0.5)
+    torch.testing.assert_close(linear.weight.detach(), tau_normalised(weight, 0.5))
+    if what == "parameters":
+        with pytest.raises(ValueError, match="^heads.1.classifier: expected weights of its own"):
+            learn_scales_(model)
+    else:
+        learn_scales_(model)
+        linear.parametrizations.weight[0].scale.data.fill_(2.0)
+        fold_scales_(model)
+        torch.testing.assert_close(linear.weight.detach(), 2 * tau_normalised(weight, 0.5))
+    use_cosine_(model)
+    assert model.heads[0].classifier is model.heads[1].classifier
+    assert isinstance(model.heads[0].classifier, CosineClassifier)
+
+
+def test_every_elf_of_a_module_is_changed():
+    both = nn.ModuleDict({"a": elf(), "b": cut()})
+    before = {name: c.bias.clone() for name, c in classifiers(both).items()}
+    assert len(before) == 5
+    adjust_logits_(both, COUNTS)
+    for name, classifier in classifiers(both).items():
+        torch.testing.assert_close(classifier.bias - before[name], -LOG_PRIOR.float())
+
+
 # The normalised classifier
 
 
@@ -276,13 +322,26 @@ def test_weights_that_are_computed_train_and_are_not_written_over(compute):
     compute(linear)
     for method in (reset_classifiers_, learn_scales_, lambda m: tau_normalise_(m, 1.0)):
         before = copy.deepcopy(model.state_dict())
-        with pytest.raises(TypeError, match="^heads.1.classifier: expected weights that are a"):
+        with pytest.raises(TypeError, match="^heads.1.classifier: expected a weight that is a"):
             method(model)
         torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     with pytest.raises(ValueError, match="expected scales by learn_scales_"):
         fold_scales_(linear)
     train_classifiers(model)
     assert all(p.requires_grad for p in linear.parameters())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [reset_classifiers_, lambda m: tau_normalise_(m, 1.0), lambda m: adjust_logits_(m, COUNTS)],
+)
+def test_biases_that_are_computed_are_not_written_over(method):
+    model = elf()
+    prune.random_unstructured(model.heads[1].classifier, "bias", 0.5)
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(TypeError, match="^heads.1.classifier: expected a bias that is a parameter"):
+        method(model)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 def test_scales_are_not_put_on_scales():

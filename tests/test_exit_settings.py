@@ -60,6 +60,12 @@ def test_the_number_of_classes_is_that_of_the_last_layer_if_it_says_one(head, cl
     assert exit_settings.classes_of(nn.ModuleList([nn.Softplus(), head])) == classes
 
 
+@pytest.mark.parametrize("value", [True, [False], torch.tensor([True]), 0.5j, torch.tensor([0.5j])])
+def test_no_number_is_made_of_a_bool_or_a_complex_number(value):
+    with pytest.raises(TypeError, match="^thresholds: expected a scalar, 1 values .*, got "):
+        exit_settings.thresholds("thresholds", value, 1, CONFIDENCE)
+
+
 def test_a_wrong_number_of_classes_is_refused_in_the_forward_pass_at_the_latest():
     known, unknown = nn.Linear(8, 5), nn.Sequential(nn.Linear(8, 5), nn.Softplus())
     with pytest.raises(ValueError, match=r"thresholds: .* or \[1, 5\], one per class"):

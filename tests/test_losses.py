@@ -153,6 +153,28 @@ def test_weights_are_deferred_over_every_loss(name):
         assert_follows(loss, lambda z, weight=weight: weight * formula(z, Y, 0.1))
 
 
+def sevens(*arguments):
+    return torch.full((32,), 7.0)
+
+
+def with_hook(loss):
+    loss.register_forward_hook(sevens)
+    return loss
+
+
+def with_forward(loss):
+    loss.forward = sevens
+    return loss
+
+
+@pytest.mark.parametrize("change", [with_hook, with_forward])
+@pytest.mark.parametrize("cls", [reference.ELF, ELF], ids=["reference", "elf_fast"])
+def test_a_loss_with_a_hook_or_another_forward_is_called(cls, change):
+    loss = change(losses.FocalLoss(reduction="none"))
+    model = cls([nn.Identity()], [nn.Linear(4, 4)], exit_loss=loss).train()
+    assert model(Z.float(), Y).loss.item() == 7
+
+
 def deferred():
     return losses.DeferredReweighting(losses.LDAMLoss(COUNTS), COUNTS, start_epoch=2)
 
@@ -184,6 +206,8 @@ def test_the_loss_that_is_deferred_keeps_its_own_weights():
          TypeError, "loss: expected a loss of elf_fast.losses, got CrossEntropyLoss"),
         (lambda: losses.DeferredReweighting(losses.FocalLoss(), COUNTS, start_epoch=-1),
          ValueError, "start_epoch: expected an integer >= 0, got -1"),
+        (lambda: losses.DeferredReweighting(with_hook(losses.FocalLoss()), COUNTS, start_epoch=0),
+         ValueError, "loss: expected one without hooks and with the forward of LongTailLoss, got"),
         (lambda: losses.DeferredReweighting(losses.ClassBalancedLoss([1, 2]), COUNTS,
                                             start_epoch=1),
          ValueError, r"loss.weight: expected shape \[4\]"),

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..base import ELFBase
+from ..base import ELFBase, apart_from
 from ..criteria import Criterion, find
 from ..modes import mode
 from ..reference import statistic
@@ -47,7 +47,7 @@ class ExitTable(NamedTuple):
         )
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would make tensors in a module's cache useless for training
 def exit_table(model: ELFBase, batches: Iterable[tuple[Tensor, Tensor]]) -> ExitTable:
     """Every exit's results for batches of images [n, ...] and targets [n]. Without batches (a
     process may have none) the table has N = 0."""
@@ -59,13 +59,13 @@ def exit_table(model: ELFBase, batches: Iterable[tuple[Tensor, Tensor]]) -> Exit
     found = [ExitTable(empty, empty.long(), empty[0].long(), criterion)]
     with mode(model, training=False):
         for x, y in batches:
-            x = x.to(device, non_blocking=True)
-            logits = []
-            for stage, head in zip(model.stages, model.heads, strict=True):
-                x = stage(x)
-                logits.append(head(x))
-            pairs = zip(logits, temperatures, strict=True)
-            statistics = torch.stack([statistic(z, T, criterion) for z, T in pairs])
-            predictions = torch.stack([z.argmax(1) for z in logits])
-            found.append(ExitTable(statistics.cpu(), predictions.cpu(), y.cpu(), criterion))
+            given = x = x.to(device, non_blocking=True)
+            statistics, predictions = [], []
+            for stage, head, T in zip(model.stages, model.heads, temperatures, strict=True):
+                x = apart_from(given, stage(x))
+                z = head(x)  # read now, because the next stage may write into it
+                statistics.append(statistic(z, T, criterion))
+                predictions.append(z.argmax(1))
+            columns = torch.stack(statistics).cpu(), torch.stack(predictions).cpu()
+            found.append(ExitTable(*columns, y.cpu(), criterion))
     return ExitTable.joined(found)

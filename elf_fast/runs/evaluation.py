@@ -37,7 +37,7 @@ def autocast(config: TrainConfig, device: torch.device) -> contextlib.AbstractCo
     return torch.autocast(device.type, getattr(torch, config.amp_dtype), enabled=config.amp)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # inference mode would make tensors in a module's cache useless for training
 def evaluate(
     config: TrainConfig, model: ELF, batches: ImageLoader, class_counts: list[int], flops: Flops
 ) -> dict[str, Any]:

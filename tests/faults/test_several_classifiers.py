@@ -19,6 +19,7 @@ from elf_fast.classifiers import (
     train_classifiers,
     use_cosine_,
 )
+from elf_fast.heads import pool
 
 C = 3
 COUNTS = [90, 30, 6]
@@ -181,6 +182,102 @@ def test_logits_that_are_no_mean_are_refused(name):
 def test_biases_are_not_changed_where_something_follows(forward):
     with pytest.raises(ValueError, match="^model: expected .*"):
         adjust_logits_(network(forward), COUNTS)
+
+
+def hook(module: nn.Module) -> None:
+    module.register_forward_hook(lambda module, inputs, output: output * 10)
+
+
+def other_forward(module: nn.Module) -> None:
+    before = module.forward
+    module.forward = lambda x: before(x) * 10
+
+
+def in_a_subclass(module: nn.Module) -> None:
+    forward = type(module).forward
+    module.__class__ = type("Scaled", (type(module),), {"forward": lambda m, x: forward(m, x) * 10})
+
+
+def without_bias(module: nn.Module) -> None:
+    linear = getattr(module, "classifier", module)
+    linear.__class__ = type(
+        "Unbiased", (nn.Linear,), {"forward": lambda m, x: nn.functional.linear(x, m.weight)}
+    )
+
+
+@pytest.mark.parametrize("change", [hook, other_forward, in_a_subclass, without_bias])
+@pytest.mark.parametrize("of", ["0", "0.classifier"])
+def test_biases_are_not_changed_where_their_module_does_something_else(change, of):
+    head = nn.Sequential(ExitHead(5, C))
+    change(head.get_submodule(of))
+    model = ELF([nn.Identity()], [head])
+    before = head[0].classifier.bias.clone()
+    with pytest.raises(ValueError, match="^heads.0.*: expected "):
+        adjust_logits_(model, COUNTS)
+    assert torch.equal(head[0].classifier.bias, before)
+    assert list(classifiers(model)) == ["heads.0.0.classifier"]
+
+
+def test_a_subclass_of_identity_may_change_the_logits():
+    model = ELF([nn.Linear(5, C)], [nn.Identity()])
+    in_a_subclass(model.heads[0])
+    with pytest.raises(ValueError, match="^heads.0: expected an nn.Linear or .*, got Scaled"):
+        adjust_logits_(model, COUNTS)
+
+
+class Dropping(ExitHead):
+    def forward(self, features: Tensor) -> Tensor:
+        return self.classifier(nn.functional.dropout(pool(features), 0.5, self.training))
+
+
+class Two(ExitHead):
+    def __init__(self) -> None:
+        super().__init__(5, 7)
+        self.second = nn.Linear(7, C)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.second(super().forward(features).relu())
+
+
+class Deciding(ExitHead):
+    def __init__(self) -> None:
+        super().__init__(5, C)
+        self.proj = nn.Linear(5, 5)
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.dim() == 4:
+            features = features.mean((2, 3))
+        return super().forward(self.proj(features))
+
+
+class Cast(nn.Linear):
+    """As timm's Linear."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
+def cast() -> ExitHead:
+    head = ExitHead(5, C)
+    head.classifier = Cast(5, C, bias=False)
+    return head
+
+
+@pytest.mark.parametrize(
+    "make, name",
+    [
+        (lambda: Dropping(5, C), "classifier"),
+        (Two, "second"),
+        (Deciding, "classifier"),
+        (cast, "classifier"),
+    ],
+)
+def test_subclasses_that_hand_the_biases_on_are_adjusted(make, name):
+    model = ELF([nn.Identity()], [make()]).eval()
+    before = model(X).logits
+    assert list(classifiers(model)) == [f"heads.0.{name}"]
+    adjust_logits_(model, COUNTS)
+    torch.testing.assert_close(model(X).logits - before, SHIFT.expand(4, C))
 
 
 def test_one_classifier_with_a_scale_is_still_trained():

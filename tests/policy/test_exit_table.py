@@ -6,8 +6,9 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from elf_fast import criteria
+from elf_fast import ELF, criteria
 from elf_fast.demo import network
 from elf_fast.demo.loop import batches, predict
 from elf_fast.policy.exit_table import ExitTable, exit_table
@@ -38,6 +39,16 @@ def test_the_table_leaves_where_the_model_leaves(digits, trained, criterion, per
     correct = table.correct.gather(0, out.exit_index[None])[0]
     assert torch.equal(correct, out.prediction == targets)
     assert set(out.exit_index.tolist()) == {0, 1, 2}
+
+
+def test_a_later_stage_may_write_into_the_logits():
+    torch.manual_seed(0)
+    stages = [nn.Linear(6, 3), nn.Sequential(nn.ReLU(inplace=True), nn.Linear(3, 3))]
+    model = ELF(stages, [nn.Identity(), nn.Identity()], thresholds=0.45).eval()
+    x = torch.randn(50, 6)
+    table, out = exit_table(model, [(x, torch.zeros(50).long())]), model(x)
+    assert torch.equal(table.exit_index(model.thresholds), out.exit_index)
+    assert torch.equal(table.prediction.gather(0, out.exit_index[None])[0], out.prediction)
 
 
 def test_tables_of_processes_join_also_an_empty_one(digits):
