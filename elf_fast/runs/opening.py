@@ -57,11 +57,8 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
     Raises:
         CheckpointError: they do not fit the model, or are NaN or infinite.
     """
-    for name, value in weights.items():
-        # Thresholds outside of stages and heads may be infinite.
-        if name.startswith(("stages.", "heads.")) and not bool(value.isfinite().all()):
-            raise CheckpointError(f"{path}: expected finite weights, got NaN or infinity in {name}")
     try:
+        files.check_dtypes(model.state_dict(), weights)
         model.load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError) as error:
         if is_out_of_memory(error):
@@ -69,6 +66,10 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(
             f"{path}: its weights do not fit the network of this version ({files.misfit(error)})"
         ) from error
+    for name, value in weights.items():
+        # Thresholds outside of stages and heads may be infinite.
+        if name.startswith(("stages.", "heads.")) and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{path}: expected finite weights, got NaN or infinity in {name}")
 
 
 def evaluate_run(

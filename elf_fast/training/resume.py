@@ -186,7 +186,9 @@ def _load_learnt(model: ELF, saved: dict[str, Tensor]) -> None:
         return name.startswith(("stages.", "heads."))
 
     settled = {name: value for name, value in model.state_dict().items() if not learnt(name)}
-    model.load_state_dict({**settled, **{k: v for k, v in saved.items() if learnt(k)}})
+    loaded = {**settled, **{k: v for k, v in saved.items() if learnt(k)}}
+    files.check_dtypes(model.state_dict(), loaded)
+    model.load_state_dict(loaded)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

@@ -97,6 +97,11 @@ def test_a_lack_of_memory_is_one_line_and_an_error_of_ours_is_not(error, monkeyp
         ("a: &a [1]\nb: *a", "expected no aliases, got *a"),
         ("epochs: 1\nlr: 2\nepochs: 3", "expected every key once, got epochs again"),
         ("model_kwargs: {a: 1, b: {c: 1, c: 2}}", "expected every key once, got c again"),
+        ("<<: [{epochs: 3}, {epochs: 5}]", "expected no merge keys, got <<"),
+        ("model_kwargs: {<<: {a: 1}}", "expected no merge keys, got <<"),
+        ("batch_size: 0100", "expected a number without colons and leading zeros, got 0100"),
+        ("epochs: 1:30", "expected a number without colons and leading zeros, got 1:30"),
+        ("lr: 1:30.5", "expected a number without colons and leading zeros, got 1:30.5"),
         ("[" * 2_000, "nested too deeply"),
         ("- " * 9_000, "nested too deeply"),
         ("a: 2020-99-99", "month must be in 1..12"),
@@ -237,6 +242,24 @@ def test_weights_that_are_not_finite_are_not_evaluated(part, saved, tmp_path, ca
     assert f"expected finite weights, got NaN or infinity in {part}" in refused(
         capsys, "eval", path
     )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int8, torch.complex64, torch.float8_e4m3fn, torch.float64]
+)
+def test_weights_of_another_dtype_are_refused(dtype, saved, tmp_path, capsys):
+    """`load_state_dict` would convert them."""
+    trainer, checkpoint = saved
+    name = "stages.0.conv1.weight"
+    spoiled = {**checkpoint.weights, name: checkpoint.weights[name].to(dtype)}
+    files.save(tmp_path / "a.safetensors", spoiled, checkpoint.metadata)
+    said = refused(capsys, "eval", tmp_path / "a.safetensors")
+    assert f"({name}: expected torch.float32, got {dtype})" in said
+    with pytest.raises(CheckpointError, match=f"{name}: expected torch.float32, got {dtype}"):
+        resume.restore(
+            checkpoint._replace(weights=spoiled), trainer.config, trainer.learner, CPU,
+            global_batch=64,
+        )  # fmt: skip
 
 
 # A lack of memory is not blamed on what was tried

@@ -17,7 +17,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from run_cases import DIGITS, QUIET
+from run_cases import DIGITS, QUIET, refused
 
 pytest.importorskip("safetensors")
 
@@ -148,6 +148,25 @@ def test_a_folder_with_results_of_a_run_is_not_free(name, tmp_path):
     with pytest.raises(FileExistsError, match="holds a run already"):
         train(replace(CONFIG, output=str(tmp_path)), console=QUIET)
     assert not (tmp_path / "config.yaml").exists()
+
+
+def test_only_what_a_killed_run_left_is_removed(tmp_path):
+    own = {"config.yaml.9.partial", "config.previous.yaml.9.partial", "metrics.json.12.partial",
+           "model.safetensors.3.partial", "model.previous.safetensors.3.partial"}  # fmt: skip
+    theirs = {"movie.mkv.partial", "config.yaml.partial", "config.yaml.x.partial", "a.1.partial"}
+    for name in own | theirs:
+        (tmp_path / name).write_text("x")
+    (tmp_path / "metrics.json.1.partial").mkdir()
+    RunFolder(tmp_path, Processes(torch.device("cpu"))).claim(DIGITS, resumed=False)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == theirs | {"config.yaml", "metrics.json.1.partial"}
+
+
+def test_a_path_that_leads_round_in_a_circle_is_refused(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    flags = "--dataset digits --model cifar_resnet8 --workers 0 --no-log-tensorboard"
+    said = refused(capsys, "train", *flags.split(), "--output", tmp_path / "loop")
+    assert f"elf-fast: {tmp_path / 'loop'}: " in said
 
 
 # Signals
