@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..console import say
 from ..memory import is_out_of_memory
 from ..modules import ELF
 from ..runs import checkpoints, files
@@ -86,7 +87,7 @@ def newest(folder: Path, processes: Processes, console: Console) -> Checkpoint |
     if processes.is_first:
         checkpoints.set_aside(folder, found)
     for error in refused:
-        console.print(f"refused: {error}", highlight=False, soft_wrap=True)
+        say(console, f"refused: {' '.join(str(error).split())}")
     return found
 
 
