@@ -289,13 +289,24 @@ class TrainConfig:
                 f"{self.max_flops}"
             )
 
-    def without_effect(self) -> list[str]:
+    def without_effect(
+        self, *, has_momentum: bool = True, has_validation: bool = True
+    ) -> list[str]:
         """For each setting that differs from its default and that other settings switch off, its
-        name and what it needs."""
+        name and what it needs.
+
+        Args:
+            has_momentum, has_validation: whether the optimiser has a momentum, and the data a
+                validation part.
+        """
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
         found = [
             f"{name} (needs {need})"
-            for need, names, acts in _ACTS
+            for need, names, acts in (
+                *_ACTS,
+                ("an opt with momentum", ("momentum",), lambda run: has_momentum),
+                ("a validation part", ("val_interval",), lambda run: has_validation),
+            )
             for name in names
             if getattr(self, name) != defaults[name] and not acts(self)
         ]

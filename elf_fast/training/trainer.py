@@ -281,7 +281,10 @@ class Trainer:
         """Trains to the end, calibrates, evaluates once, and writes the results."""
         with self.folder.locked(), self.stop:
             self.folder.claim(self.config, resumed=self.resumed)
-            if idle := self.config.without_effect():
+            if idle := self.config.without_effect(
+                has_momentum="momentum" in self.learner.optimizer.param_groups[0],
+                has_validation=self.validation is not None,
+            ):
                 say(self.console, f"settings without effect: {', '.join(idle)}")
             self._train()
             self.folder.check()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +15,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from run_cases import DIGITS, QUIET, parsed, refused
 
 from elf_fast.runs import networks, plain, strict_yaml
 from elf_fast.runs.config import TrainConfig
+from elf_fast.runs.datasets import load_splits
 from elf_fast.training import learner, schedule
+from elf_fast.training import trainer as trainers
 from elf_fast.training.processes import Processes
 from elf_fast.training.trainer import Trainer
 
@@ -183,6 +188,18 @@ def test_settings_that_others_switch_off_are_named():
     assert DIGITS.without_effect() == []
     acting = replace(made, exits=None, loss="focal", sched="cosine", skip_errors=False)
     assert acting.without_effect() == ["decay_milestones (needs sched step)"]
+
+
+def test_a_run_names_settings_that_its_optimiser_and_data_switch_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_train", lambda trainer: None)
+    monkeypatch.setattr(trainers, "write_results", lambda *arguments, **options: {})
+    splits = load_splits(DIGITS)
+    monkeypatch.setattr(trainers, "load_splits", lambda config: replace(splits, validation=None))
+    shown = io.StringIO()
+    config = replace(DIGITS, momentum=0.5, val_interval=2, output=str(tmp_path))
+    trainers.train(replace(config, opt="adamw"), console=Console(file=shown))
+    (named,) = re.findall("settings without effect: (.*)", shown.getvalue())
+    assert named == "momentum (needs an opt with momentum), val_interval (needs a validation part)"
 
 
 @pytest.mark.parametrize(
