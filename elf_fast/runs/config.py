@@ -246,14 +246,15 @@ class TrainConfig:
     def _check_data(self) -> None:
         if self.dataset == "digits":
             for name in (
-                "data_dir", "imbalance_profile", "validation_fraction", "transforms", "img_size"
+                "imbalance_profile", "validation_fraction", "transforms", "img_size",
+                "exif_orientation", "data_dir",
             ):  # fmt: skip
                 self._check_default(name)
         elif self.data_dir is None:
             raise ValueError(
                 f"data_dir: expected a folder of images (dataset {self.dataset}), got none"
             )
-        if self.is_cifar or self.dataset == "digits":
+        if self.is_cifar:
             self._check_default("exif_orientation")
         if self.dataset in SUBSETTABLE:
             self._check_default("lists")
