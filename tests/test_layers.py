@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = (
     ("criteria", "memory", "modes", "weight_decay", "kernels"),
     ("checks",),
+    ("console",),
     ("ranks", "exit_settings"),
     ("base", "heads"),
     ("reference",),

@@ -70,8 +70,9 @@ def _row(mode: str, share: float, samples: Samples) -> dict[str, Any]:
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.table import Table
+
+    from ..console import LastingConsole
 
     for mode in dict.fromkeys(row["mode"] for row in rows):
         of_mode = [row for row in rows if row["mode"] == mode]
@@ -83,7 +84,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
             cells = [f"{m:.2f} ({low:.2f}..{high:.2f})" for m, low, high in row["speed"].values()]
             table.add_row(f"{row['share']:.0%}", f"{row['microseconds']['elf_fast'][0] / 1e3:.3g}",
                           *cells)  # fmt: skip
-        Console().print(table)
+        LastingConsole().print(table)
     print(
         "full: without exits. reference: plain PyTorch. oracle: the stages alone on batches "
         "compacted\nbeforehand, which no early exit can beat. The network is untrained: the share "

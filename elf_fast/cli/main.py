@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 
+from .. import checks
 from ..memory import is_out_of_memory
 from . import bench, demo, doctor, evaluate, interrupts, train
 from .errors import UserError
@@ -21,6 +23,9 @@ _EXTRA = {
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a file name may be none of its encoding
+            stream.reconfigure(errors="backslashreplace")
     arguments = parser().parse_args(argv)
     try:
         with interrupts.second_ends_at_once():
@@ -62,5 +67,5 @@ def parser() -> argparse.ArgumentParser:
 
 def _fail(message: str) -> int:
     lines = (" ".join(line.split()) for line in message.splitlines())
-    print(f"elf-fast: {'; '.join(filter(None, lines))}", file=sys.stderr)
+    print(f"elf-fast: {checks.printable('; '.join(filter(None, lines)))}", file=sys.stderr)
     return 2

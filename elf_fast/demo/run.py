@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from .. import __version__
+from ..console import LastingConsole, say
 from ..data.digits import DigitSplits, long_tailed_digits
 from ..flops import Flops, count_flops
 from ..losses import BalancedSoftmaxLoss
@@ -82,7 +83,7 @@ def build(kind: str, class_counts: list[int]) -> ELF:
 def run(output: Path, *, seeds: int = 3, epochs: int = 40, console: Console | None = None) -> dict:
     """Trains, evaluates and writes report.html, results.json, accuracy_flops.png and
     model.safetensors (ELF of the first seed) into `output`; returns the results."""
-    console = console or Console()
+    console = console or LastingConsole()
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     data = long_tailed_digits(IMBALANCE, seed=SPLIT_SEED)
@@ -198,7 +199,7 @@ def evaluate_saved(
     Raises:
         files.CheckpointError: weights or metadata do not fit this version's network or split.
     """
-    missing = {"class_counts", "imbalance", "split_seed"} - set(metadata)
+    missing = {"class_counts", "imbalance", "seed", "split_seed"} - set(metadata)
     if missing:
         raise files.CheckpointError(
             f"{path}: expected weights of the digits demo, with {', '.join(sorted(missing))} in "
@@ -303,4 +304,4 @@ def _print(console: Console, output: Path, results: dict[str, Any]) -> None:
         console.print(f"- {line}", highlight=False)
     console.print(f"\nWritten in {results['seconds']:.0f} s:", highlight=False)
     for name in ("report.html", "accuracy_flops.png", "results.json", "model.safetensors"):
-        console.print(f"  {output / name}", highlight=False, soft_wrap=True)
+        say(console, f"  {output / name}")

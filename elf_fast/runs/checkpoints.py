@@ -127,7 +127,7 @@ def set_aside(folder: Path, good: Checkpoint | None) -> None:
         damaged = path.with_name(f"{path.name}.damaged")
         _remove(damaged)
         path.rename(damaged)
-    for partial in folder.glob("step-*.partial"):
+    for partial in _paths(folder, ".partial"):
         _remove(partial)
 
 
@@ -144,10 +144,14 @@ def _manifest(path: Path) -> dict[str, str]:
     return digests
 
 
-def _paths(folder: Path) -> list[Path]:
-    """Complete checkpoints, newest first."""
-    found = (p for p in folder.glob("step-*") if p.name.removeprefix("step-").isdigit())
-    return sorted(found, reverse=True)
+def _paths(folder: Path, suffix: str = "") -> list[Path]:
+    """Complete checkpoints, newest first, or those of another suffix."""
+    steps = {}
+    for path in folder.glob(f"step-*{suffix}"):
+        step = path.name.removeprefix("step-").removesuffix(suffix)
+        if step.isdecimal():
+            steps[path] = int(step)
+    return sorted(steps, key=steps.__getitem__, reverse=True)
 
 
 def _remove(path: Path) -> None:

@@ -245,15 +245,20 @@ class TrainConfig:
 
     def _check_data(self) -> None:
         if self.dataset == "digits":
-            for name in ("imbalance_profile", "validation_fraction", "transforms", "img_size"):
+            for name in (
+                "imbalance_profile", "validation_fraction", "transforms", "img_size",
+                "exif_orientation", "data_dir",
+            ):  # fmt: skip
                 self._check_default(name)
         elif self.data_dir is None:
             raise ValueError(
                 f"data_dir: expected a folder of images (dataset {self.dataset}), got none"
             )
-        if self.is_cifar or self.dataset == "digits":
+        if self.is_cifar:
             self._check_default("exif_orientation")
-        if self.dataset not in _SUBSETTABLE:
+        if self.dataset in SUBSETTABLE:
+            self._check_default("lists")
+        else:
             for name, default in (("imbalance", None), ("validation_fraction", 0.0)):
                 if getattr(self, name) != default:
                     raise ValueError(
@@ -285,13 +290,24 @@ class TrainConfig:
                 f"{self.max_flops}"
             )
 
-    def without_effect(self) -> list[str]:
+    def without_effect(
+        self, *, has_momentum: bool = True, has_validation: bool = True
+    ) -> list[str]:
         """For each setting that differs from its default and that other settings switch off, its
-        name and what it needs."""
+        name and what it needs.
+
+        Args:
+            has_momentum, has_validation: whether the optimiser has a momentum, and the data a
+                validation part.
+        """
         defaults = {option.name: option.default for option in dataclasses.fields(self)}
         found = [
             f"{name} (needs {need})"
-            for need, names, acts in _ACTS
+            for need, names, acts in (
+                *_ACTS,
+                ("an opt with momentum", ("momentum",), lambda run: has_momentum),
+                ("a validation part", ("val_interval",), lambda run: has_validation),
+            )
             for name in names
             if getattr(self, name) != defaults[name] and not acts(self)
         ]
@@ -331,11 +347,11 @@ def _check_compiler(backend: str) -> None:
 #: The annotation of every setting.
 HINTS = get_type_hints(TrainConfig)
 #: Data sets that the settings may make long-tailed and split.
-_SUBSETTABLE = ("folder", "digits", "cifar10", "cifar100")
+SUBSETTABLE = ("folder", "digits", "cifar10", "cifar100")
 #: What settings need to have an effect: its name, the settings, and whether a run has it.
 _ACTS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ...] = (
     ("exits", ("conv_heads", "criterion", "thresholds", "train_thresholds", "drop_exited",
-               "max_flops"), lambda run: run.has_exits),
+               "calibrate", "max_flops"), lambda run: run.has_exits),
     ("loss focal", ("gamma",), lambda run: run.loss == "focal"),
     ("loss class_balanced or drw_epoch", ("beta",),
      lambda run: run.loss == "class_balanced" or run.drw_epoch is not None),
@@ -346,4 +362,9 @@ _ACTS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ...] = 
     ("model_ema", ("model_ema_decay",), lambda run: run.model_ema),
     ("amp", ("amp_dtype",), lambda run: run.amp),
     ("imbalance", ("imbalance_profile",), lambda run: run.imbalance is not None),
+    ("imbalance or validation_fraction", ("data_seed",),
+     lambda run: run.dataset == "digits" or run.imbalance is not None
+     or run.validation_fraction > 0),
+    ("images in files", ("skip_errors",),
+     lambda run: run.dataset != "digits" and not run.is_cifar),
 )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import reprlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -30,7 +31,47 @@ def describe(splits: Splits) -> dict[str, Any]:
         part = getattr(splits, name)
         data[name] = None if part is None else _part(part, C)
     data["train"]["order"] = _digest(_keys(splits.train), 2 * _DIGITS)
-    return {"class_names": splits.class_names, "class_counts": splits.class_counts, "data": data}
+    names = _in_utf8(splits.class_names)
+    return {"class_names": names, "class_counts": splits.class_counts, "data": data}
+
+
+def _in_utf8(names: list[str]) -> list[str]:
+    """Names of folders as Python reads them in a locale of UTF-8. In the locale C it may read the
+    bytes of letters beyond ASCII as surrogates."""
+    return [name.encode(errors="surrogateescape").decode(errors="surrogateescape")
+            for name in names]  # fmt: skip
+
+
+def check_metadata(path: object, metadata: Mapping[str, Any]) -> None:
+    """Raises CheckpointError unless the metadata have the entries of a run, each of its kind.
+    Earlier versions wrote no class_names and data; later ones may write more."""
+    get = metadata.get
+    entries = {
+        "config": isinstance(get("config"), dict),
+        "class_counts": _are(int, get("class_counts")),
+        "seed": isinstance(get("seed"), int),
+        "class_names": _are(str, get("class_names", [])),
+        "data": _is_data(get("data") or {}),
+    }
+    for name, fits in entries.items():
+        if not fits:
+            raise CheckpointError(
+                f"{path}: expected metadata of a run with {name}, got {reprlib.repr(get(name))}"
+            )
+
+
+def _is_data(data: Any) -> bool:
+    parts = [data.get(name) for name in PARTS] if isinstance(data, dict) else ["no dict"]
+    return all(
+        _are(int, part.get("counts")) and isinstance(part.get("digests", ""), str)
+        if isinstance(part, dict)
+        else part is None
+        for part in parts
+    )
+
+
+def _are(kind: type, values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(value, kind) for value in values)
 
 
 def fingerprint(described: Mapping[str, Any]) -> str:
@@ -66,15 +107,16 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str
             training counts are compared.
         now: from `describe`.
     """
-    names = was.get("class_names", now["class_names"])
+    names = _in_utf8(was.get("class_names", now["class_names"]))
     if names != now["class_names"]:
         return {"classes": f"classes: {_class_names(names, now['class_names'])}"}
     recorded = was.get("data") or {"train": {"counts": was["class_counts"]}}
     found = {}
-    for part, before in recorded.items():
-        text = _difference(before, now["data"][part], names)
-        if text is not None:
-            found[part] = f"{part}: {text}"
+    for part in PARTS:
+        if part in recorded:
+            text = _difference(recorded[part], now["data"][part], names)
+            if text is not None:
+                found[part] = f"{part}: {text}"
     return found
 
 
@@ -99,7 +141,7 @@ def _difference(
             return None
         wanted = "no such part, as in the run" if was is None else f"the run's {_images(was)}"
         return f"expected {wanted}, got {'none' if now is None else _images(now)}"
-    if all(now[entry] == value for entry, value in was.items()):
+    if all(was.get(entry, value) == value for entry, value in now.items()):
         return None
     if len(was["counts"]) != len(now["counts"]):
         return f"expected the run's {len(was['counts'])} classes, got {len(now['counts'])}"
@@ -131,8 +173,9 @@ def check_resumed(
     them do.
 
     Raises:
-        CheckpointError: the data differ.
+        CheckpointError: the data differ, or `was` are not the metadata of a run.
     """
+    check_metadata(path, was)
     found = differences(was, now)
     given, settings = was["config"], to_dict(config)
     if any(given.get(name, settings[name]) != settings[name] for name in _CHOICE):

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None
 def write(path: Path, content: bytes) -> None:
     """Writes a file completely or not at all: under another name beside `path`, flushed to disk and
     then renamed."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = _partial(path)
     try:
         with open(partial, "wb") as file:
             file.write(content)
@@ -55,6 +56,19 @@ def write(path: Path, content: bytes) -> None:
     finally:
         partial.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def remove_partial(folder: Path, names: Sequence[str]) -> None:
+    """Removes what a process that was killed in `write` or `save` left of files of these names."""
+    own = {kept for name in names for kept in (name, previous(folder / name).name)}
+    for path in folder.glob("*.partial"):
+        name, _, pid = path.stem.rpartition(".")
+        if name in own and pid.isdecimal() and path.is_file():
+            path.unlink()
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{os.getpid()}.partial")
 
 
 def sync_folder(folder: Path) -> None:
@@ -86,6 +100,12 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"{path}: expected a checkpoint file, found none")
     try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"{path}: expected a path in UTF-8; safetensors reads no other"
+        ) from error
+    try:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -113,6 +133,13 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, metadata
 
 
+def check_dtypes(own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Raises a TypeError for a tensor that `load_state_dict` would convert to another dtype."""
+    for name, value in saved.items():
+        if name in own and value.dtype != own[name].dtype:
+            raise TypeError(f"{name}: expected {own[name].dtype}, got {value.dtype}")
+
+
 def misfit(error: Exception) -> str:
     """The last line of a `load_state_dict` error, cut to 200 characters: it may list hundreds of
     names."""
@@ -126,7 +153,7 @@ def previous(path: Path) -> Path:
 
 
 def _replace(target: Path, source: Path) -> None:
-    partial = target.with_name(f"{target.name}.{os.getpid()}.partial")
+    partial = _partial(target)
     try:
         shutil.copyfile(source, partial)
         os.replace(partial, target)

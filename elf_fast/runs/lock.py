@@ -16,7 +16,7 @@ NAME = "run.lock"
 
 #: What this process wrote into the locks that it holds. A lock of the kernel does not exclude the
 #: process that holds it, so these are remembered here.
-_held: dict[Path, dict[str, Any]] = {}
+_held: dict[str, dict[str, Any]] = {}
 
 
 class Lock:
@@ -32,7 +32,7 @@ class Lock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.path = folder / NAME
-        self._place = folder.resolve()
+        self._place = os.path.realpath(folder)
         self._descriptor: int | None = None
 
     def __enter__(self) -> Lock:

@@ -13,7 +13,6 @@ from ..flops import count_flops
 from ..memory import is_out_of_memory
 from ..modules import ELF
 from . import checkpoints, contents, files
-from .config import TrainConfig
 from .datasets import blank_image, load_splits
 from .evaluation import evaluate, evaluation_loader
 from .files import CheckpointError
@@ -57,11 +56,8 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
     Raises:
         CheckpointError: they do not fit the model, or are NaN or infinite.
     """
-    for name, value in weights.items():
-        # Thresholds outside of stages and heads may be infinite.
-        if name.startswith(("stages.", "heads.")) and not bool(value.isfinite().all()):
-            raise CheckpointError(f"{path}: expected finite weights, got NaN or infinity in {name}")
     try:
+        files.check_dtypes(model.state_dict(), weights)
         model.load_state_dict(weights)
     except (RuntimeError, ValueError, TypeError) as error:
         if is_out_of_memory(error):
@@ -69,6 +65,10 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
         raise CheckpointError(
             f"{path}: its weights do not fit the network of this version ({files.misfit(error)})"
         ) from error
+    for name, value in weights.items():
+        # Thresholds outside of stages and heads may be infinite.
+        if name.startswith(("stages.", "heads.")) and not bool(value.isfinite().all()):
+            raise CheckpointError(f"{path}: expected finite weights, got NaN or infinity in {name}")
 
 
 def evaluate_run(
@@ -82,10 +82,15 @@ def evaluate_run(
             place of the data, its images may differ from the run's; stderr then says how.
 
     Raises:
-        CheckpointError: the weights do not fit, or the data are not those of the run.
-        ValueError, TypeError: the run's settings do not fit the data, this version or this machine.
+        CheckpointError: weights, metadata or settings do not fit this version, or the data are not
+            those of the run.
+        ValueError, TypeError: the run's settings do not fit the data or this machine.
     """
-    config = _settings(path, metadata, overrides)
+    contents.check_metadata(path, metadata)
+    try:
+        config = from_run(metadata["config"], **overrides)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from error
     splits = load_splits(config)
     part = "validation" if splits.test is None else "test"
     images = getattr(splits, part)
@@ -105,12 +110,3 @@ def evaluate_run(
     flops = count_flops(model, blank_image(config, device))
     loader = evaluation_loader(config, images, device)
     return part, evaluate(config, model, loader, splits.class_counts, flops)
-
-
-def _settings(path: Path, metadata: dict[str, Any], overrides: dict[str, Any]) -> TrainConfig:
-    for name, kind in (("config", dict), ("class_counts", list), ("seed", int)):
-        if not isinstance(metadata.get(name), kind):
-            raise CheckpointError(
-                f"{path}: expected metadata of a run with {name}, got {metadata.get(name)!r}"
-            )
-    return from_run(metadata["config"], **overrides)

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import checks, criteria
 from . import strict_yaml
-from .config import HINTS, TrainConfig
+from .config import HINTS, SUBSETTABLE, TrainConfig
 
 #: Settings that had other names in earlier versions.
 _RENAMED = {"train_threshold": "train_thresholds"}
@@ -25,6 +25,9 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError, TypeError: an unknown key, or a value that does not fit.
     """
+    for old, name in _RENAMED.items():
+        if old in values and name in values:
+            raise ValueError(f"{name}: expected every key once, got it as {old}, its old name, too")
     found = {_RENAMED.get(name, name): value for name, value in values.items()}
     if str(found.get("criterion")).startswith(_CALLABLE):
         raise ValueError(
@@ -41,13 +44,20 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
 
 def from_run(values: Mapping[str, Any], **overrides: Any) -> TrainConfig:
     """The settings that a run recorded, with some changed. Runs of before `exif_orientation` did
-    not turn photos.
+    not turn photos, and runs of earlier versions may name folders that their data set does not
+    read.
 
     Raises:
         ValueError, TypeError: as `from_dict`.
     """
-    is_fixed = values.get("dataset") in ("digits", "cifar10", "cifar100")  # must be the default
-    return from_dict({"exif_orientation": is_fixed, **values, **overrides})
+    dataset = values.get("dataset")
+    is_fixed = dataset in ("digits", "cifar10", "cifar100")  # must be the default
+    recorded = {"exif_orientation": is_fixed, **values}
+    if dataset in SUBSETTABLE:
+        recorded["lists"] = None
+    if dataset == "digits":
+        recorded["data_dir"] = None
+    return from_dict({**recorded, **overrides})
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:

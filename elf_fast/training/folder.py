@@ -66,8 +66,7 @@ class RunFolder:
             kept = files.previous(settings)
             if settings.exists() and not kept.exists():  # it may be the user's own
                 os.replace(settings, kept)
-        for leftover in self.path.glob("*.partial"):  # from a killed process
-            leftover.unlink()
+        files.remove_partial(self.path, (CONFIG, RESULTS, WEIGHTS))
         files.write(settings, to_yaml(config).encode())
 
     def _holds_a_run(self) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..console import say
 from ..runs.config import TrainConfig
 from ..runs.plain import to_dict
 
@@ -83,7 +84,7 @@ class Log:
             text += f"  | {record['skipped']:,} images left out"
         if validation:
             text += f"  | validation accuracy {100 * validation['overall']:.1f}%"
-        self.console.print(text, highlight=False, soft_wrap=True)
+        say(self.console, text)
         numbers = dict(_numbers(record))
         if self._board is not None:
             for name, number in numbers.items():

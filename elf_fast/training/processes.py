@@ -14,11 +14,14 @@ import torch
 from torch import Tensor, distributed, nn
 
 from .. import checks
+from ..memory import is_out_of_memory
 
 #: How long a process waits for another one in a collective, before it ends with an error. All wait
 #: while the first one writes a checkpoint, and a compiler may take minutes; NCCL's own default is
 #: the same, Gloo's three times as long.
 TIMEOUT = timedelta(minutes=10)
+#: The variables of the environment by which a process joins the others.
+_TORCHRUN = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 class Stopped(SystemExit):
@@ -70,16 +73,24 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     GPUs, one per process, and Gloo on CPUs. device: None takes a GPU if there is one.
 
     Raises:
-        ValueError: torch lacks the device, or variables of the environment are missing.
+        ValueError: torch lacks the device, or variables of the environment are missing or wrong.
     """
     own = checks.device(device)
     if "WORLD_SIZE" not in os.environ:
         yield Processes(own)
         return
-    if own.type == "cuda":
-        own = checks.device(f"cuda:{os.environ['LOCAL_RANK']}")
-        torch.cuda.set_device(own)
-    distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=TIMEOUT)
+    try:
+        if own.type == "cuda":
+            own = checks.device(f"cuda:{os.environ['LOCAL_RANK']}")
+            torch.cuda.set_device(own)
+        distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=TIMEOUT)
+    except (ValueError, LookupError, RuntimeError) as error:  # sockets raise RuntimeErrors
+        if is_out_of_memory(error):
+            raise
+        shown = " ".join(f"{name}={os.environ.get(name, '(none)')}" for name in _TORCHRUN)
+        raise ValueError(
+            f"WORLD_SIZE is set: expected variables as torchrun sets them, got {shown} ({error})"
+        ) from error
     try:
         yield Processes(own, distributed.get_rank(), distributed.get_world_size())
     except Stopped:

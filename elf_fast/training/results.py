@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.text import Text
 
+from ..console import say
 from ..data import DataError, ImageLoader, LabelledImages, Splits
 from ..flops import Flops
 from ..modules import ELF
@@ -89,8 +89,7 @@ class Evaluator:
             return
         found = set().union(*self.processes.gather(set(loader.skipped)))
         for path in sorted(found - self._named):
-            text = f"left out, cannot be read: {path}".encode(errors="replace").decode()
-            self.console.print(Text(text), soft_wrap=True)
+            say(self.console, f"left out, cannot be read: {path}")
         self._named |= found
 
 

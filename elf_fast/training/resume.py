@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from ..console import say
 from ..memory import is_out_of_memory
 from ..modules import ELF
 from ..runs import checkpoints, files
@@ -86,7 +87,7 @@ def newest(folder: Path, processes: Processes, console: Console) -> Checkpoint |
     if processes.is_first:
         checkpoints.set_aside(folder, found)
     for error in refused:
-        console.print(f"refused: {error}", highlight=False, soft_wrap=True)
+        say(console, f"refused: {' '.join(str(error).split())}")
     return found
 
 
@@ -186,7 +187,9 @@ def _load_learnt(model: ELF, saved: dict[str, Tensor]) -> None:
         return name.startswith(("stages.", "heads."))
 
     settled = {name: value for name, value in model.state_dict().items() if not learnt(name)}
-    model.load_state_dict({**settled, **{k: v for k, v in saved.items() if learnt(k)}})
+    loaded = {**settled, **{k: v for k, v in saved.items() if learnt(k)}}
+    files.check_dtypes(model.state_dict(), loaded)
+    model.load_state_dict(loaded)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:

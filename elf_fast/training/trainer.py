@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.text import Text
 from torch import Tensor
 
 from .. import __version__, criteria, functional
+from ..console import LastingConsole, say
 from ..data import ImageLoader
 from ..flops import count_flops
 from ..memory import is_out_of_memory
@@ -91,9 +91,9 @@ class Trainer:
         self.config, self.processes = config, processes
         self.output = Path(config.output)
         self.folder = RunFolder(self.output, processes)
-        self.console = (console or Console()) if processes.is_first else Console(quiet=True)
+        self.console = (console or LastingConsole()) if processes.is_first else Console(quiet=True)
         self.splits = load_splits(config)
-        self.console.print(Text(self.splits.summary()), soft_wrap=True)
+        say(self.console, self.splits.summary())
         self.contents = contents.describe(self.splits)
         self._check_same_data()  # before DistributedDataParallel, which fails on unequal classes
         self.class_counts = self.splits.class_counts
@@ -233,14 +233,14 @@ class Trainer:
         with self.folder.locked() if self.output.is_dir() else contextlib.nullcontext():
             found = resume.newest(self.output / CHECKPOINTS, self.processes, self.console)
         if found is None:
-            self.console.print("no checkpoint yet: the run starts anew", highlight=False)
+            say(self.console, "no checkpoint yet: the run starts anew")
             return
         contents.check_resumed(found.path, found.metadata, self.contents, self.config)
         self.progress = p = resume.restore(
             found, self.config, self.learner, self.processes, global_batch=self.global_batch
         )
         self.learner.set_epoch(p.epoch if p.samples else p.epoch - 1)
-        self.console.print(f"goes on from {found.path}", highlight=False, soft_wrap=True)
+        say(self.console, f"goes on from {found.path}")
 
     def save(self) -> None:
         """Writes a checkpoint of the run as it is.
@@ -281,10 +281,11 @@ class Trainer:
         """Trains to the end, calibrates, evaluates once, and writes the results."""
         with self.folder.locked(), self.stop:
             self.folder.claim(self.config, resumed=self.resumed)
-            if idle := self.config.without_effect():
-                self.console.print(
-                    f"settings without effect: {', '.join(idle)}", highlight=False, soft_wrap=True
-                )
+            if idle := self.config.without_effect(
+                has_momentum="momentum" in self.learner.optimizer.param_groups[0],
+                has_validation=self.validation is not None,
+            ):
+                say(self.console, f"settings without effect: {', '.join(idle)}")
             self._train()
             self.folder.check()
             return write_results(
@@ -322,11 +323,11 @@ class Trainer:
             is_saved = True
         self.processes.gather(None)  # wait for the checkpoint: torchrun ends all if one has left
         what = "its checkpoint is" if is_saved else "most images could not be read, so none is"
-        self.console.print(
+        say(
+            self.console,
             f"{stopped.signal.name}: the run stops after step {self.progress.step}; {what} "
             f"written: go on with it by --resume {self.output}",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+        )
 
     def _epoch(self, log: Log) -> None:
         config, p, loader = self.config, self.progress, self.loader
@@ -372,6 +373,7 @@ class Trainer:
         # Only now, so that a run which a signal stops in validation resumes with validation.
         p.epoch, p.samples, p.totals = p.epoch + 1, 0, self._no_totals()
         p.history.append(record)
+        self.folder.check()  # TensorBoard's thread would fail with a traceback
         log.epoch(record)
         self.evaluator.name_skipped(loader)
 

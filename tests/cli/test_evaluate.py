@@ -94,6 +94,12 @@ def test_eval_repeats_the_demos_numbers(demo_output, capsys):
     assert f"accuracy overall, %       {overall:.1f}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("flag", ["--data-dir", "--lists"])
+def test_eval_refuses_a_place_of_the_demos_data(flag, demo_output, capsys):
+    said = refused(capsys, "eval", demo_output[0], flag, "photos")
+    assert f"{flag}: expected none with weights of the demo, got photos" in said
+
+
 def test_eval_refuses_bad_files_in_one_line(demo_output, tmp_path, capsys):
     assert "found none" in refused(capsys, "eval", tmp_path / "missing.safetensors")
     assert "found none" in refused(capsys, "eval", tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from run_cases import refused
 
 from elf_fast import cli
+from elf_fast.cli import doctor
 
 
 @pytest.mark.parametrize(
@@ -37,6 +39,14 @@ def test_a_reader_that_stops_early_is_no_error():
     running.stdout.close()
     assert (running.stderr.read(), running.wait()) == (b"", 0)
     running.stderr.close()
+
+
+def test_what_the_encoding_of_stdout_lacks_is_spelled_out(monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    monkeypatch.setattr(doctor, "run", lambda arguments: print("\xe9t\xe9", flush=True))
+    cli.main(["doctor"])
+    assert stdout.buffer.getvalue() == b"\\xe9t\\xe9\n"
 
 
 def test_help_imports_none_of_the_heavy_libraries():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -259,6 +260,15 @@ def test_images_in_memory_are_compared_by_their_bytes():
     }
     text = "classes: expected the run's order, x, y, got y, x"
     assert contents.differences(was, turned) == {"classes": text}
+
+
+def test_names_of_classes_are_the_same_in_every_locale():
+    """Where Python takes names of files for ASCII, other bytes in them are surrogates."""
+    images, names = np.zeros((4, 8, 8, 3), np.uint8), ["été", "x"]
+    as_in_c = [os.fsencode(name).decode("ascii", "surrogateescape") for name in names]
+    was, now = described(arrays(images, as_in_c), arrays(images, names))
+    assert was == now and was["class_names"] == names
+    assert contents.differences({**was, "class_names": as_in_c}, now) == {}  # of earlier versions
 
 
 def test_digits_are_compared_by_their_place(tmp_path):

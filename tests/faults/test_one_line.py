@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 import time
 from dataclasses import replace
 from urllib.error import URLError
@@ -17,10 +19,10 @@ pytest.importorskip("yaml")
 from elf_fast import ELF, checks, cli, criteria, from_backbone, functional
 from elf_fast.backbones import CifarResNet
 from elf_fast.cli import doctor
-from elf_fast.runs import checkpoints, files, networks, opening, plain, strict_yaml
+from elf_fast.runs import checkpoints, contents, files, networks, opening, plain, strict_yaml
 from elf_fast.runs.files import CheckpointError
 from elf_fast.training import resume
-from elf_fast.training.processes import Processes
+from elf_fast.training.processes import Processes, joined
 from elf_fast.training.trainer import Trainer
 
 CPU = Processes(torch.device("cpu"))
@@ -57,6 +59,7 @@ def test_a_device_that_cannot_compute_here_is_named(name):
         (["train", "--resume", "a\0"], "--resume: expected a path without NUL"),
         ([*TRAIN, "--output", "a\0"], "output: expected UTF-8 text without NUL"),
         (["eval", "\0"], "RUN: expected a path without NUL"),
+        (["eval", "a\x1b[2J"], "a\\x1b[2J: expected a checkpoint file, found none"),
         (["eval", "a", "--data-dir", "\0"], "--data-dir: expected a path without NUL"),
         (["demo", "--output", "\0"], "--output: expected a path without NUL"),
     ],
@@ -65,6 +68,29 @@ def test_commands_refuse_in_one_line(arguments, message, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert refused(capsys, *arguments).startswith(f"elf-fast: {message}")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name, value", [("MASTER_PORT", "abc"), ("MASTER_PORT", None), ("RANK", "x"), ("RANK", None)]
+)
+def test_variables_by_which_no_process_can_join_are_named(name, value, monkeypatch, capsys):
+    given = {"WORLD_SIZE": "1", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for key, text in {**given, name: value}.items():
+        if text is not None:
+            monkeypatch.setenv(key, text)
+    said = refused(capsys, *TRAIN, "--device", "cpu")
+    assert "WORLD_SIZE is set: expected variables as torchrun sets them, got WORLD_SIZE=1 " in said
+    assert f" {name}={value or '(none)'}" in said
+
+
+def test_a_port_in_use_is_named(monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        given = {"WORLD_SIZE": 1, "RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for key, value in given.items():
+            monkeypatch.setenv(key, str(value))
+        with pytest.raises(ValueError, match=f" MASTER_PORT={port} .*in use"), joined("cpu"):
+            pass
 
 
 @pytest.mark.parametrize(
@@ -98,6 +124,11 @@ def test_a_lack_of_memory_is_one_line_and_an_error_of_ours_is_not(error, monkeyp
         ("a: &a [1]\nb: *a", "expected no aliases, got *a"),
         ("epochs: 1\nlr: 2\nepochs: 3", "expected every key once, got epochs again"),
         ("model_kwargs: {a: 1, b: {c: 1, c: 2}}", "expected every key once, got c again"),
+        ("<<: [{epochs: 3}, {epochs: 5}]", "expected no merge keys, got <<"),
+        ("model_kwargs: {<<: {a: 1}}", "expected no merge keys, got <<"),
+        ("batch_size: 0100", "expected a number without colons and leading zeros, got 0100"),
+        ("epochs: 1:30", "expected a number without colons and leading zeros, got 1:30"),
+        ("lr: 1:30.5", "expected a number without colons and leading zeros, got 1:30.5"),
         ("[" * 2_000, "nested too deeply"),
         ("- " * 9_000, "nested too deeply"),
         ("a: 2020-99-99", "month must be in 1..12"),
@@ -248,6 +279,62 @@ def test_weights_that_are_not_finite_are_not_evaluated(part, saved, tmp_path, ca
     assert f"expected finite weights, got NaN or infinity in {part}" in refused(
         capsys, "eval", path
     )
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.int8, torch.complex64, torch.float8_e4m3fn, torch.float64]
+)
+def test_weights_of_another_dtype_are_refused(dtype, saved, tmp_path, capsys):
+    """`load_state_dict` would convert them."""
+    trainer, checkpoint = saved
+    name = "stages.0.conv1.weight"
+    spoiled = {**checkpoint.weights, name: checkpoint.weights[name].to(dtype)}
+    files.save(tmp_path / "a.safetensors", spoiled, checkpoint.metadata)
+    said = refused(capsys, "eval", tmp_path / "a.safetensors")
+    assert f"({name}: expected torch.float32, got {dtype})" in said
+    with pytest.raises(CheckpointError, match=f"{name}: expected torch.float32, got {dtype}"):
+        resume.restore(
+            checkpoint._replace(weights=spoiled), trainer.config, trainer.learner, CPU,
+            global_batch=64,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("data", "x"), ("data", {"train": 5}), ("data", {"train": {"x": 1}}), ("data", [1]),
+        ("data", {"train": {"counts": "ab"}}), ("data", {"train": {"counts": [1], "digests": 1}}),
+        ("class_names", 5), ("class_names", [5]), ("class_counts", [None]), ("config", None),
+        ("config", {"dataset": ["digits"]}),
+    ],
+)  # fmt: skip
+def test_metadata_of_another_shape_are_refused(name, value, saved, tmp_path, capsys):
+    trainer, checkpoint = saved
+    metadata, path = {**checkpoint.metadata, name: value}, tmp_path / "a.safetensors"
+    files.save(path, checkpoint.weights, metadata)
+    said = refused(capsys, "eval", path)
+    if isinstance(value, dict) and name == "config":
+        assert said.startswith(f"elf-fast: {path}: dataset: expected one of ")
+        return
+    assert said.startswith(f"elf-fast: {path}: expected metadata of a run with {name}, got ")
+    with pytest.raises(CheckpointError, match=f"^a: expected metadata of a run with {name}, got "):
+        contents.check_resumed("a", metadata, trainer.contents, trainer.config)
+
+
+def test_metadata_may_have_more_entries_of_a_later_version(saved):
+    trainer, checkpoint = saved
+    data = checkpoint.metadata["data"]
+    more = {**data, "train": {**data["train"], "sizes": [1]}, "extra": None, "other": 3}
+    metadata = {**checkpoint.metadata, "data": more}
+    contents.check_resumed("a", metadata, trainer.contents, trainer.config)
+
+
+def test_a_path_that_safetensors_cannot_open_is_named(tmp_path, capsys):
+    path = os.fsencode(tmp_path) + b"/n\xff"
+    with open(path, "wb"):
+        pass
+    said = refused(capsys, "eval", os.fsdecode(path))
+    assert said.endswith("n\\udcff: expected a path in UTF-8; safetensors reads no other\n")
 
 
 # A lack of memory is not blamed on what was tried

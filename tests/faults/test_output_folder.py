@@ -17,7 +17,7 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from run_cases import DIGITS, QUIET
+from run_cases import DIGITS, QUIET, refused
 
 pytest.importorskip("safetensors")
 
@@ -150,6 +150,25 @@ def test_a_folder_with_results_of_a_run_is_not_free(name, tmp_path):
     assert not (tmp_path / "config.yaml").exists()
 
 
+def test_only_what_a_killed_run_left_is_removed(tmp_path):
+    own = {"config.yaml.9.partial", "config.previous.yaml.9.partial", "metrics.json.12.partial",
+           "model.safetensors.3.partial", "model.previous.safetensors.3.partial"}  # fmt: skip
+    theirs = {"movie.mkv.partial", "config.yaml.partial", "config.yaml.x.partial", "a.1.partial"}
+    for name in own | theirs:
+        (tmp_path / name).write_text("x")
+    (tmp_path / "metrics.json.1.partial").mkdir()
+    RunFolder(tmp_path, Processes(torch.device("cpu"))).claim(DIGITS, resumed=False)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == theirs | {"config.yaml", "metrics.json.1.partial"}
+
+
+def test_a_path_that_leads_round_in_a_circle_is_refused(tmp_path, capsys):
+    (tmp_path / "loop").symlink_to("loop")
+    flags = "--dataset digits --model cifar_resnet8 --workers 0 --no-log-tensorboard"
+    said = refused(capsys, "train", *flags.split(), "--output", tmp_path / "loop")
+    assert f"elf-fast: {tmp_path / 'loop'}: " in said
+
+
 # Signals
 
 
@@ -208,10 +227,24 @@ def test_a_signal_writes_a_checkpoint_and_the_run_ends_alike(
 def test_the_command_ends_with_the_signals_status(tmp_path, monkeypatch, capsys):
     flags = "--dataset digits --model cifar_resnet8 --workers 0 --no-log-tensorboard --epochs 2"
     monkeypatch.setattr(Trainer, "step", signalled(signal.SIGTERM, 1))
-    assert cli.main(["train", *flags.split(), "--output", str(tmp_path / "run")]) == 143
+    folder = tmp_path / "m[/b][lr=0.1]:x:"  # which rich would read as marks
+    how_to_go_on = f"its checkpoint is written: go on with it by --resume {folder}\n"
+    assert cli.main(["train", *flags.split(), "--output", str(folder)]) == 143
     shown = capsys.readouterr()
-    assert "SIGTERM: the run stops after step 0; its checkpoint is written" in shown.out
+    assert f"SIGTERM: the run stops after step 0; {how_to_go_on}" in shown.out
     assert shown.err == ""
+    assert cli.main(["train", "--resume", str(folder)]) == 143
+    assert f"goes on from {folder / CHECKPOINTS / 'step-00000000'}\n" in capsys.readouterr().out
+
+
+def test_a_run_goes_on_when_the_reader_of_its_lines_has_ended(tmp_path, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    flags = "--dataset digits --model cifar_resnet8 --workers 0 --no-log-tensorboard --epochs 1"
+    with open(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert cli.main(["train", *flags.split(), "--output", str(tmp_path)]) == 0
+    assert (tmp_path / "metrics.json").exists()
 
 
 def test_signals_end_no_worker_and_the_end_of_their_parent_does():
@@ -288,9 +321,13 @@ def test_only_a_file_system_that_cannot_flush_is_excused(code, tmp_path, monkeyp
     assert (tmp_path / "a.txt").read_bytes() == b"a"
 
 
-@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "deleted and made again"])
+@pytest.mark.parametrize(
+    "replaced, log",
+    [(False, "--no-log-tensorboard"), (True, "--no-log-tensorboard"), (False, "--log-tensorboard")],
+    ids=["deleted", "deleted and made again", "deleted below TensorBoard"],
+)
 def test_a_run_whose_folder_is_deleted_says_so_and_does_not_bring_it_back(
-    replaced, tmp_path, monkeypatch, capsys
+    replaced, log, tmp_path, monkeypatch, capsys
 ):
     make, folder = Trainer.step, tmp_path / "run"
 
@@ -301,7 +338,7 @@ def test_a_run_whose_folder_is_deleted_says_so_and_does_not_bring_it_back(
         return make(self, group)
 
     monkeypatch.setattr(trainers.Trainer, "step", step)
-    flags = "--dataset digits --model cifar_resnet8 --workers 0 --no-log-tensorboard --epochs 1"
+    flags = f"--dataset digits --model cifar_resnet8 --workers 0 {log} --epochs 1"
     assert cli.main(["train", *flags.split(), "--output", str(folder)]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"elf-fast: {folder}: the run stops: its folder was deleted or moved")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import enum
+import io
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +15,14 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from run_cases import DIGITS, QUIET, parsed, refused
 
 from elf_fast.runs import networks, plain, strict_yaml
 from elf_fast.runs.config import TrainConfig
+from elf_fast.runs.datasets import load_splits
 from elf_fast.training import learner, schedule
+from elf_fast.training import trainer as trainers
 from elf_fast.training.processes import Processes
 from elf_fast.training.trainer import Trainer
 
@@ -65,6 +70,8 @@ def messages(tmp_path: Path, name: str, value: object) -> set[str]:
         ("exits", ["layer1", "layer1"],
          "exits: expected every one once, got ('layer1', 'layer1')"),
         ("output", "", "output: expected a text of at least one character, got ''"),
+        ("data_dir", "photos", "data_dir: expected None for digits, got photos"),
+        ("lists", "splits", "lists: expected None for digits, got splits"),
         ("model", "a\0b", "model: expected UTF-8 text without NUL characters, got 'a\\x00b'"),
     ],
 )  # fmt: skip
@@ -133,6 +140,7 @@ values = st.recursive(
 @settings(max_examples=30, deadline=None)
 @example({"output": "runs/a\x85b"})  # ends a line in YAML
 @example({"data_dir": "\u2028", "model_kwargs": {"\u2029": ["\ufeff\r", " "]}})
+@example({"model_kwargs": {"a": "0100", "b": "1:30", "<<": "<<"}})
 @given(
     st.fixed_dictionaries(
         {},
@@ -146,7 +154,7 @@ values = st.recursive(
 )  # fmt: skip
 def test_what_is_accepted_survives_yaml_and_json(changes):
     try:
-        made = TrainConfig(dataset="digits", **changes)
+        made = TrainConfig(**{"data_dir": "photos", **changes})
     except (ValueError, TypeError):
         return
     assert plain.from_dict(strict_yaml.parse(plain.to_yaml(made))) == made
@@ -170,16 +178,54 @@ def test_the_name_of_a_network_is_called_model(model):
 def test_settings_that_others_switch_off_are_named():
     made = replace(
         DIGITS, exits=(), thresholds=0.5, exit_weights=(0.5, 0.5, 1.0), conv_heads=True, gamma=3.0,
-        min_lr=0.1, sched="step", decay_milestones=(1,),
+        min_lr=0.1, sched="step", decay_milestones=(1,), calibrate=False, skip_errors=True,
     )  # fmt: skip
     assert made.without_effect() == [
-        "conv_heads (needs exits)", "thresholds (needs exits)", "gamma (needs loss focal)",
-        "min_lr (needs sched cosine)", "exit_weights but the last (need exits)",
+        "conv_heads (needs exits)", "thresholds (needs exits)", "calibrate (needs exits)",
+        "gamma (needs loss focal)", "min_lr (needs sched cosine)",
+        "skip_errors (needs images in files)", "exit_weights but the last (need exits)",
     ]  # fmt: skip
     assert DIGITS.without_effect() == []
-    assert replace(made, exits=None, loss="focal", sched="cosine").without_effect() == [
-        "decay_milestones (needs sched step)"
-    ]
+    acting = replace(made, exits=None, loss="focal", sched="cosine", skip_errors=False)
+    assert acting.without_effect() == ["decay_milestones (needs sched step)"]
+
+
+def test_a_run_names_settings_that_its_optimiser_and_data_switch_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(Trainer, "_train", lambda trainer: None)
+    monkeypatch.setattr(trainers, "write_results", lambda *arguments, **options: {})
+    splits = load_splits(DIGITS)
+    monkeypatch.setattr(trainers, "load_splits", lambda config: replace(splits, validation=None))
+    shown = io.StringIO()
+    config = replace(DIGITS, momentum=0.5, val_interval=2, output=str(tmp_path))
+    trainers.train(replace(config, opt="adamw"), console=Console(file=shown))
+    (named,) = re.findall("settings without effect: (.*)", shown.getvalue())
+    assert named == "momentum (needs an opt with momentum), val_interval (needs a validation part)"
+
+
+@pytest.mark.parametrize(
+    "settings, acts",
+    [
+        ({"dataset": "digits"}, True),
+        ({"data_dir": "a", "imbalance": 9.0}, True),
+        ({"data_dir": "a", "validation_fraction": 0.5}, True),
+        ({"data_dir": "a"}, False),
+        ({"dataset": "lists", "data_dir": "a", "lists": "b"}, False),
+    ],
+)
+def test_a_seed_of_the_data_needs_something_to_choose(settings, acts):
+    idle = TrainConfig(**settings, data_seed=3).without_effect()
+    assert idle == ([] if acts else ["data_seed (needs imbalance or validation_fraction)"])
+
+
+def test_runs_that_recorded_a_folder_that_was_not_read_go_on():
+    recorded = {"dataset": "digits", "data_dir": "a", "lists": "b"}
+    assert plain.from_run(recorded) == TrainConfig(dataset="digits")
+    recorded = {"dataset": "folder", "data_dir": "a", "lists": "b", "exif_orientation": True}
+    assert plain.from_run(recorded) == TrainConfig(data_dir="a")
+    with pytest.raises(ValueError, match="^lists: expected None for folder, got c"):
+        plain.from_run(recorded, lists="c")
+    recorded["dataset"] = "lists"
+    assert plain.from_run(recorded).lists == "b"
 
 
 @pytest.mark.parametrize(
