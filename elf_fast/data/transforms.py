@@ -49,7 +49,8 @@ class _Exactly:
         if image.size != (self.size, self.size):
             raise ValueError(
                 f"expected an image of {self.size}x{self.size} pixels, got "
-                "{}x{}; image_transforms takes images of any size".format(*image.size)
+                f"{image.width}x{image.height}; image_transforms (--transforms large) takes images "
+                "of any size"
             )
         return image
 

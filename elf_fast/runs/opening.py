@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +105,9 @@ def evaluate_run(
         device = checks.device(config.device)
     except ValueError:  # this machine lacks the device of the training
         device = checks.device(None)
-    model = network(config, splits.class_counts)
+    # The run's weights replace pretrained ones, which might have to be downloaded.
+    options = {name: value for name, value in config.model_kwargs.items() if name != "pretrained"}
+    model = network(replace(config, model_kwargs=options), splits.class_counts)
     load_weights(model, weights, path)
     model.to(device)
     flops = count_flops(model, blank_image(config, device))

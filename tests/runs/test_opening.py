@@ -48,6 +48,16 @@ def test_it_is_opened_again_with_the_function_alone(scored, capsys):
     assert "criterion: the run used 'callable surest'" in refused(capsys, "eval", folder)
 
 
+def test_pretrained_weights_are_not_loaded_to_be_replaced(scored):
+    """They might have to be downloaded. This network would refuse the option."""
+    folder, results = scored
+    weights, metadata = opening.read(folder)
+    settings = {**metadata["config"], "model_kwargs": {"pretrained": True}}
+    recorded = {**metadata, "config": settings}
+    _, metrics = opening.evaluate_run(folder, weights, recorded, criterion=surest)
+    assert metrics == results["test"]
+
+
 def test_metadata_that_lack_what_a_run_writes_are_refused(scored, capsys, tmp_path):
     folder, _ = scored
     weights, metadata = opening.read(folder)
