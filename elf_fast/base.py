@@ -46,12 +46,10 @@ def accumulated(x: Tensor) -> Tensor:
 
 def apart_from(given: Tensor, x: Tensor) -> Tensor:
     """x, or a copy if it is a view of the caller's batch `given`: what comes next may write into x,
-    and must not change the batch. torch.func hides which tensors are views, so there it is always a
-    copy; torch's compiler does, too, and there it never is.
+    and must not change the batch. torch.func and torch's compiler hide which tensors are views, so
+    there it is always a copy.
     """
-    if torch.compiler.is_compiling():
-        return x
-    hidden = torch._C._are_functorch_transforms_active()
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     is_view = hidden or torch._C._is_alias_of(x, given)  # type: ignore[attr-defined]
     return x.clone() if is_view else x
 
@@ -61,17 +59,25 @@ def writable(x: Tensor) -> Tensor:
     must not reach the tensors that this exit saved for backward, nor logits that are a view of x.
 
     A lazy clone copies only if somebody writes. Without gradients nothing is saved, and
-    `modules.ELF` copies the logits that it keeps. torch's compiler makes writes harmless itself.
+    `modules.ELF` copies the logits that it keeps. Rows that share memory, as `expand` makes them,
+    cannot be written apart, so they are always copied.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if hidden or type(x) is not Tensor or _shares_memory(x):
+        return x.clone()
+    if not torch.is_grad_enabled():
         return x
-    hidden = type(x) is not Tensor or torch._C._are_functorch_transforms_active()
-    if hidden or not _can_clone_lazily(x.device):
+    if not _can_clone_lazily(x.device):
         return x.clone()
     try:
         return torch._lazy_clone(x)
     except RuntimeError:  # the memory is not torch's own but, for example, NumPy's
         return x.clone()
+
+
+def _shares_memory(x: Tensor) -> bool:
+    """Whether elements of x may lie in one place."""
+    return not x.is_contiguous() and torch._debug_has_internal_overlap(x) != 0
 
 
 def _can_clone_lazily(device: torch.device) -> bool:
