@@ -116,7 +116,7 @@ class ELF(ELFBase):
                 break
             x = self._for_next_stage(x, result.survivors, n, samples, drop, reaching)
         assert out is not None
-        if overwritten and out.logits.requires_grad:
+        if overwritten and any(z.requires_grad for z in (*overwritten, out.logits)):
             # Every exit that ran takes part in a backward pass from the logits, with gradient 0.
             out = out._replace(logits=torch.stack([*overwritten, out.logits])[-1])
         return out._replace(loss=None if loss is None else batch.mean(loss))

@@ -245,6 +245,15 @@ def test_every_exit_that_ran_takes_part_in_every_backward_pass(cls, training, th
         assert [bool(head.bias.grad.any()) for head in model.heads] == [False, False, True]
 
 
+@BOTH
+def test_only_an_early_head_that_trains_gets_a_gradient_of_zero(cls):
+    model = cls([STAGES["linear"]() for _ in range(3)], [nn.Linear(D, C) for _ in range(3)],
+                thresholds=math.inf).requires_grad_(False)  # fmt: skip
+    model.heads[1].requires_grad_(True)
+    model(torch.randn(6, D)).logits.sum().backward()
+    assert not model.heads[1].weight.grad.any()
+
+
 def test_fuse_keeps_one_module_that_occurs_twice():
     one = reference.ELF([nn.Linear(D, D)], [nn.Linear(D, C)])
     inner = nn.Sequential(one)
