@@ -120,11 +120,6 @@ class ELFBase(nn.Module):
                 f"heads: expected {len(stages)}, one per stage, got {len(heads)} heads"
             )
         criteria.find(criterion)
-        if exit_loss is not None and not callable(exit_loss):
-            raise TypeError(
-                "exit_loss: expected a callable (logits, target) -> losses [n], "
-                f"got {checks.describe(exit_loss)}"
-            )
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ModuleList(heads)
         self.criterion = criterion
@@ -222,6 +217,13 @@ class ELFBase(nn.Module):
             value = exit_settings.exit_weights(value, len(self.stages))
         elif name == "drop_exited" and value not in (None, True, False):
             raise TypeError(f"drop_exited: expected True, False or None, got {value!r}")
+        elif name == "exit_loss":
+            if value is not None and not callable(value):
+                raise TypeError(
+                    "exit_loss: expected a callable (logits, target) -> losses [n], "
+                    f"got {checks.describe(value)}"
+                )
+            self.__dict__.get("_modules", {}).pop(name, None)  # one that was a module
         super().__setattr__(name, value)
 
     def _change_criterion(self, value: str | Score) -> None:
@@ -269,9 +271,17 @@ class ELFBase(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ELFBase:
         """Moves the settings with the network, but keeps their dtype and values: `to_empty` would
-        lose them."""
+        lose them. A buffer that several stages read stays one tensor."""
         exact = {name: self._buffers[name] for name in _SETTINGS}
+        held = [
+            (module._buffers, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+        ]
         super()._apply(fn, recurse)
+        moved: dict[int, Tensor | None] = {}
+        for buffers, name, before in held:
+            buffers[name] = moved.setdefault(id(before), buffers[name])
         for name, before in exact.items():
             after = self._buffers[name]
             if before is not None and after is not None and not before.is_meta:
