@@ -376,20 +376,30 @@ class ELFBase(nn.Module):
             checks.target_shape(target, x.shape[0], x.device)
         return x.shape[0]
 
+    def _check_features(self, x: Any, e: int) -> None:
+        """What stage e returned. The last of several may return whatever its head takes."""
+        if not isinstance(x, Tensor) and not 0 < e == len(self.stages) - 1:
+            raise TypeError(f"stages[{e}]: expected to return a tensor, got {checks.describe(x)}")
+
     def _check_logits(self, z: Any, e: int, rows: int) -> None:
         if not isinstance(z, Tensor) or z.dim() != 2 or z.shape[0] != rows:
             raise ValueError(
                 f"heads[{e}]: expected logits of shape [{rows}, C], got {checks.describe(z)}"
             )
-        self._check_classes(z.shape[1], e)
 
-    def _check_classes(self, classes: int, e: int) -> None:
-        """Checks C of per-class thresholds where `exit_settings.classes_of` could not tell it."""
+    def _check_classes(self, found: int, e: int, before: int | None) -> None:
+        """Checks that head e gives as many classes as the heads before (None: there are none), and
+        C of per-class thresholds where `exit_settings.classes_of` could not tell it."""
+        if before is not None and found != before:
+            raise ValueError(
+                f"heads[{e}]: expected logits of {before} classes, as the heads before it give, "
+                f"got {found}"
+            )
         for name in ("thresholds", "train_thresholds"):
             t = self._buffers[name]
-            if t is not None and t.dim() == 2 and t.shape[1] != classes:
+            if t is not None and t.dim() == 2 and t.shape[1] != found:
                 raise ValueError(
-                    f"{name}: expected [E-1, C] with C = {classes} (the classes of heads[{e}]), "
+                    f"{name}: expected [E-1, C] with C = {found} (the classes of heads[{e}]), "
                     f"got {list(t.shape)}"
                 )
 
@@ -432,11 +442,16 @@ class ELFBase(nn.Module):
         there. Adds a zero to logits and loss that backpropagates into those stages."""
         if not batch.shared:
             return out, loss
-        _, zero = self._run_without_samples(x, batch, first, reaching)
+        _, zero = self._run_without_samples(x, batch, first, reaching, out.logits.shape[1])
         return out._replace(logits=out.logits + zero), None if loss is None else loss + zero
 
     def _run_without_samples(
-        self, x: Tensor, batch: ranks.Batch, first: int, reaching: int
+        self,
+        x: Tensor,
+        batch: ranks.Batch,
+        first: int,
+        reaching: int,
+        classes: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the stages from `first` on, which no sample of this process reaches.
 
@@ -454,8 +469,11 @@ class ELFBase(nn.Module):
             x = writable(x)
             with ranks.batch_norm_without_samples(self, x, reaching=reaching) as x:
                 x = self.stages[e](x)
+                self._check_features(x, e)
                 z = self.heads[e](x)
             self._check_logits(z, e, len(x))
+            self._check_classes(z.shape[1], e, classes)
+            classes = z.shape[1]
             z = z[:0]
             zero = zero + z.sum()
             if reaching and e < len(self.stages) - 1:

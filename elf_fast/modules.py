@@ -49,6 +49,8 @@ class _Samples:
         self.alive: Tensor | None = None
         #: [n] their rows in the features, if those hold other samples too.
         self.present: Tensor | None = None
+        #: C, once an exit has given logits.
+        self.classes: int | None = None
         #: [n] their targets.
         self.target = None if target is None else target.contiguous()
         if target is not None and target.is_inference() and torch.is_grad_enabled():
@@ -91,6 +93,7 @@ class ELF(ELFBase):
         parts = zip(self.stages, self.heads, self._tests(), strict=True)
         for e, (stage, head, test) in enumerate(parts):
             x = stage(x)
+            self._check_features(x, e)
             if e == 0:
                 x = apart_from(given, x)
             result = self._exit(e, head, x, samples, test)
@@ -98,7 +101,7 @@ class ELF(ELFBase):
             if n < 0:
                 checks.target_range(samples.target, result.logits.shape[1])
             if e == 0:
-                dtype = result.logits.dtype
+                dtype, samples.classes = result.logits.dtype, result.logits.shape[1]
             # If no sample leaves, a later exit overwrites every row, but backward needs this one.
             if n < samples.n or torch.is_grad_enabled():
                 if out is not None and samples.alive is None:
@@ -155,6 +158,7 @@ class ELF(ELFBase):
         if samples.present is not None:
             z = z[samples.present]
         self._check_logits(z, e, samples.n)
+        self._check_classes(z.shape[1], e, samples.classes)
         checks.logits(z)
         if test.criterion.score is not None:
             gate = _unfused_gate(z, y if self.training else None, test)
@@ -172,7 +176,7 @@ class ELF(ELFBase):
         checks.poolable(features)
         weight, bias = head.classifier.weight, head.classifier.bias
         checks.classifier(weight, bias, features.shape[2 if features.dim() == 3 else 1])
-        self._check_classes(weight.shape[0], e)
+        self._check_classes(weight.shape[0], e, samples.classes)
         t, T = in_arithmetic_of(weight, test.threshold, test.temperature)
         z, _, confidence, prediction, survivors, count = call(
             ops.exit_head,
@@ -315,6 +319,11 @@ def _recast_tree(
         return twins[model]
     if not any(type(module) is source for module in model.modules()):
         return model
+    if "forward" in vars(model) or "_compiled_call_impl" in vars(model):
+        raise ValueError(
+            f"model: expected the forward of its class, got a {type(model).__name__} whose forward "
+            "torch.compile or an assignment replaced; it would still run the old network"
+        )
     twin = twins[model] = model.__new__(to if type(model) is source else type(model))
     twin.__dict__ = {
         key: value.copy() if isinstance(value, dict) else value
@@ -331,7 +340,8 @@ def fuse(model: nn.Module) -> nn.Module:
     shared, not copied; `model` itself is left as it is.
 
     Raises:
-        ValueError: `model` holds no `reference.ELF`.
+        ValueError: `model` holds no `reference.ELF`, or it or a module around it is compiled or has
+            a `forward` of its own. Fuse before torch.compile.
     """
     return _recast(model, reference.ELF, ELF)
 

@@ -337,7 +337,7 @@ class ELF(ELFBase):
         batch = ranks.batch_of(self, x)
         if N == 0:
             return self._forward_empty(x, target, batch)
-        drop = self.drops_exited
+        drop, given = self.drops_exited, x
         criterion = self._active_criterion()
         thresholds = [*self._active_thresholds(), criterion.off]
         temperatures = [*self.temperatures, 1.0]
@@ -346,11 +346,15 @@ class ELF(ELFBase):
         out: ELFOutput | None = None
         loss: Tensor | None = None
         for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            x = stage(x) if e else apart_from(x, stage(x))
+            x = stage(x)
+            self._check_features(x, e)
+            if e == 0:
+                x = apart_from(given, x)
             z = head(x)
             if present is not None:
                 z = z[present]
             self._check_logits(z, e, len(alive))
+            self._check_classes(z.shape[1], e, None if out is None else out.logits.shape[1])
             if e == 0 and target is not None:
                 checks.target_range(target, z.shape[1])
             y = None if target is None else target[alive]
