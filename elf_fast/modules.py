@@ -72,6 +72,9 @@ class ELF(ELFBase):
     pool and classifier of an `ExitHead`; in training, the loss of the long-tail family. If samples
     are dropped, survivors move into a dense batch, so that the later stages compute on them alone.
 
+    torch.compile breaks the graph at every exit, where the number of survivors is read.
+    torch.export and torch.jit.trace need one graph and fail there.
+
     Example:
         >>> model = ELF([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)],
         ...             [ExitHead(8, 10), ExitHead(8, 10)], thresholds=0.9)

@@ -289,8 +289,10 @@ class ELF(ELFBase):
     """A network with early exits, in plain PyTorch.
 
     Args:
-        stages: E modules; stage e maps features to features, and may write into its input.
-        heads: E modules; head e maps the features after stage e to logits [n, C].
+        stages: E modules; stage e maps features to features, and may write into its input, which
+            for the first is the caller's batch. A stage that keeps what it returns should keep a
+            copy: without gradients the next one may write into it.
+        heads: E modules; head e maps the features after stage e to logits [n, C], with one C.
         thresholds: a scalar, E-1 values, or [E-1, C], one per predicted class. Used at inference.
         train_thresholds: the same for training; None: as `thresholds`.
         temperatures: a scalar or E-1 values > 0; the tests read softmax(logits / temperature).
@@ -308,7 +310,9 @@ class ELF(ELFBase):
             unless a later stage or head has a BatchNorm of torch's (or derived from it) that
             normalises by the batch. If other layers use batch statistics, pass False. Evaluation
             keeps them only for a later BatchNorm without running statistics (looked for by the
-            constructor and by `train()` and `eval()`).
+            constructor and by `train()` and `eval()`). A stage that no sample reaches updates no
+            running statistics either way. Switch the exits off for
+            `torch.optim.swa_utils.update_bn`, which passes no target.
 
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
     never rounded to another dtype. Assigned and loaded values are checked and converted like
