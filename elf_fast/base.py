@@ -46,12 +46,10 @@ def accumulated(x: Tensor) -> Tensor:
 
 def apart_from(given: Tensor, x: Tensor) -> Tensor:
     """x, or a copy if it is a view of the caller's batch `given`: what comes next may write into x,
-    and must not change the batch. torch.func hides which tensors are views, so there it is always a
-    copy; torch's compiler does, too, and there it never is.
+    and must not change the batch. torch.func and torch's compiler hide which tensors are views, so
+    there it is always a copy.
     """
-    if torch.compiler.is_compiling():
-        return x
-    hidden = torch._C._are_functorch_transforms_active()
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
     is_view = hidden or torch._C._is_alias_of(x, given)  # type: ignore[attr-defined]
     return x.clone() if is_view else x
 
@@ -61,17 +59,25 @@ def writable(x: Tensor) -> Tensor:
     must not reach the tensors that this exit saved for backward, nor logits that are a view of x.
 
     A lazy clone copies only if somebody writes. Without gradients nothing is saved, and
-    `modules.ELF` copies the logits that it keeps. torch's compiler makes writes harmless itself.
+    `modules.ELF` copies the logits that it keeps. Rows that share memory, as `expand` makes them,
+    cannot be written apart, so they are always copied.
     """
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if hidden or type(x) is not Tensor or _shares_memory(x):
+        return x.clone()
+    if not torch.is_grad_enabled():
         return x
-    hidden = type(x) is not Tensor or torch._C._are_functorch_transforms_active()
-    if hidden or not _can_clone_lazily(x.device):
+    if not _can_clone_lazily(x.device):
         return x.clone()
     try:
         return torch._lazy_clone(x)
     except RuntimeError:  # the memory is not torch's own but, for example, NumPy's
         return x.clone()
+
+
+def _shares_memory(x: Tensor) -> bool:
+    """Whether elements of x may lie in one place."""
+    return not x.is_contiguous() and torch._debug_has_internal_overlap(x) != 0
 
 
 def _can_clone_lazily(device: torch.device) -> bool:
@@ -114,11 +120,6 @@ class ELFBase(nn.Module):
                 f"heads: expected {len(stages)}, one per stage, got {len(heads)} heads"
             )
         criteria.find(criterion)
-        if exit_loss is not None and not callable(exit_loss):
-            raise TypeError(
-                "exit_loss: expected a callable (logits, target) -> losses [n], "
-                f"got {checks.describe(exit_loss)}"
-            )
         self.stages = nn.ModuleList(stages)
         self.heads = nn.ModuleList(heads)
         self.criterion = criterion
@@ -216,6 +217,13 @@ class ELFBase(nn.Module):
             value = exit_settings.exit_weights(value, len(self.stages))
         elif name == "drop_exited" and value not in (None, True, False):
             raise TypeError(f"drop_exited: expected True, False or None, got {value!r}")
+        elif name == "exit_loss":
+            if value is not None and not callable(value):
+                raise TypeError(
+                    "exit_loss: expected a callable (logits, target) -> losses [n], "
+                    f"got {checks.describe(value)}"
+                )
+            self.__dict__.get("_modules", {}).pop(name, None)  # one that was a module
         super().__setattr__(name, value)
 
     def _change_criterion(self, value: str | Score) -> None:
@@ -263,9 +271,17 @@ class ELFBase(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ELFBase:
         """Moves the settings with the network, but keeps their dtype and values: `to_empty` would
-        lose them."""
+        lose them. A buffer that several stages read stays one tensor."""
         exact = {name: self._buffers[name] for name in _SETTINGS}
+        held = [
+            (module._buffers, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+        ]
         super()._apply(fn, recurse)
+        moved: dict[int, Tensor | None] = {}
+        for buffers, name, before in held:
+            buffers[name] = moved.setdefault(id(before), buffers[name])
         for name, before in exact.items():
             after = self._buffers[name]
             if before is not None and after is not None and not before.is_meta:
@@ -360,20 +376,30 @@ class ELFBase(nn.Module):
             checks.target_shape(target, x.shape[0], x.device)
         return x.shape[0]
 
+    def _check_features(self, x: Any, e: int) -> None:
+        """What stage e returned. The last of several may return whatever its head takes."""
+        if not isinstance(x, Tensor) and not 0 < e == len(self.stages) - 1:
+            raise TypeError(f"stages[{e}]: expected to return a tensor, got {checks.describe(x)}")
+
     def _check_logits(self, z: Any, e: int, rows: int) -> None:
         if not isinstance(z, Tensor) or z.dim() != 2 or z.shape[0] != rows:
             raise ValueError(
                 f"heads[{e}]: expected logits of shape [{rows}, C], got {checks.describe(z)}"
             )
-        self._check_classes(z.shape[1], e)
 
-    def _check_classes(self, classes: int, e: int) -> None:
-        """Checks C of per-class thresholds where `exit_settings.classes_of` could not tell it."""
+    def _check_classes(self, found: int, e: int, before: int | None) -> None:
+        """Checks that head e gives as many classes as the heads before (None: there are none), and
+        C of per-class thresholds where `exit_settings.classes_of` could not tell it."""
+        if before is not None and found != before:
+            raise ValueError(
+                f"heads[{e}]: expected logits of {before} classes, as the heads before it give, "
+                f"got {found}"
+            )
         for name in ("thresholds", "train_thresholds"):
             t = self._buffers[name]
-            if t is not None and t.dim() == 2 and t.shape[1] != classes:
+            if t is not None and t.dim() == 2 and t.shape[1] != found:
                 raise ValueError(
-                    f"{name}: expected [E-1, C] with C = {classes} (the classes of heads[{e}]), "
+                    f"{name}: expected [E-1, C] with C = {found} (the classes of heads[{e}]), "
                     f"got {list(t.shape)}"
                 )
 
@@ -416,11 +442,16 @@ class ELFBase(nn.Module):
         there. Adds a zero to logits and loss that backpropagates into those stages."""
         if not batch.shared:
             return out, loss
-        _, zero = self._run_without_samples(x, batch, first, reaching)
+        _, zero = self._run_without_samples(x, batch, first, reaching, out.logits.shape[1])
         return out._replace(logits=out.logits + zero), None if loss is None else loss + zero
 
     def _run_without_samples(
-        self, x: Tensor, batch: ranks.Batch, first: int, reaching: int
+        self,
+        x: Tensor,
+        batch: ranks.Batch,
+        first: int,
+        reaching: int,
+        classes: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Runs the stages from `first` on, which no sample of this process reaches.
 
@@ -438,8 +469,11 @@ class ELFBase(nn.Module):
             x = writable(x)
             with ranks.batch_norm_without_samples(self, x, reaching=reaching) as x:
                 x = self.stages[e](x)
+                self._check_features(x, e)
                 z = self.heads[e](x)
             self._check_logits(z, e, len(x))
+            self._check_classes(z.shape[1], e, classes)
+            classes = z.shape[1]
             z = z[:0]
             zero = zero + z.sum()
             if reaching and e < len(self.stages) - 1:

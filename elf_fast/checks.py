@@ -19,7 +19,10 @@ def describe(value: Any) -> str:
     """A short description of an argument, for error messages."""
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"
+    shown = " ".join(repr(value).split())
+    if len(shown) > 100:
+        shown = f"{shown[:97]}..."
+    return f"{shown} ({type(value).__name__})"
 
 
 def printable(text: str) -> str:

@@ -35,7 +35,7 @@ def exit_gate(
         logits: [N, C] float32, float64, bfloat16 or float16; arithmetic is float32 (float64).
         threshold: in [0, 1], or inf (entropy: -inf) for never; a scalar or [C], one per predicted
             class.
-        temperature: > 0, divides the logits.
+        temperature: > 0, divides the logits. It gets no gradient.
         criterion: "confidence" (max probability), "margin" (top-1 minus top-2) or "entropy"
             (normalised; a sample leaves at or below the threshold).
         target: [N] int64; a sample then leaves only if its prediction is right.

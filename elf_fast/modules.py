@@ -49,6 +49,8 @@ class _Samples:
         self.alive: Tensor | None = None
         #: [n] their rows in the features, if those hold other samples too.
         self.present: Tensor | None = None
+        #: C, once an exit has given logits.
+        self.classes: int | None = None
         #: [n] their targets.
         self.target = None if target is None else target.contiguous()
         if target is not None and target.is_inference() and torch.is_grad_enabled():
@@ -69,6 +71,9 @@ class ELF(ELFBase):
     At every exit one kernel does softmax, test and survivor indices. Without a target it also does
     pool and classifier of an `ExitHead`; in training, the loss of the long-tail family. If samples
     are dropped, survivors move into a dense batch, so that the later stages compute on them alone.
+
+    torch.compile breaks the graph at every exit, where the number of survivors is read.
+    torch.export and torch.jit.trace need one graph and fail there.
 
     Example:
         >>> model = ELF([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)],
@@ -91,6 +96,7 @@ class ELF(ELFBase):
         parts = zip(self.stages, self.heads, self._tests(), strict=True)
         for e, (stage, head, test) in enumerate(parts):
             x = stage(x)
+            self._check_features(x, e)
             if e == 0:
                 x = apart_from(given, x)
             result = self._exit(e, head, x, samples, test)
@@ -98,7 +104,7 @@ class ELF(ELFBase):
             if n < 0:
                 checks.target_range(samples.target, result.logits.shape[1])
             if e == 0:
-                dtype = result.logits.dtype
+                dtype, samples.classes = result.logits.dtype, result.logits.shape[1]
             # If no sample leaves, a later exit overwrites every row, but backward needs this one.
             if n < samples.n or torch.is_grad_enabled():
                 if out is not None and samples.alive is None:
@@ -116,7 +122,7 @@ class ELF(ELFBase):
                 break
             x = self._for_next_stage(x, result.survivors, n, samples, drop, reaching)
         assert out is not None
-        if overwritten and out.logits.requires_grad:
+        if overwritten and any(z.requires_grad for z in (*overwritten, out.logits)):
             # Every exit that ran takes part in a backward pass from the logits, with gradient 0.
             out = out._replace(logits=torch.stack([*overwritten, out.logits])[-1])
         return out._replace(loss=None if loss is None else batch.mean(loss))
@@ -155,6 +161,7 @@ class ELF(ELFBase):
         if samples.present is not None:
             z = z[samples.present]
         self._check_logits(z, e, samples.n)
+        self._check_classes(z.shape[1], e, samples.classes)
         checks.logits(z)
         if test.criterion.score is not None:
             gate = _unfused_gate(z, y if self.training else None, test)
@@ -172,7 +179,7 @@ class ELF(ELFBase):
         checks.poolable(features)
         weight, bias = head.classifier.weight, head.classifier.bias
         checks.classifier(weight, bias, features.shape[2 if features.dim() == 3 else 1])
-        self._check_classes(weight.shape[0], e)
+        self._check_classes(weight.shape[0], e, samples.classes)
         t, T = in_arithmetic_of(weight, test.threshold, test.temperature)
         z, _, confidence, prediction, survivors, count = call(
             ops.exit_head,
@@ -315,6 +322,11 @@ def _recast_tree(
         return twins[model]
     if not any(type(module) is source for module in model.modules()):
         return model
+    if "forward" in vars(model) or "_compiled_call_impl" in vars(model):
+        raise ValueError(
+            f"model: expected the forward of its class, got a {type(model).__name__} whose forward "
+            "torch.compile or an assignment replaced; it would still run the old network"
+        )
     twin = twins[model] = model.__new__(to if type(model) is source else type(model))
     twin.__dict__ = {
         key: value.copy() if isinstance(value, dict) else value
@@ -331,7 +343,8 @@ def fuse(model: nn.Module) -> nn.Module:
     shared, not copied; `model` itself is left as it is.
 
     Raises:
-        ValueError: `model` holds no `reference.ELF`.
+        ValueError: `model` holds no `reference.ELF`, or it or a module around it is compiled or has
+            a `forward` of its own. Fuse before torch.compile.
     """
     return _recast(model, reference.ELF, ELF)
 

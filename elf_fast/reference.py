@@ -289,8 +289,10 @@ class ELF(ELFBase):
     """A network with early exits, in plain PyTorch.
 
     Args:
-        stages: E modules; stage e maps features to features, and may write into its input.
-        heads: E modules; head e maps the features after stage e to logits [n, C].
+        stages: E modules; stage e maps features to features, and may write into its input, which
+            for the first is the caller's batch. A stage that keeps what it returns should keep a
+            copy: without gradients the next one may write into it.
+        heads: E modules; head e maps the features after stage e to logits [n, C], with one C.
         thresholds: a scalar, E-1 values, or [E-1, C], one per predicted class. Used at inference.
         train_thresholds: the same for training; None: as `thresholds`.
         temperatures: a scalar or E-1 values > 0; the tests read softmax(logits / temperature).
@@ -308,7 +310,9 @@ class ELF(ELFBase):
             unless a later stage or head has a BatchNorm of torch's (or derived from it) that
             normalises by the batch. If other layers use batch statistics, pass False. Evaluation
             keeps them only for a later BatchNorm without running statistics (looked for by the
-            constructor and by `train()` and `eval()`).
+            constructor and by `train()` and `eval()`). A stage that no sample reaches updates no
+            running statistics either way. Switch the exits off for
+            `torch.optim.swa_utils.update_bn`, which passes no target.
 
     Thresholds and temperatures are float32 buffers: saved, loaded and moved with the model, and
     never rounded to another dtype. Assigned and loaded values are checked and converted like
@@ -337,7 +341,7 @@ class ELF(ELFBase):
         batch = ranks.batch_of(self, x)
         if N == 0:
             return self._forward_empty(x, target, batch)
-        drop = self.drops_exited
+        drop, given = self.drops_exited, x
         criterion = self._active_criterion()
         thresholds = [*self._active_thresholds(), criterion.off]
         temperatures = [*self.temperatures, 1.0]
@@ -346,11 +350,15 @@ class ELF(ELFBase):
         out: ELFOutput | None = None
         loss: Tensor | None = None
         for e, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
-            x = stage(x) if e else apart_from(x, stage(x))
+            x = stage(x)
+            self._check_features(x, e)
+            if e == 0:
+                x = apart_from(given, x)
             z = head(x)
             if present is not None:
                 z = z[present]
             self._check_logits(z, e, len(alive))
+            self._check_classes(z.shape[1], e, None if out is None else out.logits.shape[1])
             if e == 0 and target is not None:
                 checks.target_range(target, z.shape[1])
             y = None if target is None else target[alive]

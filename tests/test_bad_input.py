@@ -25,6 +25,15 @@ def elf(stages=2, heads=2, cls=ELF, **options):
     return cls([nn.Identity()] * stages, [ExitHead(6, 5) for _ in range(heads)], **options)
 
 
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+
+def other_classes(cls, thresholds=inf):
+    return cls([nn.Identity()] * 2, [ExitHead(6, 5), ExitHead(6, 4)], thresholds=thresholds)
+
+
 GATE = [
     (lambda: F.exit_gate([1.0], 0.5), TypeError, "logits: expected a tensor, got [1.0] (list)"),
     (lambda: F.exit_gate(Z[0], 0.5), ValueError,
@@ -162,9 +171,26 @@ def module_calls(cls):
          "class, got shape [1, 7]"),
         (lambda: cls([nn.Identity()], [nn.Identity()])(X), ValueError,
          "heads[0]: expected logits of shape [4, C], got a float32 tensor of shape [4, 6, 3, 3]"),
+        (lambda: cls([Pair(), nn.Identity()], [ExitHead(6, 5)] * 2)(X), TypeError,
+         "stages[0]: expected to return a tensor, got (tensor([[[["),
+        (lambda: cls([nn.Identity(), Pair()] * 2, [ExitHead(6, 5)] * 4, thresholds=inf)(X[:0]),
+         TypeError, "stages[1]: expected to return a tensor, got (tensor([]"),
+        (lambda: other_classes(cls)(X), ValueError,
+         "heads[1]: expected logits of 5 classes, as the heads before it give, got 4"),
+        (lambda: other_classes(cls).eval().requires_grad_(False)(X), ValueError, "heads[1]: expec"),
+        (lambda: other_classes(cls, thresholds=0.3)(X, Y), ValueError, "heads[1]: expected logits"),
+        (lambda: other_classes(cls)(X[:0]), ValueError, "heads[1]: expected logits of 5 classes"),
+        (lambda: setattr(elf(cls=cls), "exit_loss", 3), TypeError,
+         "exit_loss: expected a callable (logits, target) -> losses [n], got 3 (int)"),
         (lambda: elf(cls=cls, exit_loss=nn.CrossEntropyLoss())(X, Y), ValueError,
          'exit_loss: expected losses of shape [4], one per sample (reduction="none")'),
     ]  # fmt: skip
+
+
+def compiled_in_place(change):
+    model = elf()
+    model.compile()
+    return change(model)
 
 
 OTHER = [
@@ -173,6 +199,10 @@ OTHER = [
     (lambda: elf_fast.unfuse(elf(cls=reference.ELF)), ValueError,
      "model: expected an elf_fast.modules.ELF in it"),
     (lambda: elf_fast.fuse(3), TypeError, "model: expected an nn.Module, got 3 (int)"),
+    (lambda: elf_fast.fuse(nn.Sequential(torch.compile(elf(cls=reference.ELF)))), ValueError,
+     "model: expected the forward of its class, got a OptimizedModule whose forward torch.compile"),
+    (lambda: compiled_in_place(elf_fast.unfuse), ValueError,
+     "model: expected the forward of its class, got a ELF whose forward torch.compile"),
 ]  # fmt: skip
 
 CALLS = GATE + LOSS + FEATURES + OTHER + module_calls(reference.ELF) + module_calls(ELF)
@@ -181,8 +211,9 @@ CALLS = GATE + LOSS + FEATURES + OTHER + module_calls(reference.ELF) + module_ca
 @pytest.mark.parametrize("number", range(len(CALLS)))
 def test_wrong_call(number):
     call, error, message = CALLS[number]
-    with pytest.raises(error, match=re.escape(message)):
+    with pytest.raises(error, match=re.escape(message)) as caught:
         call()
+    assert len(str(caught.value)) < 300 and "\n" not in str(caught.value)
 
 
 def test_a_refused_call_changes_nothing():

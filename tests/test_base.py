@@ -178,6 +178,29 @@ def test_weights_and_drop_exited_are_checked_when_assigned(cls):
 
 
 @BOTH
+def test_exit_loss_changes_between_modules_and_functions(cls):
+    x, y = torch.randn(6, 3, 5, 5), torch.zeros(6, dtype=torch.int64)
+    model = elf(cls, exit_loss=nn.CrossEntropyLoss(reduction="none"))
+    expected = model(x, y).loss
+    model.exit_loss = lambda z, target: 2 * nn.functional.cross_entropy(z, target, reduction="none")
+    torch.testing.assert_close(model(x, y).loss, 2 * expected)
+    assert "exit_loss" not in dict(model.named_children())
+    for again in (nn.CrossEntropyLoss(reduction="none"), None):
+        model.exit_loss = again
+        torch.testing.assert_close(model(x, y).loss, expected)
+
+
+@BOTH
+@pytest.mark.parametrize("move", [nn.Module.double, lambda m: m.to_empty(device="meta")])
+def test_a_buffer_that_two_stages_read_stays_one(cls, move):
+    first, second = nn.BatchNorm1d(8), nn.Module()
+    second.register_buffer("mean", first.running_mean)
+    second.forward = lambda x: x
+    moved = move(cls([first, nn.Sequential(second)], [ExitHead(8, 5), ExitHead(8, 5)]))
+    assert moved.stages[0].running_mean is moved.stages[1][0].mean
+
+
+@BOTH
 def test_a_scalar_in_a_file_sets_all_exits_whatever_the_shape_was(cls):
     for start in (0.9, torch.full((2, 5), 0.9)):
         model = elf(cls, thresholds=start)

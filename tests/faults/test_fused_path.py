@@ -118,6 +118,37 @@ def test_the_callers_batch_stays_as_it_is(cls, view, write, how, training):
     assert np.array_equal(x.numpy(), array)
 
 
+@pytest.mark.parametrize("cls, exits", [(reference.ELF, 1), (ELF, 2)])
+def test_under_torch_compile_writes_reach_neither_the_batch_nor_backward(cls, exits):
+    torch.compiler.reset()
+    stages = [STAGES["nothing"](), STAGES["relu in place"]()][:exits]
+    heads = [HEADS["in place"](), HEADS["linear"]()][:exits]
+    model = cls(stages, heads, thresholds=math.inf).train()
+    x, y = torch.randn(4, D), torch.tensor([0, 1, 2, 3])
+    given, expected = x.clone(), model(x, y)
+    found = torch.compile(model, backend="eager")(given, y)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(given, x)
+    found.loss.backward()
+
+
+SHARED = {
+    "expanded": lambda m, x: m.layer.bias.expand(len(x), D),
+    "unfolded": lambda m, x: m.layer.weight.flatten()[: D + len(x) - 1].unfold(0, D, 1),
+}
+
+
+@pytest.mark.parametrize("rows", SHARED)
+@pytest.mark.parametrize("how", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_rows_that_share_memory_are_written_apart(rows, how):
+    stages = [Function(SHARED[rows]), STAGES["sum in place"]()]
+    plain = reference.ELF(stages, [HEADS["exit head"]() for _ in stages], thresholds=math.inf)
+    fused = fuse(copy.deepcopy(plain))
+    x, y = torch.randn(7, D), torch.zeros(7, dtype=torch.int64)
+    with how():
+        torch.testing.assert_close(fused(x, y), plain(x, y))
+
+
 def test_features_in_memory_that_is_not_of_torch():
     """Such memory has no lazy copies."""
     stages = [Function(lambda m, x: torch.from_numpy(x.numpy() + 1)), STAGES["relu in place"]()]
@@ -212,6 +243,15 @@ def test_every_exit_that_ran_takes_part_in_every_backward_pass(cls, training, th
         assert head.bias.grad is not None and not head.bias.grad.isnan().any()
     if threshold == math.inf:
         assert [bool(head.bias.grad.any()) for head in model.heads] == [False, False, True]
+
+
+@BOTH
+def test_only_an_early_head_that_trains_gets_a_gradient_of_zero(cls):
+    model = cls([STAGES["linear"]() for _ in range(3)], [nn.Linear(D, C) for _ in range(3)],
+                thresholds=math.inf).requires_grad_(False)  # fmt: skip
+    model.heads[1].requires_grad_(True)
+    model(torch.randn(6, D)).logits.sum().backward()
+    assert not model.heads[1].weight.grad.any()
 
 
 def test_fuse_keeps_one_module_that_occurs_twice():
