@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 __all__ = ["ExitHead", "pool"]
 
@@ -13,6 +13,11 @@ def pool(features: Tensor) -> Tensor:
     if features.dim() == 4:
         return features.mean(dim=(2, 3))
     return features.mean(dim=1) if features.dim() == 3 else features
+
+
+fx.wrap(
+    "pool"
+)  # torch.fx records calls of it whole, because it cannot record what depends on a shape
 
 
 class ExitHead(nn.Module):

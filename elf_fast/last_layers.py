@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from . import heads
+from .heads import ExitHead
 from .modes import mode
 from .tracing import Tracer
 
@@ -34,14 +34,14 @@ def find(module: nn.Module, kinds: tuple[type[nn.Module], ...], name: str = "") 
     """
     if isinstance(module, kinds):
         return LastLayers({name: module}, lambda outputs: outputs[name])
-    is_head = type(module).forward is heads.ExitHead.forward
+    is_head = type(module).forward is ExitHead.forward
     inner = "classifier" if is_head else "_orig_mod"  # of torch.compile
     if is_head or inner in dict(module.named_children()):
         return find(module.get_submodule(inner), kinds, _join(name, inner))
     try:
         graph = _graph(module)
     except Exception:  # a forward that is given proxies can raise anything
-        if isinstance(module, heads.ExitHead):
+        if isinstance(module, ExitHead):
             found = find(module.classifier, kinds, _join(name, "classifier"))
             return found._replace(logits=None)
         return LastLayers(_defined_last(module, kinds, name), None)
@@ -60,15 +60,6 @@ def _defined_last(
     return {n: layer for n, layer in named.items() if getattr(layer, "out_features", None) == C}
 
 
-class _Tracer(Tracer):
-    """Keeps calls of `heads.pool` whole: it decides on the shape, which torch.fx cannot record."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._autowrap_function_ids.add(id(heads.pool))
-        self._autowrap_search.append(heads)
-
-
 def _graph(module: nn.Module) -> fx.Graph:
     """What the module's own forward does in evaluation mode, from its input to its output."""
     if isinstance(module, fx.GraphModule):
@@ -76,7 +67,7 @@ def _graph(module: nn.Module) -> fx.Graph:
     before = dict(vars(module))
     try:
         with mode(module, training=False):
-            graph = _Tracer().trace(module)
+            graph = Tracer().trace(module)
     finally:
         for name in set(vars(module)) - set(before):  # constants that torch.fx stored
             delattr(module, name)
