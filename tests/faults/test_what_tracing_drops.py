@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import random
 import types
 
@@ -213,6 +215,31 @@ def test_global_hooks_see_tensors_only():
 
 
 @pytest.mark.parametrize("owner", ["", "body"])
+@pytest.mark.parametrize("method", ["train", "eval"])
+@pytest.mark.parametrize("of_class", [True, False])
+def test_train_and_eval_of_ones_own(of_class, method, owner):
+    """They freeze normalisation, and the stages would thaw it."""
+    net = nn.Sequential()
+    net.add_module("body", nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)))
+    net.add_module("fc", nn.Linear(6, C))
+    module = net.get_submodule(owner)
+    if of_class:
+        module.__class__ = type("Frozen", (nn.Sequential,), {method: lambda self, *args: self})
+    else:
+        setattr(module, method, lambda *args: module)
+    with pytest.raises(ValueError, match=rf"^backbone: expected the {method}\(\) of nn.Module on "):
+        split(net, ["body.0"])
+
+
+def test_a_train_of_its_own_inside_a_module_stays():
+    frozen = type("Frozen", (nn.BatchNorm1d,), {"train": lambda self, mode=True: self})(6)
+    frozen.training = False
+    net = nn.Sequential(nn.Linear(5, 6), frozen, nn.Linear(6, C))
+    from_backbone(net, ["0"], C, example_input=X).train()
+    assert not frozen.training
+
+
+@pytest.mark.parametrize("owner", ["", "body"])
 def test_attributes_that_the_forward_sets(owner):
     """A counter would stand still, and what is kept for later would be a proxy of torch.fx."""
 
@@ -224,17 +251,26 @@ def test_attributes_that_the_forward_sets(owner):
                 self.kept = x
             if "keeps" in vars(self):
                 self.new = x
+            for filled in (self.__dict__.get("list"), self.__dict__.get("deque")):
+                if filled is not None:
+                    filled.append(x)
+            if "dict" in vars(self):
+                self.dict["calls"] += 1
+            if "set" in vars(self):
+                self.set.add(x)
             return super().forward(x)
 
-    for name, value in (("calls", 3), ("kept", None), ("keeps", True)):
+    states = {"calls": 3, "kept": None, "keeps": True, "list": [1, 2], "dict": {"calls": 3},
+              "set": {1, 2}, "deque": collections.deque([1, 2], maxlen=2)}  # fmt: skip
+    for name, value in states.items():
         net = Counting()
         net.add_module("body", Counting(nn.Linear(5, 6), nn.Linear(6, 6)))
         net.add_module("fc", nn.Linear(6, C))
         setattr(net.get_submodule(owner), name, value)
-        before = dict(vars(net.get_submodule(owner)))
-        with pytest.raises(ValueError, match="^backbone: .* got an attribute .* sets, Counting."):
+        before = copy.copy(vars(net.get_submodule(owner))), copy.copy(value)
+        with pytest.raises(ValueError, match="^backbone: .* attribute .* sets or fills, Counting."):
             split(net, ["body.0"])
-        assert vars(net.get_submodule(owner)) == before
+        assert (vars(net.get_submodule(owner)), value) == before
 
 
 def test_a_forward_of_the_instance():
