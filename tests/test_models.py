@@ -656,7 +656,7 @@ class TestErrors:
             calls.append(x)
             return self.logits(self.b(self.a(self.stem(x)))) + len(calls)
 
-        self.check(forward, "^backbone: .* a hook, a random number or a state")
+        self.check(forward, r"^backbone: .* got 1 in add\(\) once and 2 another time; .* state")
 
     def test_several_outputs(self):
         def forward(self, x):

@@ -6,6 +6,7 @@ import collections
 import contextlib
 import copy
 import random
+import time
 import types
 
 import numpy as np
@@ -166,6 +167,52 @@ def test_random_decisions(name, always):
         return self.fc(self.b(x))
 
     refuse(network(forward), "got a random number that is drawn")
+
+
+RNG = np.random.default_rng(0)
+STEPS = iter(range(1000))
+#: Factors that a forward finds in Python and that differ from one call or context to another.
+FACTORS = {
+    "a generator of nobody": lambda self: RNG.normal(),
+    "a generator in an object": lambda self: self.config.rng.normal(),
+    "a tensor from a generator": lambda self: torch.from_numpy(RNG.normal(size=6)).float(),
+    "a clock": lambda self: time.perf_counter(),
+    "a counter": lambda self: next(STEPS),
+    "gradients": lambda self: 3.0 if torch.is_grad_enabled() else 1.0,
+    "autocast": lambda self: 3.0 if torch.is_autocast_enabled("cpu") else 1.0,
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("always", [True, False])
+def test_numbers_that_differ_each_time(name, always):
+    def forward(self, x):
+        x = self.stem(x)
+        if always or self.training:
+            return self.fc(self.b(self.a(x * FACTORS[name](self))))
+        return self.fc(self.b(self.a(x * 1.0)))
+
+    net = network(forward)
+    net.config = types.SimpleNamespace(rng=np.random.default_rng(0))
+    refuse(net, "backbone: expected a forward that does the same every time")
+
+
+def test_operations_that_follow_autocast():
+    def forward(self, x):
+        x = self.stem(x)
+        if torch.is_autocast_enabled("cpu"):
+            x = x.float()
+        return self.fc(self.b(self.a(x)))
+
+    refuse(network(forward), 'got "a" once and .float() another time')
+
+
+def test_constants_may_follow_autocast():
+    def forward(self, x):
+        offset = torch.arange(8.0) @ (torch.arange(48.0) / 7).view(8, 6)
+        return self.fc(self.b(self.a(self.stem(x) + offset)))
+
+    from_backbone(network(forward), ["a"], C, example_input=X)
 
 
 def test_tracing_draws_no_random_numbers():
