@@ -3,6 +3,7 @@
 Only the modules that contain a named one (their ancestors) are opened; every other module is called
 as it is. Recording runs Python code once and keeps what it does to the input, so `record` refuses
 what a graph cannot hold: contexts such as `torch.no_grad()`, hooks, random decisions, attributes.
+It finds the generators that modules hold; `stages.cut` compares records, which shows others.
 """
 
 from __future__ import annotations

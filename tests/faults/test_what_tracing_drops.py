@@ -6,6 +6,7 @@ import collections
 import contextlib
 import copy
 import random
+import threading
 import time
 import types
 
@@ -13,9 +14,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import checkpoint
 
-from elf_fast import from_backbone
+from elf_fast import from_backbone, models
 from elf_fast.models import split
 
 C = 3
@@ -209,7 +211,7 @@ def test_operations_that_follow_autocast():
 
 def test_constants_may_follow_autocast():
     def forward(self, x):
-        offset = torch.arange(8.0) @ (torch.arange(48.0) / 7).view(8, 6)
+        offset = torch.ones(1, 8) @ (torch.arange(48.0) / 7).view(8, 6)
         return self.fc(self.b(self.a(self.stem(x) + offset)))
 
     from_backbone(network(forward), ["a"], C, example_input=X)
@@ -411,6 +413,74 @@ def test_a_write_into_a_buffer_stays():
     before = net.steps.item()
     model(torch.zeros(2, 4))
     assert net.steps.item() == before + 1
+
+
+class Moves(Net):
+    """Its logits depend on a buffer that also moves in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps.add_(1)
+        return self.fc(self.b(self.a(self.stem(x)))) * self.steps
+
+
+def test_logits_that_depend_on_a_buffer_that_moves():
+    net = Moves()
+    model = from_backbone(net, ["a"], C, example_input=X, thresholds=1.0)
+    assert net.steps == 0
+    twin = copy.deepcopy(net).eval()
+    for _ in range(3):
+        torch.testing.assert_close(model.eval()(X).logits, twin(X))
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize(
+    "is_tensor", [lambda x: isinstance(x, Tensor), lambda x: type(x) is Tensor]
+)
+def test_decisions_on_the_type_of_a_value(always, is_tensor):
+    """torch.fx passes a proxy, which is no tensor."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        if (always or self.training) and is_tensor(x):
+            x = x * 3
+        return self.fc(self.b(self.a(x)))
+
+    with pytest.raises(ValueError, match="^backbone: expected its stages to compute its logits"):
+        from_backbone(network(forward), ["a"], C, example_input=X)
+
+
+class Noisy(nn.Module):
+    """In training it counts, and draws from the global generators and one of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.rng, self.calls, self.norm = np.random.default_rng(0), 0, nn.BatchNorm1d(6)
+        self.lock = threading.Lock() if kind == "not copied" else None
+        self.scale = (lambda: RNG.normal()) if kind == "different each time" else float
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+            x = x * self.rng.normal() + random.random() + np.random.rand() + torch.rand(6)
+            x = self.norm(x) + self.scale()
+        return F.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", ["copied", "not copied", "different each time"])
+def test_training_is_compared_on_copies(kind):
+    net = network(around(contextlib.nullcontext))
+    net.stem = nn.Sequential(net.stem, Noisy(kind))
+    before = copy.deepcopy(net.state_dict())
+    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    models._run(net, split(net, ["a"]), ["a"], X)
+    assert states == [random.getstate(), np.random.get_state()[1].tolist(),
+                      torch.get_rng_state().tolist()]  # fmt: skip
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert net.stem[1].calls == 0
 
 
 def test_a_norm_without_running_statistics_can_be_cut():
