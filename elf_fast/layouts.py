@@ -6,6 +6,7 @@ the layers of the network, then runs the network on a smaller input, and refuses
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -67,11 +68,14 @@ def find(
     found |= {name: _VECTORS for name, value in features.items() if value.dim() == 2}
     open_ = {name: value[:2] for name, value in features.items() if name not in found}
     if open_:
-        run = _observe(backbone, open_, x[:2])  # two, as norms over the batch need
+        run = _Run({}, [])
+        _observe(backbone, open_, x[:2], run)  # two, as norms over the batch need
         axes = {name: _channels_by_layers(run, name) for name in open_}
         if None in axes.values():
             smaller = _channels_by_size(backbone, run, x[:2])
-            axes = {name: smaller[name] if axis is None else axis for name, axis in axes.items()}
+            for name in [name for name, axis in axes.items() if axis is None]:
+                axis = smaller[name]
+                axes[name] = _channels_by_readers(run, name) if axis is None else axis
         for name, axis in axes.items():
             found[name] = _layout(name, features[name], axis)
     return found
@@ -116,9 +120,10 @@ class _Run(NamedTuple):
     seen: list[tuple[Tensor, int]]  # tensors of layers with channels, and the channels' dimension
 
 
-def _observe(backbone: nn.Module, exits: Sequence[str] | Mapping[str, Any], x: Tensor) -> _Run:
+def _observe(
+    backbone: nn.Module, exits: Sequence[str] | Mapping[str, Any], x: Tensor, run: _Run
+) -> None:
     """Runs the backbone on x and notes what exits return and what layers with channels see."""
-    run = _Run({}, [])
 
     def at_exit(name: str, module: nn.Module, args: Any, output: Any) -> None:
         run.outputs[name] = output
@@ -147,7 +152,6 @@ def _observe(backbone: nn.Module, exits: Sequence[str] | Mapping[str, Any], x: T
     finally:
         for hook in hooks:
             hook.remove()
-    return run
 
 
 _CONVOLUTIONS = (convolution._ConvNd,)
@@ -203,18 +207,30 @@ def _axis(module: nn.Module, tensor: Tensor, axis: int, channels: int) -> int | 
 
 
 def _channels_by_layers(run: _Run, name: str) -> int | None:
-    """The channels' dimension according to the layers that return or read this very tensor. Else
-    according to layers that see a tensor of the same shape, if no other dimension has its size;
-    with one, a transposed tensor could have the same shape."""
+    """The channels' dimension according to the layers that see a tensor of this shape. None if they
+    differ, as one of them may mix over positions. None if none sees this very tensor and another
+    dimension has the same size, as a transposed tensor could have the same shape."""
+    features = run.outputs[name]
+    alike = {axis for tensor, axis in run.seen if tensor.shape[1:] == features.shape[1:]}
+    if len(alike) != 1:
+        return None
+    axis = alike.pop()
+    is_seen = any(tensor is features for tensor, _ in run.seen)
+    return axis if is_seen or _is_alone(features, axis) else None
+
+
+def _channels_by_readers(run: _Run, name: str) -> int | None:
+    """The channels' dimension according to the layers that see this very tensor. Others, which
+    differ, must have seen a transposed one: another dimension has the same size."""
     features = run.outputs[name]
     same = {axis for tensor, axis in run.seen if tensor is features}
-    if len(same) == 1:
-        return same.pop()
-    sizes = list(features.shape[1:])
-    alike = {axis for tensor, axis in run.seen if tensor.shape[1:] == features.shape[1:]}
-    if len(alike) == 1 and sizes.count(features.shape[next(iter(alike))]) == 1:
-        return alike.pop()
-    return None
+    axis = same.pop() if len(same) == 1 else None
+    return None if axis is None or _is_alone(features, axis) else axis
+
+
+def _is_alone(features: Tensor, axis: int) -> bool:
+    """Whether no other dimension has the size of this one."""
+    return list(features.shape[1:]).count(features.shape[axis]) == 1
 
 
 def _channels_by_size(backbone: nn.Module, run: _Run, x: Tensor) -> dict[str, int | None]:
@@ -222,11 +238,12 @@ def _channels_by_size(backbone: nn.Module, run: _Run, x: Tensor) -> dict[str, in
     changed: dict[str, set[int]] = {name: set() for name in run.outputs}
     for dim in range(1, x.dim()):
         half = x.narrow(dim, 0, x.shape[dim] // 2)
-        try:
-            outputs = _observe(backbone, list(run.outputs), half).outputs if half.numel() else {}
-        except Exception:  # a network can refuse another size in any way
-            continue
-        for name, value in outputs.items():
+        smaller = _Run({}, [])
+        # A network can refuse another size in any way. What exits returned before counts.
+        with contextlib.suppress(Exception):
+            if half.numel():
+                _observe(backbone, list(run.outputs), half, smaller)
+        for name, value in smaller.outputs.items():
             before = run.outputs[name].shape
             if isinstance(value, Tensor) and value.dim() == len(before):
                 changed[name] |= {d for d in range(1, value.dim()) if value.shape[d] != before[d]}

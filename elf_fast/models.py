@@ -10,12 +10,17 @@ Shapes: N samples, C classes, D channels, E exits (exit E is the network's own c
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import difflib
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from . import checks, layouts
 from .memory import is_out_of_memory
@@ -51,8 +56,9 @@ def from_backbone(
         exits: names of submodules, as `backbone.named_modules()` spells them, in the order in which
             they run. Only the output of the named module may cross the cut after it.
         num_classes: C.
-        example_input: a batch [N, ...] on the backbone's device. It is run in evaluation mode, to
-            find shapes and to compare the stages with the backbone. Its values do not matter.
+        example_input: a batch [N, ...] on the backbone's device. It is run to find shapes and to
+            compare the stages with the backbone: in evaluation mode, and on two samples in training
+            mode with copies of the modules. Buffers keep their values. Its values do not matter.
         conv: `ExitHead(conv=True)`; features [N, D, H, W] only.
         layout: what features with 3 or 4 dimensions hold, for all exits or by name: "NCL"
             ([N, D, T], of nn.Conv1d), "NLC" (tokens [N, T, D]), "NCHW" ([N, D, H, W]) or "NHWC"
@@ -64,16 +70,18 @@ def from_backbone(
     a run on a smaller input; where neither tells, `layout` must.
 
     Tracing runs the forward of the modules that contain an exit once, in Python. What it reads from
-    attributes (a rate of dropout, a switch for gradient checkpointing) stays as it is now.
+    attributes (a rate of dropout, a switch for gradient checkpointing) stays as it is now. What it
+    derives from `training` follows the model's mode, not a flag that a single module gets later.
 
     Raises:
         TypeError: an argument has the wrong type.
         ValueError: a name is unknown, repeated, out of order, or not called exactly once; more than
             one value crosses a cut; the forward cannot be traced, or differs between training and
             evaluation in more than numbers; features or logits have another shape than expected;
-            the layout of features does not show; a module that contains an exit has hooks, draws
-            random numbers in Python, sets its attributes, or works under torch.no_grad(), autocast
-            or gradient checkpointing; the stages give other logits or gradients than the backbone.
+            the layout of features does not show; a module that contains an exit has hooks or a
+            `train()` of its own, draws random numbers in Python, sets its attributes, or works
+            under torch.no_grad(), autocast or gradient checkpointing; the stages give other logits
+            or gradients than the backbone.
 
     Example:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
@@ -86,11 +94,7 @@ def from_backbone(
     _check_example(example_input, num_classes)
     stages = split(backbone, exits)
     _, *features, logits = _run(backbone, stages, exits, example_input)
-    if logits.dim() != 2 or logits.shape[0] != len(example_input):
-        raise ValueError(
-            f"backbone: expected logits of shape [{len(example_input)}, C], "
-            f"got {checks.describe(logits)}"
-        )
+    _check_rows(logits, len(example_input))
     if logits.shape[1] != num_classes:
         raise ValueError(
             f"num_classes: expected {logits.shape[1]}, the classes of the backbone's logits, "
@@ -98,7 +102,9 @@ def from_backbone(
         )
     by_exit = dict(zip(exits, features, strict=True))
     _check_features(by_exit, len(example_input))
-    found = layouts.find(backbone, by_exit, example_input, layout)
+    _check_another_size(stages, exits, example_input)
+    with _buffers_kept(backbone):
+        found = layouts.find(backbone, by_exit, example_input, layout)
     heads: list[nn.Module] = [
         layouts.head(value, found[name], num_classes, conv=conv, name=name)
         for name, value in by_exit.items()
@@ -164,6 +170,13 @@ def _check_names(backbone: nn.Module, exits: Any) -> list[str]:
     return list(exits)
 
 
+def _check_rows(logits: Tensor, N: int) -> None:
+    if logits.dim() != 2 or logits.shape[0] != N:
+        raise ValueError(
+            f"backbone: expected logits of shape [{N}, C], got {checks.describe(logits)}"
+        )
+
+
 def _check_features(features: Mapping[str, Tensor], N: int) -> None:
     for name, value in features.items():
         shape = value.shape
@@ -192,15 +205,7 @@ def _run(
     """[x, output of the first stage, ..., logits], in evaluation mode. Raises ValueError if the
     logits differ from the backbone's. A stage that writes into its input is changed to work on a
     copy, because the head before it may need these features for its gradient."""
-    chain = nn.ModuleList([backbone, *stages])
-    # The heads take the dtype of these features as their own, and autocast would change it.
-    outside_autocast = torch.autocast(x.device.type, enabled=False)
-    with (
-        mode(chain, training=False),
-        torch.inference_mode(False),
-        torch.no_grad(),
-        outside_autocast,
-    ):
+    with _evaluation(backbone, x), torch.no_grad():
         try:
             expected = backbone(x.clone())
         except Exception as error:
@@ -210,6 +215,7 @@ def _run(
                 f"example_input: expected a batch that the backbone takes, got "
                 f"{checks.describe(x)}: {type(error).__name__}: {error}"
             ) from error
+    with _evaluation(nn.ModuleList(stages), x), torch.no_grad():
         values = [x.clone()]
         for e, stage in enumerate(stages):
             version = values[-1]._version
@@ -223,15 +229,68 @@ def _run(
             values.append(value)
     _check_logits(values[-1], expected)
     _check_gradients(backbone, stages, x)
+    _check_training(backbone, stages, x)
     return values
+
+
+@contextlib.contextmanager
+def _evaluation(network: nn.Module, x: Tensor) -> Iterator[None]:
+    """Evaluation mode outside autocast and inference mode. Buffers keep their values."""
+    # The heads take the dtype of the features as their own, and autocast would change it.
+    outside_autocast = torch.autocast(x.device.type, enabled=False)
+    with (
+        mode(network, training=False),
+        torch.inference_mode(False),
+        outside_autocast,
+        _buffers_kept(network),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _buffers_kept(network: nn.Module) -> Iterator[None]:
+    """Gives the buffers their values back in the end. So all runs that are compared start from the
+    same, also where a forward writes into buffers in evaluation."""
+    before = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in network.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.layout is torch.strided and not is_lazy(buffer)
+    ]
+    try:
+        yield
+    finally:
+        for buffers, name, buffer, value in before:
+            buffers[name] = buffer
+            if not (buffer.is_meta or torch.equal(buffer, value)):
+                with torch.no_grad():
+                    buffer.copy_(value)
+
+
+def _check_another_size(stages: Sequence[nn.Module], exits: Sequence[str], x: Tensor) -> None:
+    """Features and logits of n samples must have n rows for another n, too. On one batch alone a
+    dimension of the same size can pass for that of the samples, such as T in [T, N, D]."""
+    n = 3 if len(x) == 2 else 2
+    with _evaluation(nn.ModuleList(stages), x), torch.no_grad():
+        values = [x[torch.arange(n) % len(x)]]
+        try:
+            for stage in stages:
+                values.append(stage(values[-1]))
+        except Exception as error:  # a network that takes one size only
+            if is_out_of_memory(error):
+                raise
+    features = values[1 : len(exits) + 1]
+    _check_features(dict(zip(exits, features, strict=False)), n)
+    if len(values) > len(stages):
+        _check_rows(values[-1], n)
 
 
 def _check_logits(logits: Tensor, expected: Tensor) -> None:
     if logits.shape != expected.shape or not _are_close(logits, expected):
         raise ValueError(
             "backbone: expected its stages to compute its logits on example_input; they differ: "
-            "a hook, a random number or a state outside the named modules is lost in tracing; "
-            + BY_HAND
+            "a state or a decision in Python outside the named modules, such as one on the type of "
+            f"a value, is lost in tracing; {BY_HAND}"
         )
 
 
@@ -263,19 +322,53 @@ def _gradients(
     network: nn.Module, parameters: Sequence[nn.Parameter], x: Tensor
 ) -> Sequence[Tensor | None]:
     """By parameter, the gradient of a weighted sum of the logits, or None."""
-    outside_autocast = torch.autocast(x.device.type, enabled=False)
-    with (
-        mode(network, training=False),
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        outside_autocast,
-    ):
+    with _evaluation(network, x), torch.enable_grad():
         logits = network(x.clone())
         if not logits.requires_grad:
             return [None] * len(parameters)
         weights = torch.arange(logits.numel(), device=logits.device).cos().view_as(logits)
         total = (logits.float() * weights).sum()
         return torch.autograd.grad(total, parameters, allow_unused=True)
+
+
+def _check_training(backbone: nn.Module, stages: Sequence[nn.Module], x: Tensor) -> None:
+    if not _same_in_training(backbone, nn.Sequential(*stages), x[:2]):
+        raise ValueError(
+            "backbone: expected its stages to compute its logits on example_input in training "
+            "mode, too, with the same random numbers; they differ: a state or a decision in Python "
+            f"outside the named modules is lost in tracing; {BY_HAND}"
+        )
+
+
+def _same_in_training(backbone: nn.Module, chain: nn.Module, x: Tensor) -> bool:
+    """Whether both give the same logits in training mode from the same random numbers. Copies run,
+    so that nothing changes. A backbone that cannot be copied or run in this mode, also for lack of
+    memory, or that gives other logits each time, is not compared."""
+    if any(isinstance(module, nn.SyncBatchNorm) for module in backbone.modules()):
+        return True  # it would wait for other processes, which may not be here
+    try:
+        expected, found = _logits_in_training(backbone, x), _logits_in_training(chain, x)
+        return _are_close(found, expected) or not _are_close(
+            _logits_in_training(backbone, x), expected
+        )
+    except Exception:
+        return True
+
+
+@torch.enable_grad()
+def _logits_in_training(network: nn.Module, x: Tensor) -> Tensor:
+    """The logits of a copy. The global random generators keep their states."""
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    outside_autocast = torch.autocast(x.device.type, enabled=False)
+    try:
+        with torch.random.fork_rng(devices), torch.inference_mode(False), outside_autocast:
+            twin = copy.deepcopy(network)
+            with mode(twin, training=True):
+                return twin(x.clone())
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
 
 
 def _are_close(ours: Tensor | None, theirs: Tensor | None) -> bool:

@@ -1,6 +1,7 @@
 """Cuts a network into stages at the outputs of named modules.
 
 `cut` records the network in training and in evaluation mode, makes one graph for both, and cuts it.
+It records every mode several times and refuses a forward that does not do the same each time.
 A stage shares the network's modules and parameters under their own names.
 """
 
@@ -30,7 +31,9 @@ def cut(backbone: nn.Module, exits: Sequence[str]) -> list[fx.GraphModule]:
     for training in (True, False):
         with mode(backbone, training=training):
             traces.append(record(backbone, exits))
-            record(backbone, exits, other_contexts=True)
+            _check_repeats(traces[-1], record(backbone, exits))
+            others = record(backbone, exits, other_contexts=True)
+            _check_repeats(traces[-1], others, constants=False)  # autocast may change their dtype
     trace = _follow_mode(*traces)
     _drop_unused_sizes(trace.graph)
     _check_order(trace, exits)
@@ -51,22 +54,61 @@ class _ByMode(nn.Module):
 
 
 class _Different(Exception):
-    """The traces of training and evaluation differ in more than numbers."""
+    """Two traces differ in more than numbers: .args are the nodes."""
+
+
+def _check_repeats(first: Trace, again: Trace, *, constants: bool = True) -> None:
+    """Two records of one mode must be equal, numbers included."""
+
+    def refuse(once: str, then: str) -> None:
+        raise ValueError(
+            "backbone: expected a forward that does the same every time around the named modules, "
+            f"with and without gradients and autocast, got {once} once and {then} another time; "
+            "the stages would lose the random number, state or context that it depends on; move "
+            f"it into a module of its own that contains no exit, or {BY_HAND}"
+        ) from None
+
+    try:
+        _merge(first, again, lambda node, a, b: refuse(f"{a} in {spell(node)}", f"{b}"), constants)
+    except _Different as different:
+        once, then = map(spell, different.args)
+        refuse(once, then if then != once else "the same with other values")
 
 
 def _follow_mode(training: Trace, evaluation: Trace) -> Trace:
     """One trace for both modes. Tracing stores `self.training`, and values derived from it, as
     plain numbers in the graph. A number that differs between the traces becomes a `_ByMode`."""
-    graph = training.graph
     parts = dict(training.parts)
-    ours, theirs = list(graph.nodes), list(evaluation.graph.nodes)
-    index = {node: i for nodes in (ours, theirs) for i, node in enumerate(nodes)}
 
     def choose(node: fx.Node, a: Any, b: Any) -> fx.Node:
         name = f"_by_mode_{len(parts)}"
         parts[name] = _ByMode(a, b)
-        with graph.inserting_before(node):
-            return graph.call_module(name)
+        with node.graph.inserting_before(node):
+            return node.graph.call_module(name)
+
+    try:
+        _merge(training, evaluation, choose)
+    except _Different as different:
+        a, b = different.args
+        raise ValueError(
+            "backbone: expected a forward that runs the same operations in training and in "
+            f"evaluation around the named modules, got {spell(a)} in training and {spell(b)} "
+            f"in evaluation; {BY_HAND}"
+        ) from None
+    return Trace(training.graph, training.cuts, parts)
+
+
+def _merge(
+    one: Trace, other: Trace, choose: Callable[[fx.Node, Any, Any], Any], constants: bool = True
+) -> None:
+    """Replaces the numbers of `one` that differ in `other` by choose(node, number, other number).
+
+    Raises:
+        _Different: the traces differ in more than numbers. Without `constants`, those are not
+            compared.
+    """
+    ours, theirs = list(one.graph.nodes), list(other.graph.nodes)
+    index = {node: i for nodes in (ours, theirs) for i, node in enumerate(nodes)}
 
     def merge(node: fx.Node, a: Any, b: Any) -> Any:
         if isinstance(a, fx.Node) and isinstance(b, fx.Node) and index[a] == index[b]:
@@ -86,26 +128,23 @@ def _follow_mode(training: Trace, evaluation: Trace) -> Trace:
             raise _Different
         return a
 
+    # Only the last node of a graph is its output. So if the nodes compared here are equal, up to
+    # the end of the shorter graph, neither graph is longer.
     for a, b in zip(ours, theirs, strict=False):
         try:
-            if (a.op, a.target) != (b.op, b.target) or not _same_constant(a, training, evaluation):
+            if (a.op, a.target) != (b.op, b.target):
+                raise _Different
+            if constants and not _same_constant(a, one, other):
                 raise _Different
             a.args, a.kwargs = merge(a, a.args, b.args), merge(a, a.kwargs, b.kwargs)
         except _Different:
-            raise ValueError(
-                "backbone: expected a forward that runs the same operations in training and in "
-                f"evaluation around the named modules, got {spell(a)} in training and {spell(b)} "
-                f"in evaluation; {BY_HAND}"
-            ) from None
-    # Only the last node of a graph is its output. So if the nodes compared above are equal, up to
-    # the end of the shorter graph, neither graph is longer.
-    return Trace(graph, training.cuts, parts)
+            raise _Different(a, b) from None
 
 
-def _same_constant(node: fx.Node, training: Trace, evaluation: Trace) -> bool:
+def _same_constant(node: fx.Node, one: Trace, other: Trace) -> bool:
     if node.op not in ("get_attr", "call_module"):
         return True
-    a, b = training.parts[str(node.target)], evaluation.parts[str(node.target)]
+    a, b = one.parts[str(node.target)], other.parts[str(node.target)]
     return a is b or (
         isinstance(a, Constant) and isinstance(b, Constant) and torch.equal(a.value, b.value)
     )

@@ -3,10 +3,12 @@
 Only the modules that contain a named one (their ancestors) are opened; every other module is called
 as it is. Recording runs Python code once and keeps what it does to the input, so `record` refuses
 what a graph cannot hold: contexts such as `torch.no_grad()`, hooks, random decisions, attributes.
+It finds the generators that modules hold; `stages.cut` compares records, which shows others.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import functools
 import json
@@ -43,7 +45,8 @@ def _ancestors(backbone: nn.Module, exits: Sequence[str]) -> dict[str, nn.Module
 
 def _check_calls(backbone: nn.Module, exits: Sequence[str]) -> None:
     """The modules that tracing opens are not called in the stages; their operations are. So their
-    hooks would not run, and torch.fx reads the backbone's forward from its class."""
+    hooks and their own `train()` would not run, and torch.fx reads the backbone's forward from its
+    class."""
     for name, module in _ancestors(backbone, exits).items():
         spelt = f'"{name}"' if name else type(module).__name__
         for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks",
@@ -53,6 +56,14 @@ def _check_calls(backbone: nn.Module, exits: Sequence[str]) -> None:
                     f"backbone: expected no hook on {spelt}, which contains an exit, because the "
                     f"stages do not call it, got {len(getattr(module, hooks))} in {hooks}; remove "
                     "it or register it on a module that contains no exit"
+                )
+        for method in ("train", "eval"):
+            of_class = getattr(type(module), method)
+            if method in vars(module) or of_class is not getattr(nn.Module, method):
+                raise ValueError(
+                    f"backbone: expected the {method}() of nn.Module on {spelt}, which contains an "
+                    f"exit, because the stages do not call it, got {type(module).__name__}'s own; "
+                    "move it into a module that contains no exit"
                 )
     if "forward" in vars(backbone):
         raise ValueError(
@@ -197,14 +208,14 @@ def record(backbone: nn.Module, exits: Sequence[str], *, other_contexts: bool = 
     with _contexts(backbone, other=other_contexts):
         tracer = Tracer(backbone, exits)
         before = _random_states(tracer.ancestors)
-        attributes = {module: dict(vars(module)) for module in tracer.ancestors}
+        attributes = {module: _attributes(module) for module in tracer.ancestors}
         try:
             graph, parts = _parts_of(tracer, backbone)
         except Exception as error:  # a forward that is given proxies can raise anything
             failure = error
         changed = _restore(attributes, backbone)
         if changed:
-            tracer.lost = f"an attribute that the forward sets, {changed[0]}"
+            tracer.lost = f"an attribute that the forward sets or fills, {changed[0]}"
         if _random_states(tracer.ancestors) != before:
             tracer.lost = "a random number that is drawn while the forward is recorded"
     if tracer.lost is not None:
@@ -276,19 +287,48 @@ def _random_states(modules: Iterable[nn.Module]) -> list[bytes]:
     return states + [state.cpu().numpy().tobytes() for state in on_devices]
 
 
-def _restore(attributes: Mapping[nn.Module, dict[str, Any]], backbone: nn.Module) -> list[str]:
-    """Gives modules their attributes back and returns the names of those that the forward set.
-    torch.fx stores constants in new attributes of the backbone."""
+def _attributes(module: nn.Module) -> dict[str, tuple[Any, list[Any]]]:
+    """By name, the value of an attribute and what it holds."""
+    return {name: (value, _items(value)) for name, value in vars(module).items()}
+
+
+def _items(value: Any) -> list[Any]:
+    """What a container holds, a dict its keys and then its values. Nothing for other objects."""
+    if isinstance(value, dict):
+        return [*value, *value.values()]
+    return list(value) if isinstance(value, (list, set, collections.deque)) else []
+
+
+def _refill(container: Any, items: list[Any]) -> None:
+    container.clear()
+    if isinstance(container, dict):
+        half = len(items) // 2
+        container.update(zip(items[:half], items[half:], strict=True))
+    elif isinstance(container, set):
+        container.update(items)
+    else:
+        container.extend(items)
+
+
+def _restore(
+    attributes: Mapping[nn.Module, dict[str, tuple[Any, list[Any]]]], backbone: nn.Module
+) -> list[str]:
+    """Gives modules their attributes back and returns the names of those that the forward set, or
+    filled. torch.fx stores constants in new attributes of the backbone."""
     changed = []
     for module, before in attributes.items():
         now = vars(module)
         for name in list(now):
             is_new, is_proxy = name not in before, isinstance(now[name], fx.Proxy)
-            if is_proxy or not (is_new or now[name] is before[name]):
+            if is_proxy or not (is_new or now[name] is before[name][0]):
                 changed.append(f"{type(module).__name__}.{name}")
             if is_new and (is_proxy or module is backbone):
                 del now[name]
-        now.update(before)
+        for name, (value, items) in before.items():
+            if list(map(id, _items(value))) != list(map(id, items)):
+                changed.append(f"{type(module).__name__}.{name}")
+                _refill(value, items)
+            now[name] = value
     return changed
 
 

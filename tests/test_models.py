@@ -656,7 +656,23 @@ class TestErrors:
             calls.append(x)
             return self.logits(self.b(self.a(self.stem(x)))) + len(calls)
 
-        self.check(forward, "^backbone: .* a hook, a random number or a state")
+        self.check(forward, r"^backbone: .* got 1 in add\(\) once and 2 another time; .* state")
+
+    @pytest.mark.parametrize("N", [1, 2, 4])
+    @pytest.mark.parametrize(
+        "turned, message", [(True, "exits: .* N = "), (False, r"backbone: .*\[")]
+    )
+    def test_samples_in_another_dimension(self, N, turned, message):
+        """[T, N, D] with as many steps as samples."""
+
+        class Sequences(Net):
+            def forward(self, x):
+                return self.fc(self.a(x.transpose(0, 1) if turned else x).mean(0))
+
+        net = Sequences()
+        net.a = nn.TransformerEncoderLayer(4, 2, 4)
+        with pytest.raises(ValueError, match=f"^{message}{3 if N == 2 else 2}"):
+            cut(net, torch.randn(N, N, 4), ["a"])
 
     def test_several_outputs(self):
         def forward(self, x):

@@ -107,6 +107,28 @@ CASES = {
         Net(nn.Identity(), nn.Linear(5, 9), nn.Sequential(nn.Flatten(), nn.Linear(81, 6)), 6),
         torch.randn(3, 9, 5), (4, 5, 9), (1,),
     ),
+    "the next layer mixes over frequencies": (
+        Net(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.Sequential(nn.Linear(16, 16), mean(2, 3)),
+            8),
+        torch.randn(2, 1, 12, 16), (2, 8, 5, 6), (2, 3),
+    ),
+    "the next layer mixes over steps": (
+        Net(nn.Conv1d(1, 8, 3, padding=1), nn.ReLU(), nn.Sequential(nn.LayerNorm(16), mean(2)), 8),
+        torch.randn(2, 1, 16), (2, 8, 5), (2,),
+    ),
+    "the next layer mixes over steps, as many as channels": (
+        Net(nn.Conv1d(1, 8, 3, padding=1), nn.ReLU(), nn.Sequential(nn.Linear(8, 8), mean(2)), 8),
+        torch.randn(2, 1, 8), (2, 8, 5), (2,),
+    ),
+    "the next layer mixes over tokens": (
+        Net(nn.Linear(5, 8), nn.GELU(), nn.Sequential(nn.BatchNorm1d(10), mean(1)), 8),
+        torch.randn(2, 10, 5), (2, 7, 8), (1,),
+    ),
+    "one size only, layers see channels before and after turning them": (
+        Net(nn.Sequential(nn.Flatten(), nn.Unflatten(1, (3, 24, 24)), nn.Conv2d(3, 6, 4, 4),
+            turned(0, 2, 3, 1)), nn.Dropout(), nn.Sequential(nn.LayerNorm(6), mean(1, 2)), 6),
+        IMAGES, (2, 3, 4, 6), (1, 2),
+    ),
     "tall images": (
         Net(nn.Conv2d(3, 4, 2, 2), nn.ReLU(), mean(2, 3), 4),
         torch.randn(2, 3, 32, 8), (2, 4, 4, 4), (2, 3),
@@ -169,6 +191,13 @@ def test_a_layout_that_nothing_shows_is_asked_for():
     for layout in ("NHWC", {"a": "NHWC"}):
         check_mean(head_of(Fixed(), FIXED, layout=layout), torch.randn(2, 4, 5, 6), (1, 2))
     check_mean(head_of(Fixed(), FIXED, layout="NCHW"), torch.randn(2, 6, 4, 5), (2, 3))
+
+
+def test_a_layout_on_which_layers_differ_is_asked_for():
+    """The exit mixes over frequencies and takes one number of them only."""
+    net = Net(nn.Conv2d(1, 8, 3, padding=1), nn.Linear(16, 16), mean(2, 3), 8)
+    with pytest.raises(ValueError, match='^layout: expected NCHW or NHWC for "a"'):
+        head_of(net, torch.randn(2, 1, 12, 16))
 
 
 def test_a_layout_that_is_given_wins():

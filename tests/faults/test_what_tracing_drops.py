@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
+import copy
 import random
+import threading
+import time
 import types
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import checkpoint
 
-from elf_fast import from_backbone
+from elf_fast import from_backbone, models
 from elf_fast.models import split
 
 C = 3
@@ -166,6 +171,52 @@ def test_random_decisions(name, always):
     refuse(network(forward), "got a random number that is drawn")
 
 
+RNG = np.random.default_rng(0)
+STEPS = iter(range(1000))
+#: Factors that a forward finds in Python and that differ from one call or context to another.
+FACTORS = {
+    "a generator of nobody": lambda self: RNG.normal(),
+    "a generator in an object": lambda self: self.config.rng.normal(),
+    "a tensor from a generator": lambda self: torch.from_numpy(RNG.normal(size=6)).float(),
+    "a clock": lambda self: time.perf_counter(),
+    "a counter": lambda self: next(STEPS),
+    "gradients": lambda self: 3.0 if torch.is_grad_enabled() else 1.0,
+    "autocast": lambda self: 3.0 if torch.is_autocast_enabled("cpu") else 1.0,
+}
+
+
+@pytest.mark.parametrize("name", FACTORS)
+@pytest.mark.parametrize("always", [True, False])
+def test_numbers_that_differ_each_time(name, always):
+    def forward(self, x):
+        x = self.stem(x)
+        if always or self.training:
+            return self.fc(self.b(self.a(x * FACTORS[name](self))))
+        return self.fc(self.b(self.a(x * 1.0)))
+
+    net = network(forward)
+    net.config = types.SimpleNamespace(rng=np.random.default_rng(0))
+    refuse(net, "backbone: expected a forward that does the same every time")
+
+
+def test_operations_that_follow_autocast():
+    def forward(self, x):
+        x = self.stem(x)
+        if torch.is_autocast_enabled("cpu"):
+            x = x.float()
+        return self.fc(self.b(self.a(x)))
+
+    refuse(network(forward), 'got "a" once and .float() another time')
+
+
+def test_constants_may_follow_autocast():
+    def forward(self, x):
+        offset = torch.ones(1, 8) @ (torch.arange(48.0) / 7).view(8, 6)
+        return self.fc(self.b(self.a(self.stem(x) + offset)))
+
+    from_backbone(network(forward), ["a"], C, example_input=X)
+
+
 def test_tracing_draws_no_random_numbers():
     net = network(around(contextlib.nullcontext))
     states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
@@ -213,6 +264,31 @@ def test_global_hooks_see_tensors_only():
 
 
 @pytest.mark.parametrize("owner", ["", "body"])
+@pytest.mark.parametrize("method", ["train", "eval"])
+@pytest.mark.parametrize("of_class", [True, False])
+def test_train_and_eval_of_ones_own(of_class, method, owner):
+    """They freeze normalisation, and the stages would thaw it."""
+    net = nn.Sequential()
+    net.add_module("body", nn.Sequential(nn.Linear(5, 6), nn.BatchNorm1d(6)))
+    net.add_module("fc", nn.Linear(6, C))
+    module = net.get_submodule(owner)
+    if of_class:
+        module.__class__ = type("Frozen", (nn.Sequential,), {method: lambda self, *args: self})
+    else:
+        setattr(module, method, lambda *args: module)
+    with pytest.raises(ValueError, match=rf"^backbone: expected the {method}\(\) of nn.Module on "):
+        split(net, ["body.0"])
+
+
+def test_a_train_of_its_own_inside_a_module_stays():
+    frozen = type("Frozen", (nn.BatchNorm1d,), {"train": lambda self, mode=True: self})(6)
+    frozen.training = False
+    net = nn.Sequential(nn.Linear(5, 6), frozen, nn.Linear(6, C))
+    from_backbone(net, ["0"], C, example_input=X).train()
+    assert not frozen.training
+
+
+@pytest.mark.parametrize("owner", ["", "body"])
 def test_attributes_that_the_forward_sets(owner):
     """A counter would stand still, and what is kept for later would be a proxy of torch.fx."""
 
@@ -224,17 +300,26 @@ def test_attributes_that_the_forward_sets(owner):
                 self.kept = x
             if "keeps" in vars(self):
                 self.new = x
+            for filled in (self.__dict__.get("list"), self.__dict__.get("deque")):
+                if filled is not None:
+                    filled.append(x)
+            if "dict" in vars(self):
+                self.dict["calls"] += 1
+            if "set" in vars(self):
+                self.set.add(x)
             return super().forward(x)
 
-    for name, value in (("calls", 3), ("kept", None), ("keeps", True)):
+    states = {"calls": 3, "kept": None, "keeps": True, "list": [1, 2], "dict": {"calls": 3},
+              "set": {1, 2}, "deque": collections.deque([1, 2], maxlen=2)}  # fmt: skip
+    for name, value in states.items():
         net = Counting()
         net.add_module("body", Counting(nn.Linear(5, 6), nn.Linear(6, 6)))
         net.add_module("fc", nn.Linear(6, C))
         setattr(net.get_submodule(owner), name, value)
-        before = dict(vars(net.get_submodule(owner)))
-        with pytest.raises(ValueError, match="^backbone: .* got an attribute .* sets, Counting."):
+        before = copy.copy(vars(net.get_submodule(owner))), copy.copy(value)
+        with pytest.raises(ValueError, match="^backbone: .* attribute .* sets or fills, Counting."):
             split(net, ["body.0"])
-        assert vars(net.get_submodule(owner)) == before
+        assert (vars(net.get_submodule(owner)), value) == before
 
 
 def test_a_forward_of_the_instance():
@@ -328,6 +413,74 @@ def test_a_write_into_a_buffer_stays():
     before = net.steps.item()
     model(torch.zeros(2, 4))
     assert net.steps.item() == before + 1
+
+
+class Moves(Net):
+    """Its logits depend on a buffer that also moves in evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps.add_(1)
+        return self.fc(self.b(self.a(self.stem(x)))) * self.steps
+
+
+def test_logits_that_depend_on_a_buffer_that_moves():
+    net = Moves()
+    model = from_backbone(net, ["a"], C, example_input=X, thresholds=1.0)
+    assert net.steps == 0
+    twin = copy.deepcopy(net).eval()
+    for _ in range(3):
+        torch.testing.assert_close(model.eval()(X).logits, twin(X))
+
+
+@pytest.mark.parametrize("always", [True, False])
+@pytest.mark.parametrize(
+    "is_tensor", [lambda x: isinstance(x, Tensor), lambda x: type(x) is Tensor]
+)
+def test_decisions_on_the_type_of_a_value(always, is_tensor):
+    """torch.fx passes a proxy, which is no tensor."""
+
+    def forward(self, x):
+        x = self.stem(x)
+        if (always or self.training) and is_tensor(x):
+            x = x * 3
+        return self.fc(self.b(self.a(x)))
+
+    with pytest.raises(ValueError, match="^backbone: expected its stages to compute its logits"):
+        from_backbone(network(forward), ["a"], C, example_input=X)
+
+
+class Noisy(nn.Module):
+    """In training it counts, and draws from the global generators and one of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.rng, self.calls, self.norm = np.random.default_rng(0), 0, nn.BatchNorm1d(6)
+        self.lock = threading.Lock() if kind == "not copied" else None
+        self.scale = (lambda: RNG.normal()) if kind == "different each time" else float
+
+    def forward(self, x):
+        if self.training:
+            self.calls += 1
+            x = x * self.rng.normal() + random.random() + np.random.rand() + torch.rand(6)
+            x = self.norm(x) + self.scale()
+        return F.dropout(x, 0.5, self.training)
+
+
+@pytest.mark.parametrize("kind", ["copied", "not copied", "different each time"])
+def test_training_is_compared_on_copies(kind):
+    net = network(around(contextlib.nullcontext))
+    net.stem = nn.Sequential(net.stem, Noisy(kind))
+    before = copy.deepcopy(net.state_dict())
+    states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
+    models._run(net, split(net, ["a"]), ["a"], X)
+    assert states == [random.getstate(), np.random.get_state()[1].tolist(),
+                      torch.get_rng_state().tolist()]  # fmt: skip
+    torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
+    assert net.stem[1].calls == 0
 
 
 def test_a_norm_without_running_statistics_can_be_cut():
