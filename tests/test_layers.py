@@ -32,6 +32,7 @@ FLOORS = (
     ("functional",),
     ("losses", "samplers", "flops", "tracing", "layouts"),
     ("modules", "metrics", "last_layers", "stages"),
+    ("agreement",),
     ("classifiers", "models", "backbones"),
     ("",),
     ("data", "bench"),

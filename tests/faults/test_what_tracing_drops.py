@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import checkpoint
 
-from elf_fast import from_backbone, models
+from elf_fast import agreement, from_backbone
 from elf_fast.models import split
 
 C = 3
@@ -476,7 +476,7 @@ def test_training_is_compared_on_copies(kind):
     net.stem = nn.Sequential(net.stem, Noisy(kind))
     before = copy.deepcopy(net.state_dict())
     states = [random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()]
-    models._run(net, split(net, ["a"]), ["a"], X)
+    agreement.features_and_logits(net, split(net, ["a"]), ["a"], X)
     assert states == [random.getstate(), np.random.get_state()[1].tolist(),
                       torch.get_rng_state().tolist()]  # fmt: skip
     torch.testing.assert_close(net.state_dict(), before, rtol=0, atol=0)
