@@ -4,6 +4,8 @@ import hashlib
 import os
 import pickle
 import random
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from torchvision import datasets
 from elf_fast import data
 from elf_fast.data import digits as digits_module
 from elf_fast.data import lists
+from elf_fast.data.loader import is_lost_worker
 from elf_fast.data.longtail import hold_out
 
 # Which samples
@@ -663,6 +666,54 @@ def test_an_unreadable_file_is_named_or_skipped_and_counted(folder, workers):
     )
     shapes = [(images.shape, targets.shape) for images, targets in loader]
     assert shapes == [((n, 3, *folder[0][0].shape[1:]), (n,)) for n in (3, 0, 2)]
+
+
+class Calling(Noise):
+    """Calls a function with the index of the sample instead of loading it."""
+
+    def __init__(self, function):
+        super().__init__(4)
+        self.function = function
+
+    def __getitem__(self, index):
+        self.function(index)
+        return torch.zeros(3, 1, 1), index
+
+
+def test_a_worker_that_ends_is_one_error():
+    def die(index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    said = r"workers: expected .*, got an end \(DataLoader worker \(pid.* shared memory .*--workers"
+    for _ in range(3):  # torch raises one error or another
+        with pytest.raises(data.WorkerError, match=said) as error:
+            list(data.ImageLoader(Calling(die), 1, workers=1))
+        assert is_lost_worker(error.value.__cause__)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [RuntimeError, ConnectionResetError, EOFError])
+def test_errors_of_a_data_set_are_its_own(kind, workers):
+    def fail(index):
+        raise kind("mine")
+
+    with pytest.raises(kind, match="mine") as error:
+        list(data.ImageLoader(Calling(fail), 1, workers=workers))
+    assert type(error.value) is kind
+
+
+def test_ctrl_c_leaves_the_workers_to_their_parent(capfd):
+    """Their thread that hands over batches would print that the parent has gone."""
+
+    def interrupt(index):
+        os.kill(os.getpid(), signal.SIGINT)
+        for error in (ConnectionResetError("gone"), EOFError("gone"), ValueError("other")):
+            sys.excepthook(type(error), error, None)
+
+    assert len(list(data.ImageLoader(Calling(interrupt), 4, workers=1))) == 1
+    said = capfd.readouterr().err
+    assert "ValueError: other" in said and "gone" not in said
 
 
 def test_data_sets_travel_to_spawned_workers(folder):
