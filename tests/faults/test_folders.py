@@ -177,6 +177,14 @@ def test_a_class_does_not_vanish_from_a_test_part(tmp_path):
     assert data.image_folder(tmp_path).test.targets.tolist() == [0]
 
 
+def test_names_in_two_forms_of_unicode_are_explained(tmp_path):
+    """macOS writes accents as characters of their own."""
+    write(tmp_path, "train/\u00e9/1.png", "train/x/1.png", "val/e\u0301/1.png", "val/x/1.png")
+    said = "got 1 more: (.*); rename \\1: training has it in other characters"
+    with pytest.raises(data.DataError, match=said):
+        data.image_folder(tmp_path)
+
+
 def test_what_is_left_out_is_said(tmp_path):
     write(tmp_path, "train/x/1.png", "train/y/1.png", "train/x/._1.png", "train/stray.png",
           "train/.ipynb_checkpoints/1.png", "__MACOSX/train/1.png")  # fmt: skip
