@@ -1,6 +1,7 @@
 """Data sets, transforms and the loader, on small files that the tests write."""
 
 import hashlib
+import multiprocessing
 import os
 import pickle
 import random
@@ -734,6 +735,16 @@ def test_a_worker_that_ends_is_one_error():
         assert is_lost_worker(error.value.__cause__)
 
 
+@pytest.fixture
+def ended_workers():
+    """A worker whose data set raised does not end when torch asks it to."""
+    yield
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGUSR2)
+        worker.join()
+
+
+@pytest.mark.usefixtures("ended_workers")
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("kind", [RuntimeError, ConnectionResetError, EOFError])
 def test_errors_of_a_data_set_are_its_own(kind, workers):
