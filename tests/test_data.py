@@ -1,9 +1,12 @@
 """Data sets, transforms and the loader, on small files that the tests write."""
 
 import hashlib
+import multiprocessing
 import os
 import pickle
 import random
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +23,7 @@ from torchvision import datasets
 from elf_fast import data
 from elf_fast.data import digits as digits_module
 from elf_fast.data import lists
+from elf_fast.data.loader import is_lost_worker
 from elf_fast.data.longtail import hold_out
 
 # Which samples
@@ -370,12 +374,54 @@ def test_published_lists(listed, plain):
 
 def test_own_lists(listed, plain):
     train = listed / "Places_LT_train.txt"
-    splits = data.from_lists(listed, train, validation=train, transforms=plain)
-    assert splits.class_counts == [2, 1] and values(splits.validation) == [100, 101, 102]
+    (listed / "other.txt").write_text("images/zoo/2.png 1\n")
+    splits = data.from_lists(listed, train, validation=listed / "other.txt", transforms=plain)
+    assert splits.class_counts == [2, 1] and values(splits.validation) == [100]
     assert splits.test is None
     (listed / "flat.txt").write_text("images/inn/1.png 0\r\n\nimages/inn/a b.jpg\t1\n")
     splits = data.from_lists(listed, listed / "flat.txt", transforms=plain)
     assert splits.class_names == ["0", "1"] and values(splits.train) == [0, 1]
+
+
+def test_a_list_may_begin_with_a_mark(listed):
+    """Of the byte order, as editors of Windows write it."""
+    (listed / "mark.txt").write_text("images/inn/1.png 0\n", encoding="utf-8-sig")
+    assert data.from_lists(listed, listed / "mark.txt").class_names == ["inn"]
+
+
+def test_class_names_do_not_change_when_the_images_move(tmp_path):
+    for name in ("1.png", "sub/2.png"):
+        write_image(tmp_path / "images" / name, 0)
+    (tmp_path / "list.txt").write_text("1.png 0\nsub/2.png 1\n")
+    for root in (tmp_path / "images", f"{tmp_path}/images/"):
+        assert data.from_lists(root, tmp_path / "list.txt").class_names == ["0", "1"]
+    (tmp_path / "list.txt").write_text("./1.png 0\nsub/2.png 1\n")
+    assert data.from_lists(tmp_path / "images", tmp_path / "list.txt").class_names == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    "lines, message",
+    [
+        ("images/inn/1.png -1", "expected labels from 0 on, got 1 others: line 1 (-1)"),
+        (f"images/inn/1.png {'9' * 5000}", "got 1 malformed: line 1 ('images/inn/1.png 99"),
+    ],
+)
+def test_labels_that_no_class_can_have_are_refused(lines, message, listed):
+    (listed / "train.txt").write_text(lines)
+    with pytest.raises(data.DataError) as error:
+        data.from_lists(listed, listed / "train.txt")
+    assert f"{listed}/train.txt: " in str(error.value) and message in str(error.value)
+
+
+def test_an_image_of_two_parts_is_refused(listed):
+    train, test = listed / "train.txt", listed / "test.txt"
+    train.write_text("images/inn/1.png 0\nimages/inn/1.png 0\nimages/zoo/1.png 1\n")
+    assert len(data.from_lists(listed, train).train) == 3
+    test.write_text("images/zoo/2.png 1\nimages/inn/1.png 0\n")
+    with pytest.raises(data.DataError, match=r"test.txt: .* the train list .*, got 1 .*inn/1.png$"):
+        data.from_lists(listed, train, test=test)
+    with pytest.raises(data.DataError, match="the validation list does not have, got 2 that it"):
+        data.from_lists(listed, listed / "Places_LT_train.txt", test, test)
 
 
 def test_all_that_is_wrong_with_lists_is_said_at_once(listed):
@@ -663,6 +709,64 @@ def test_an_unreadable_file_is_named_or_skipped_and_counted(folder, workers):
     )
     shapes = [(images.shape, targets.shape) for images, targets in loader]
     assert shapes == [((n, 3, *folder[0][0].shape[1:]), (n,)) for n in (3, 0, 2)]
+
+
+class Calling(Noise):
+    """Calls a function with the index of the sample instead of loading it."""
+
+    def __init__(self, function):
+        super().__init__(4)
+        self.function = function
+
+    def __getitem__(self, index):
+        self.function(index)
+        return torch.zeros(3, 1, 1), index
+
+
+def test_a_worker_that_ends_is_one_error():
+    def die(index):
+        if index == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    said = r"workers: expected .*, got an end \(DataLoader worker \(pid.* shared memory .*--workers"
+    for _ in range(3):  # torch raises one error or another
+        with pytest.raises(data.WorkerError, match=said) as error:
+            list(data.ImageLoader(Calling(die), 1, workers=1))
+        assert is_lost_worker(error.value.__cause__)
+
+
+@pytest.fixture
+def ended_workers():
+    """A worker whose data set raised does not end when torch asks it to."""
+    yield
+    for worker in multiprocessing.active_children():
+        os.kill(worker.pid, signal.SIGUSR2)
+        worker.join()
+
+
+@pytest.mark.usefixtures("ended_workers")
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", [RuntimeError, ConnectionResetError, EOFError])
+def test_errors_of_a_data_set_are_its_own(kind, workers):
+    def fail(index):
+        raise kind("mine")
+
+    with pytest.raises(kind, match="mine") as error:
+        list(data.ImageLoader(Calling(fail), 1, workers=workers))
+    assert type(error.value) is kind
+
+
+def test_ctrl_c_leaves_the_workers_to_their_parent(capfd):
+    """Their thread that hands over batches would print that the parent has gone."""
+
+    def interrupt(index):
+        os.kill(os.getpid(), signal.SIGINT)
+        for error in (ConnectionResetError("gone"), EOFError("gone"), ValueError("other")):
+            sys.excepthook(type(error), error, None)
+
+    assert len(list(data.ImageLoader(Calling(interrupt), 4, workers=1))) == 1
+    said = capfd.readouterr().err
+    assert "ValueError: other" in said and "gone" not in said
 
 
 def test_data_sets_travel_to_spawned_workers(folder):

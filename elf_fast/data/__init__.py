@@ -10,7 +10,7 @@ from .digits import long_tailed_digits
 from .folder import image_folder
 from .images import DecodeError
 from .lists import PUBLISHED, from_lists, published
-from .loader import ImageLoader
+from .loader import ImageLoader, WorkerError
 from .longtail import long_tailed_counts, long_tailed_subset
 from .splits import DataError, LabelledImages, Splits
 from .transforms import Transforms, image_transforms, small_image_transforms
@@ -23,6 +23,7 @@ __all__ = [
     "LabelledImages",
     "Splits",
     "Transforms",
+    "WorkerError",
     "cifar_lt",
     "from_lists",
     "image_folder",

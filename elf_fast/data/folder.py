@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unicodedata import normalize
 
 import torch
 from torch import Tensor
@@ -88,9 +89,12 @@ def _samples(part: Part, class_names: list[str]) -> tuple[list[str], Tensor]:
     be missing in it."""
     unknown = sorted(set(part.files) - set(class_names))
     if unknown:
+        forms = {normalize("NFC", name) for name in class_names}
+        alike = [name for name in unknown if normalize("NFC", name) in forms]
+        cure = f"; rename {alike[0]}: training has it in other characters" if alike else ""
         raise DataError(
             f"{part.folder}: expected only classes of the training part, got {len(unknown)} more: "
-            f"{', '.join(unknown[:5])}"
+            f"{', '.join(unknown[:5])}{cure}"
         )
     files = [part.files.get(name, []) for name in class_names]
     paths = [path for of_class in files for path in of_class]

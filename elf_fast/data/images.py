@@ -9,11 +9,15 @@ import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, TiffImagePlugin
 from torch import Tensor
 from torch.utils.data import Dataset
 
 Transform = Callable[[Image.Image], Tensor]  # an RGB image to [3, H, W]
+
+#: Formats that are not loaded, whatever a file is named: Pillow runs Ghostscript for EPS, and opens
+#: what is inside an IPTC file, which may be EPS.
+_UNSAFE = ("EPS", "IPTC")
 
 
 class DecodeError(OSError):
@@ -31,7 +35,7 @@ class DecodeError(OSError):
 def read_image(path: str, *, exif_orientation: bool = True) -> Image.Image:
     """The file as an RGB image: the first frame of an animation, without transparency.
 
-    Grey values of 16 bits are divided by 257, and floating ones, which must be in [0, 1],
+    Grey values of 12 and 16 bits are scaled to 8, and floating ones, which must be in [0, 1],
     multiplied by 255.
 
     Args:
@@ -39,14 +43,17 @@ def read_image(path: str, *, exif_orientation: bool = True) -> Image.Image:
             so for TIFF.
 
     Raises:
-        DecodeError: the file is missing, cut short, damaged or no image, it has more pixels than
-            `PIL.Image.MAX_IMAGE_PIXELS`, or it has 32-bit integers, whose range is not known.
+        DecodeError: the file is missing, cut short, damaged or no image, it is EPS or IPTC, it has
+            more pixels than `PIL.Image.MAX_IMAGE_PIXELS`, or it has signed or 32-bit integers,
+            whose range is not known.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's about metadata, one per image
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
+                if image.format in _UNSAFE:
+                    raise ValueError(f"expected an image of pixels, got {image.format}")
                 image.load()
                 if exif_orientation:
                     with contextlib.suppress(Exception):  # damaged metadata of a good image
@@ -63,19 +70,27 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: the range of its values is not known.
     """
+    tags = getattr(image, "tag_v2", {})  # of TIFF
+    bits = tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]
+    is_signed = 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ())
     # Pillow reads 16-bit PNG and PGM files as mode "I" or "I;16", by its version.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        values = np.asarray(image).astype(np.uint32)
-        return Image.fromarray(((values + 128) // 257).astype(np.uint8))
-    if image.mode == "I":
-        raise ValueError("expected values of 8 or 16 bits, got 32-bit integers")
-    if image.mode == "F":
+        white = 2**bits - 1
+        values = (np.asarray(image).astype(np.uint32) * 255 + white // 2) // white
+    elif image.mode == "I" or is_signed:
+        kind = f"{'signed ' * is_signed}{bits}-bit integers"
+        raise ValueError(f"expected unsigned values of up to 16 bits, got {kind}")
+    elif image.mode == "F":
         values = np.asarray(image)
         if not bool(((values >= 0) & (values <= 1)).all()):
             low, high = values.min(), values.max()
             raise ValueError(f"expected floating values in [0, 1], got {low:g} to {high:g}")
-        return Image.fromarray((values * 255).round().astype(np.uint8))
-    return image
+        values = (values * 255).round()
+    else:
+        return image
+    if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0:
+        values = 255 - values  # 0 is white, which Pillow heeds up to 8 bits only
+    return Image.fromarray(values.astype(np.uint8))
 
 
 class ImageFiles(Dataset[tuple[Tensor, int]]):

@@ -6,7 +6,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import combinations, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,7 +107,8 @@ def from_lists(
     """A data set from lists with a line `relative/path label` for every image, labels from 0.
 
     The largest label in `train` gives the number of classes. Each class is named after the folder
-    of its first training image; if two classes share a folder name, all have numbers as names.
+    below root of its first training image; if two classes share a folder name, or an image lies in
+    root itself, all have numbers as names.
 
     Args:
         root: the folder that the paths in the lists are relative to.
@@ -116,7 +117,8 @@ def from_lists(
 
     Raises:
         DataError: a list is missing or empty, a line is malformed, a label is out of range, a class
-            has no training image, or an image is missing. The message has a line per finding.
+            has no training image, or an image is missing or listed for two parts. The message has a
+            line per finding.
     """
     given = {"train": train, "validation": validation, "test": test}
     files = {part: Path(file) for part, file in given.items() if file is not None}
@@ -143,12 +145,20 @@ def _load(
             "\n".join(f"{file}: expected a list of images, got no file" for file in missing)
         )
     lists = {part: _read(file, root) for part, file in files.items()}
-    classes = facts.classes if facts else max(lists["train"].labels, default=0) + 1
+    classes = facts.classes if facts else max([0, *lists["train"].labels]) + 1
     findings = [
         f"{files[part]}: {finding}"
         for part, listed in lists.items()
         for finding in _findings(part, listed, classes, facts)
     ]
+    for one, other in () if facts else combinations(lists, 2):  # published lists are as they are
+        seen = set(lists[one].paths)
+        shared = [path for path in lists[other].paths if path in seen]
+        if shared:
+            findings.append(
+                f"{files[other]}: expected images that the {one} list does not have, got "
+                f"{len(shared):,} that it has: {_first(shared)}"
+            )
     if findings:
         raise DataError("\n".join(findings))
     transforms = transforms or image_transforms()
@@ -166,17 +176,17 @@ def _load(
         train=datasets["train"],
         validation=datasets.get("validation"),
         test=datasets.get("test"),
-        class_names=_class_names(lists["train"], classes),
+        class_names=_class_names(lists["train"], classes, root),
     )
 
 
 def _read(file: Path, root: str | Path) -> _List:
     listed = _List([], [], [], [])
-    # File names may hold bytes that are not UTF-8.
-    text = file.read_text(encoding="utf-8", errors="surrogateescape")
+    # File names may hold bytes that are not UTF-8; editors of Windows put a mark before the text.
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")
     for number, line in enumerate(text.split("\n"), start=1):
         fields = line.rsplit(maxsplit=1)
-        if len(fields) == 2 and re.fullmatch(r"-?[0-9]+", fields[1]):
+        if len(fields) == 2 and re.fullmatch(r"-?[0-9]{1,18}", fields[1]):
             listed.paths.append(os.path.join(root, fields[0].lstrip()))
             listed.labels.append(int(fields[1]))
             listed.lines.append(number)
@@ -199,10 +209,8 @@ def _findings(part: str, listed: _List, classes: int, facts: Facts | None) -> It
         if not 0 <= label < classes
     ]
     if outside:
-        yield (
-            f"expected labels from 0 to {classes - 1}, got {len(outside):,} others: "
-            f"{_first(outside)}"
-        )
+        known = "0 on" if part == "train" and not facts else f"0 to {classes - 1}"
+        yield f"expected labels from {known}, got {len(outside):,} others: {_first(outside)}"
     if not N and not listed.malformed:
         yield "expected images, got none"
     elif facts and facts.lists[part][1] != N:
@@ -229,10 +237,15 @@ def _first(items: Sequence[object]) -> str:
     return ", ".join(map(str, items[:_SHOWN])) + (", ..." if len(items) > _SHOWN else "")
 
 
-def _class_names(train: _List, classes: int) -> list[str]:
-    """[C] the folder of each class's first image, or numbers if two classes share a name."""
+def _class_names(train: _List, classes: int, root: str | Path) -> list[str]:
+    """[C] the folder of each class's first image, or numbers if two classes share a name or a
+    folder is root, whose name is no part of the list."""
+    start = os.path.join(root, "")
     folders: dict[int, str] = {}
     for path, label in zip(train.paths, train.labels, strict=True):
-        folders.setdefault(label, os.path.basename(os.path.dirname(path)))
+        if label not in folders:
+            folder = os.path.normpath(os.path.dirname(path.removeprefix(start)))
+            folders[label] = os.path.basename(folder)
     names = [folders[c] for c in range(classes)]
-    return names if len(set(names)) == classes else [str(c) for c in range(classes)]
+    is_named = len(set(names)) == classes and not {".", ".."}.intersection(names)
+    return names if is_named else [str(c) for c in range(classes)]

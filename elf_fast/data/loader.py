@@ -8,11 +8,14 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.process import BaseProcess
+from types import TracebackType
 from typing import NamedTuple
 
 import numpy as np
@@ -23,6 +26,24 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, Sequent
 from .. import checks
 from .images import DecodeError
 from .splits import LabelledImages
+
+
+class WorkerError(OSError):
+    """A process that loads images has ended."""
+
+    @classmethod
+    def because(cls, reason: BaseException) -> WorkerError:
+        return cls(
+            "workers: expected the processes that load images to run, got an end "
+            f"({str(reason).strip() or repr(reason)}); they may lack memory or shared memory "
+            "(/dev/shm), and fewer --workers need less"
+        )
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether torch says that a worker has ended. A signal handler of it does, wherever the main
+    thread is."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 class ImageLoader:
@@ -78,7 +99,7 @@ class ImageLoader:
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=pin_memory,
-            worker_init_fn=_end_by_sigusr2_only,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),  # else every epoch draws from torch's global one
         )
 
@@ -99,6 +120,28 @@ class ImageLoader:
         return len(self._keys.batches)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """
+        Raises:
+            DecodeError: an image cannot be read, unless `skip_errors`.
+            WorkerError: a worker has ended. Outside of the iteration torch may raise a RuntimeError
+                for it, which `is_lost_worker` recognises.
+        """
+        try:
+            yield from self._batches()
+        except RuntimeError as error:
+            if not is_lost_worker(error):
+                raise
+            raise WorkerError.because(error) from error
+        except (ConnectionError, EOFError) as error:  # a worker ended while it handed over a batch
+            if not self._loader.num_workers or "in DataLoader worker process" in str(error):
+                raise  # from the data set
+            try:
+                time.sleep(1)  # until the signal comes, which torch would else report later
+            except RuntimeError as reason:
+                raise WorkerError.because(reason) from reason
+            raise WorkerError.because(error) from error
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         others = set(multiprocessing.active_children())
         batches = iter(self._loader)  # starts the workers, if they do not run yet
         _workers.update(set(multiprocessing.active_children()) - others)
@@ -117,13 +160,24 @@ class ImageLoader:
 _workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 
 
-def _end_by_sigusr2_only(worker: int) -> None:
-    """Queues send SIGTERM and others to all processes of a job. A worker that ended at once would
-    fail its parent, which may still have to save. So the parent ends it by another signal."""
+def _start_worker(worker: int) -> None:
+    """Queues send SIGTERM and others to all processes of a job, and terminals SIGINT. A worker that
+    ended at once would fail its parent, which may still have to save. So the parent ends it by
+    another signal."""
+    sys.excepthook = _unless_parent_stopped
     if hasattr(signal, "SIGUSR2"):  # not on Windows
-        for ignored in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
+        for ignored in (signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGINT):
             signal.signal(ignored, signal.SIG_IGN)
         signal.signal(signal.SIGUSR2, lambda number, frame: os._exit(0))
+
+
+def _unless_parent_stopped(
+    kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+) -> None:
+    """Prints an error of a worker's thread, but not that the parent stopped in the middle of
+    fetching a batch from it."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, traceback)
 
 
 @atexit.register

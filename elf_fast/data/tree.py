@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +26,9 @@ _PART_OF = {name: part for part, names in PART_NAMES.items() for name in names}
 _KNOWN = "parts are named " + "; ".join(", ".join(n) for n in PART_NAMES.values())
 _CURE = "If all of them are classes, put them into one folder named train"
 _SHOWN = 5
+#: What every run writes into its folder.
+RUN_NAMES = ("checkpoints", "config.yaml")
+_HIDDEN, _RUN = "hidden", "folder of a run"
 
 
 class LeftOut:
@@ -43,8 +47,9 @@ class LeftOut:
             self.add(reason, example, count)
 
     @property
-    def only_hidden(self) -> bool:
-        return self._found.keys() <= {"hidden"}
+    def not_hidden(self) -> set[str]:
+        """The reasons for what is not hidden."""
+        return self._found.keys() - {_HIDDEN}
 
     def __str__(self) -> str:
         """Such as "2 x named .txt (cat/notes.txt), 1 x hidden (cat/.DS_Store)"."""
@@ -62,8 +67,9 @@ def find(root: Path) -> tuple[dict[str, Part], str]:
     """(parts, left out): the image files of a folder by part ("train", "validation", "test") and
     class, and what was left out, in words.
 
-    Links are followed, but every folder is read once. Hidden entries, files without an extension of
-    images, broken links and everything that is no regular file are left out.
+    Links are followed, but every folder is read once. Hidden entries, folders of runs, files
+    without an extension of images, broken links and everything that is no regular file are left
+    out.
 
     Raises:
         DataError: it is not clear which folders are parts and which are classes; a part has no
@@ -81,10 +87,13 @@ def find(root: Path) -> tuple[dict[str, Part], str]:
         files = {}
         for path in classes[part]:
             of_class = LeftOut(root)
-            files[path.name] = _images(str(path), links, of_class)
-            if not files[path.name] and (part == "train" or not of_class.only_hidden):
-                empty.append(f"{path}: expected images, got {str(of_class) or 'none'}")
+            images = _images(str(path), links, of_class)
             left_out.add_all(of_class)
+            if not images and of_class.not_hidden == {_RUN}:
+                continue
+            files[path.name] = images
+            if not images and (part == "train" or of_class.not_hidden):
+                empty.append(f"{path}: expected images, got {str(of_class) or 'none'}")
         parts[part] = Part(folder, files)
     if empty:
         known = f"the extensions of images are {' '.join(EXTENSIONS)}"
@@ -111,7 +120,9 @@ def _part_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
         if len(found) > 1:
             raise DataError(f"{root}: expected one folder for the {part} part, got {_names(found)}")
     given = [folders[0] for folders in parts.values()]
-    classes = [folder for folder in others if _has_images(folder)]
+    links = _Links(list(chain.from_iterable(map(_subfolders, given))))
+    reasons = {folder: _why_no_class(folder, links) for folder in others}
+    classes = [folder for folder, reason in reasons.items() if not reason]
     if classes:
         raise DataError(
             f"{root}: expected folders of parts or of classes, got parts by name, {_names(given)}, "
@@ -121,10 +132,19 @@ def _part_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
         raise DataError(
             f"{root}: expected a training part beside {_names(given)}, got none; {_KNOWN}. {_CURE}"
         )
-    for folder in others:
-        left_out.add("folder without images", str(folder))
+    for folder, reason in reasons.items():
+        left_out.add(reason, str(folder))
     _leave_out_files(root, left_out)
     return {part: folders[0] for part, folders in parts.items()}
+
+
+def _why_no_class(folder: Path, links: _Links) -> str:
+    """Why a folder beside parts is taken for no class; nothing if it holds images."""
+    try:
+        has_images = any(_image_files(str(folder), links, LeftOut(folder)))
+    except OSError:
+        return "folder that cannot be read"
+    return "" if has_images else "folder without images"
 
 
 def _check_no_parts(root: Path, classes: list[Path]) -> None:
@@ -160,17 +180,17 @@ def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
 
 
 def _subfolders(folder: Path) -> list[Path]:
-    """The folders in a folder, in order, without hidden ones and those that macOS adds to zips."""
-    found = (e for e in _entries(str(folder)) if _is_folder(e) and not _is_hidden(e))
+    """The folders in a folder, in order, without those that are no data."""
+    found = (e for e in _entries(str(folder)) if _is_folder(e) and not _why_no_data(e))
     return [folder / entry.name for entry in found]
 
 
 def _leave_out_files(folder: Path, left_out: LeftOut) -> None:
     for entry in _entries(str(folder)):
-        if _is_hidden(entry):
-            left_out.add("hidden", entry.path)
+        if reason := _why_no_data(entry):
+            left_out.add(reason, entry.path)
         elif not _is_folder(entry):
-            left_out.add(_reason(entry) or "outside of the class folders", entry.path)
+            left_out.add(_why_no_image(entry) or "outside of the class folders", entry.path)
 
 
 class _Links:
@@ -210,41 +230,52 @@ class _Links:
 
 def _images(folder: str, links: _Links, left_out: LeftOut) -> list[str]:
     """The image files below a class folder: ordered by folder, then by name."""
-    found = []
+    return sorted(_image_files(folder, links, left_out), key=os.path.split)
+
+
+def _image_files(folder: str, links: _Links, left_out: LeftOut) -> Iterator[str]:
     pending = [folder]
     links.enter(folder)
     while pending:
         for entry in _entries(pending.pop()):
-            if _is_hidden(entry):
-                left_out.add("hidden", entry.path)
+            if reason := _why_no_data(entry):
+                left_out.add(reason, entry.path)
             elif _is_folder(entry):
                 follow = not entry.is_symlink() or links.leads_elsewhere(entry.path)
                 if follow and links.enter(entry.path):
                     pending.append(entry.path)
                 else:
                     left_out.add("link to a folder that is read elsewhere", entry.path)
-            elif reason := _reason(entry):
+            elif reason := _why_no_image(entry):
                 left_out.add(reason, entry.path)
             else:
-                found.append(entry.path)
-    return sorted(found, key=os.path.split)
+                yield entry.path
 
 
-def _reason(entry: os.DirEntry[str]) -> str | None:
-    """Why an entry that is no folder is not read as an image; None if it is."""
+def _why_no_image(entry: os.DirEntry[str]) -> str:
+    """Why an entry that is no folder is not read as an image; nothing if it is."""
     if entry.is_symlink() and not os.path.exists(entry.path):
         return "broken link"
     if not (os.path.isfile(entry.path) if entry.is_symlink() else entry.is_file()):
         return "pipe, socket or device"
     extension = os.path.splitext(entry.name)[1]
     if extension.lower() in EXTENSIONS:
-        return None
+        return ""
     return f"named {extension.lower()}" if extension else "named without an extension"
 
 
-def _is_hidden(entry: os.DirEntry[str]) -> bool:
-    """Hidden, or the folder that macOS adds to zips."""
-    return entry.name.startswith(".") or entry.name == "__MACOSX"
+def _why_no_data(entry: os.DirEntry[str]) -> str:
+    """Why nothing of an entry is read as data; nothing if something may be."""
+    if entry.name.startswith(".") or entry.name == "__MACOSX":  # which macOS adds to zips
+        return _HIDDEN
+    return _RUN if _is_folder(entry) and _is_run(entry.path) else ""
+
+
+def _is_run(folder: str) -> bool:
+    """Whether a run wrote into the folder, and it is not a class with images as well."""
+    return all(os.path.exists(os.path.join(folder, name)) for name in RUN_NAMES) and not any(
+        entry.name.lower().endswith(EXTENSIONS) for entry in _entries(folder)
+    )
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
@@ -255,14 +286,6 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 def _entries(folder: str) -> list[os.DirEntry[str]]:
     with os.scandir(folder) as entries:
         return sorted(entries, key=lambda entry: entry.name)
-
-
-def _has_images(folder: Path) -> bool:
-    return any(
-        name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-        for _, _, names in os.walk(folder)
-        for name in names
-    )
 
 
 def _names(folders: list[Path]) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ pytest.importorskip("torchvision")
 from torchvision.datasets import ImageFolder
 
 from elf_fast import data
+from elf_fast.runs.opening import CHECKPOINTS
+from elf_fast.training.folder import CONFIG
 
 
 def write(root: Path, *names: str) -> Path:
@@ -85,6 +89,61 @@ def test_a_class_may_be_called_train_inside_the_training_part(tmp_path):
     assert splits.class_names == ["bullet train", "steam-train"]
 
 
+def nested(folder: Path, levels: int, name: str) -> None:
+    """Folders in folders, also where their path is too long for the system."""
+    folder.mkdir()
+    inside = os.open(folder, os.O_RDONLY)
+    for _ in range(levels):
+        os.mkdir(name, dir_fd=inside)
+        outside, inside = inside, os.open(name, os.O_RDONLY, dir_fd=inside)
+        os.close(outside)
+    os.close(inside)
+
+
+def test_folders_beside_parts_are_read_as_those_of_classes_are(tmp_path):
+    root = in_parts(tmp_path / "root", "train")
+    write(root, "hidden/.thumbs/1.png")
+    (root / "linked").mkdir()
+    (root / "linked" / "samples").symlink_to(root / "train" / "x")
+    (root / "linked" / "gone.png").symlink_to("nowhere")
+    nested(root / "deep", 200, "a")
+    nested(root / "long", 25, "a" * 200)
+    limit = sys.getrecursionlimit()
+    sys.setrecursionlimit(len(inspect.stack(0)) + 150)  # deeper folders take long to delete
+    try:
+        splits = data.image_folder(root)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert splits.class_names == ["x", "y"]
+    assert splits.left_out == (
+        "3 x folder without images (deep), 1 x folder that cannot be read (long)"
+    )
+    write(tmp_path, "store/1.png")
+    (root / "bus").mkdir()
+    (root / "bus" / "photos").symlink_to(tmp_path / "store")
+    with pytest.raises(data.DataError, match="parts by name, train, beside bus; "):
+        data.image_folder(root)
+
+
+def test_runs_among_the_data_are_no_classes(tmp_path):
+    def run(*names: str) -> None:
+        for name in names:
+            (tmp_path / name / CHECKPOINTS).mkdir(parents=True)
+            write(tmp_path, f"{name}/{CHECKPOINTS}/1.png")
+            for file in (CONFIG, "metrics.json"):
+                (tmp_path / name / file).touch()
+
+    write(tmp_path, "flat/x/1.png", "flat/y/1.png", "parts/train/x/1.png", "parts/test/x/1.png")
+    run("flat/run", "flat/test", "flat/runs/a", "flat/runs/b/c", "flat/x/run", "parts/dev")
+    splits = data.image_folder(tmp_path / "flat")
+    assert splits.class_names == ["x", "y"] and sizes(splits) == [2, None, None]
+    assert splits.left_out == "5 x folder of a run (run)"
+    splits = data.image_folder(tmp_path / "parts")
+    assert sizes(splits) == [1, None, 1] and splits.left_out == "1 x folder of a run (dev)"
+    run("flat/y")  # a class all the same
+    assert data.image_folder(tmp_path / "flat").class_names == ["x", "y"]
+
+
 # Extensions
 
 
@@ -116,6 +175,14 @@ def test_a_class_does_not_vanish_from_a_test_part(tmp_path):
         data.image_folder(tmp_path)
     (tmp_path / "test" / "y" / "1.heic").unlink()  # an empty folder is a class without test images
     assert data.image_folder(tmp_path).test.targets.tolist() == [0]
+
+
+def test_names_in_two_forms_of_unicode_are_explained(tmp_path):
+    """macOS writes accents as characters of their own."""
+    write(tmp_path, "train/\u00e9/1.png", "train/x/1.png", "val/e\u0301/1.png", "val/x/1.png")
+    said = "got 1 more: (.*); rename \\1: training has it in other characters"
+    with pytest.raises(data.DataError, match=said):
+        data.image_folder(tmp_path)
 
 
 def test_what_is_left_out_is_said(tmp_path):

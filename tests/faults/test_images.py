@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import struct
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps, PngImagePlugin
+from PIL import EpsImagePlugin, Image, ImageOps, PngImagePlugin
 
 pytest.importorskip("torchvision")
 
@@ -67,10 +68,62 @@ def test_floating_values_between_0_and_1_are_scaled_and_others_refused(tmp_path)
             read_image(str(tmp_path / "b.tif"))
 
 
-def test_integers_of_unknown_range_are_refused(tmp_path):
-    Image.fromarray(GREY16.astype(np.int32)).save(tmp_path / "a.tif")
-    with pytest.raises(data.DecodeError, match="a.tif: .*8 or 16 bits, got 32-bit integers"):
+def tiff(path: Path, values: bytes, *, bits: int, photometric: int = 1, kind: int = 1) -> Path:
+    """A little-endian TIFF with one row of 16 values, of kind 1 unsigned, 2 signed, 3 floating."""
+    entries = {256: 16, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1,
+               279: len(values), 339: kind}  # fmt: skip
+    table = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in entries.items())
+    start = struct.pack("<4sI", b"II*\0", 8 + len(values))
+    path.write_bytes(start + values + struct.pack("<H", len(entries)) + table + bytes(4))
+    return path
+
+
+RAMP = np.linspace(0, 1, 16)
+RAMP12 = "".join(f"{round(4095 * value):012b}" for value in RAMP)
+
+
+@pytest.mark.parametrize(
+    "values, options, expected",
+    [
+        (int(RAMP12, 2).to_bytes(24, "big"), {"bits": 12}, RAMP),
+        ((65535 * RAMP).astype("<u2").tobytes(), {"bits": 16, "photometric": 0}, 1 - RAMP),
+        (RAMP.astype("<f4").tobytes(), {"bits": 32, "photometric": 0, "kind": 3}, 1 - RAMP),
+    ],
+    ids=["12 bits", "16 bits, 0 is white", "floating, 0 is white"],
+)
+def test_a_tiff_is_as_bright_as_its_tags_say(values, options, expected, tmp_path):
+    found = pixels(tiff(tmp_path / "a.tif", values, **options))[0, :, 0]
+    assert np.array_equal(found, (255 * expected).round())
+
+
+@pytest.mark.parametrize(
+    "kind, bits, message",
+    [(1, 32, "32-bit"), (2, 8, "signed 8-bit"), (2, 16, "signed 16-bit"), (2, 32, "signed 32-bit")],
+)
+def test_integers_of_unknown_range_are_refused(kind, bits, message, tmp_path):
+    tiff(tmp_path / "a.tif", bytes(2 * bits), bits=bits, kind=kind)
+    with pytest.raises(data.DecodeError, match=f"up to 16 bits, got {message} integers"):
         read_image(str(tmp_path / "a.tif"))
+
+
+# Other formats
+
+
+def iptc(content: bytes) -> bytes:
+    size, layers, jpeg = b"\x0a", b"\1\0", b"\5"
+    fields = {(3, 60): layers, (3, 20): size, (3, 30): size, (3, 120): jpeg, (8, 10): content}
+    return b"".join(struct.pack(">3BH", 28, *k, len(v)) + v for k, v in fields.items())
+
+
+@pytest.mark.parametrize("wrap, form", [(bytes, "EPS"), (iptc, "IPTC")])
+def test_no_file_makes_pillow_run_another_program(wrap, form, tmp_path, monkeypatch):
+    started = []
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *given, **more: started.append(given))
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    (tmp_path / "a.png").write_bytes(wrap(postscript))
+    with pytest.raises(data.DecodeError, match=f"a.png: .*got {form}"):
+        read_image(str(tmp_path / "a.png"))
+    assert not started
 
 
 # Orientation
