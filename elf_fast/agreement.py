@@ -194,13 +194,13 @@ def _same_in_training(backbone: nn.Module, chain: nn.Module, x: Tensor) -> bool:
 
 @torch.enable_grad()
 def _logits_in_training(network: nn.Module, x: Tensor) -> Tensor:
-    """The logits of a copy. The global random generators keep their states."""
+    """The logits of a copy with the same parameters. Global random generators keep their states."""
     states = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     outside_autocast = torch.autocast(x.device.type, enabled=False)
     try:
         with torch.random.fork_rng(devices), torch.inference_mode(False), outside_autocast:
-            twin = copy.deepcopy(network)
+            twin = copy.deepcopy(network, {id(p): p for p in network.parameters()})
             with mode(twin, training=True):
                 return twin(x.clone())
     finally:
@@ -211,6 +211,8 @@ def _logits_in_training(network: nn.Module, x: Tensor) -> Tensor:
 def _are_close(ours: Tensor | None, theirs: Tensor | None) -> bool:
     if ours is None or theirs is None:
         return ours is theirs
+    if torch.equal(ours, theirs):
+        return True
     largest = theirs.float().abs().nan_to_num(0, 0, 0).amax().item() if theirs.numel() else 0.0
     return torch.allclose(
         ours.float(), theirs.float(), rtol=1e-2, atol=1e-2 * largest, equal_nan=True

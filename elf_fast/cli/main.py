@@ -49,6 +49,10 @@ def main(argv: list[str] | None = None) -> int:
         print("elf-fast: stopped", file=sys.stderr)
         return interrupts.STATUS
     except (MemoryError, RuntimeError) as error:
+        if str(error).startswith("DataLoader worker (pid"):  # by a signal, outside of the loader
+            from ..data.loader import WorkerError
+
+            return _fail(str(WorkerError.because(error)))
         if not is_out_of_memory(error):
             raise
         return _fail(f"out of memory: smaller batches or images need less ({error})")

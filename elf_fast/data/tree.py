@@ -29,6 +29,8 @@ _SHOWN = 5
 #: What every run writes into its folder.
 RUN_NAMES = ("checkpoints", "config.yaml")
 _HIDDEN, _RUN = "hidden", "folder of a run"
+#: Folders that macOS adds to zips, and those that Synology adds for thumbnails.
+_ADDED = ("__MACOSX", "@eaDir")
 
 
 class LeftOut:
@@ -266,7 +268,7 @@ def _why_no_image(entry: os.DirEntry[str]) -> str:
 
 def _why_no_data(entry: os.DirEntry[str]) -> str:
     """Why nothing of an entry is read as data; nothing if something may be."""
-    if entry.name.startswith(".") or entry.name == "__MACOSX":  # which macOS adds to zips
+    if entry.name.startswith(".") or entry.name in _ADDED:
         return _HIDDEN
     return _RUN if _is_folder(entry) and _is_run(entry.path) else ""
 

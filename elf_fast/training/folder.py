@@ -67,6 +67,7 @@ class RunFolder:
             if settings.exists() and not kept.exists():  # it may be the user's own
                 os.replace(settings, kept)
         files.remove_partial(self.path, (CONFIG, RESULTS, WEIGHTS))
+        (self.path / CHECKPOINTS).mkdir(exist_ok=True)  # by both a folder is known as that of a run
         files.write(settings, to_yaml(config).encode())
 
     def _holds_a_run(self) -> bool:

@@ -49,6 +49,18 @@ def test_what_the_encoding_of_stdout_lacks_is_spelled_out(monkeypatch):
     assert stdout.buffer.getvalue() == b"\\xe9t\\xe9\n"
 
 
+def test_a_worker_that_torch_misses_is_one_line(monkeypatch, capsys):
+    """torch raises this wherever the main thread is."""
+
+    def run(arguments):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("elf-fast: workers: expected ") and said.count("\n") == 1
+
+
 def test_help_imports_none_of_the_heavy_libraries():
     code = (
         "import sys, elf_fast.cli\n"

@@ -187,14 +187,15 @@ def test_names_in_two_forms_of_unicode_are_explained(tmp_path):
 
 def test_what_is_left_out_is_said(tmp_path):
     write(tmp_path, "train/x/1.png", "train/y/1.png", "train/x/._1.png", "train/stray.png",
-          "train/.ipynb_checkpoints/1.png", "__MACOSX/train/1.png")  # fmt: skip
+          "train/.ipynb_checkpoints/1.png", "__MACOSX/train/1.png",
+          "train/x/@eaDir/1.png/SYNOPHOTO_THUMB_M.png")  # fmt: skip
     (tmp_path / "docs").mkdir()
     for name in ("train/x/notes.txt", "train/y/notes.txt", "LICENSE"):
         (tmp_path / name).write_text("text")
     splits = data.image_folder(tmp_path)
     assert splits.class_names == ["x", "y"] and sizes(splits) == [2, None, None]
     assert splits.left_out == (
-        "3 x hidden (__MACOSX), 2 x named .txt (train/x/notes.txt), 1 x folder without images "
+        "4 x hidden (__MACOSX), 2 x named .txt (train/x/notes.txt), 1 x folder without images "
         "(docs), 1 x named without an extension (LICENSE), 1 x outside of the class folders "
         "(train/stray.png)"
     )

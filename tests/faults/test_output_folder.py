@@ -135,7 +135,8 @@ def test_a_folder_without_a_checkpoint_is_free_again(tmp_path, monkeypatch):
         patch.setattr(Trainer, "step", fail)
         with pytest.raises(RuntimeError, match="the first step fails"):
             train(replace(config, lr=7.0), console=QUIET)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "checkpoints"}
+    assert not list((tmp_path / "checkpoints").iterdir())
     train(config, console=QUIET)
     assert "lr: 7.0" in (tmp_path / "config.previous.yaml").read_text()
     with pytest.raises(FileExistsError, match="holds a run already"):
