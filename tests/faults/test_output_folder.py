@@ -160,7 +160,7 @@ def test_only_what_a_killed_run_left_is_removed(tmp_path):
     (tmp_path / "metrics.json.1.partial").mkdir()
     RunFolder(tmp_path, Processes(torch.device("cpu"))).claim(DIGITS, resumed=False)
     left = {path.name for path in tmp_path.iterdir()}
-    assert left == theirs | {"config.yaml", "metrics.json.1.partial"}
+    assert left == theirs | {"config.yaml", "checkpoints", "metrics.json.1.partial"}
 
 
 def test_a_path_that_leads_round_in_a_circle_is_refused(tmp_path, capsys):
