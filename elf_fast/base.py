@@ -60,14 +60,16 @@ def writable(x: Tensor) -> Tensor:
 
     A lazy clone copies only if somebody writes. Without gradients nothing is saved, and
     `modules.ELF` copies the logits that it keeps. Rows that share memory, as `expand` makes them,
-    cannot be written apart, so they are always copied.
+    cannot be written apart, so they are always copied, except in torch's compiler.
     """
-    hidden = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if hidden or type(x) is not Tensor or _shares_memory(x):
+    if torch.compiler.is_compiling():
+        return x.clone() if torch.is_grad_enabled() else x
+    if _shares_memory(x):
         return x.clone()
     if not torch.is_grad_enabled():
         return x
-    if not _can_clone_lazily(x.device):
+    hidden = type(x) is not Tensor or torch._C._are_functorch_transforms_active()
+    if hidden or not _can_clone_lazily(x.device):
         return x.clone()
     try:
         return torch._lazy_clone(x)
@@ -76,8 +78,17 @@ def writable(x: Tensor) -> Tensor:
 
 
 def _shares_memory(x: Tensor) -> bool:
-    """Whether elements of x may lie in one place."""
-    return not x.is_contiguous() and torch._debug_has_internal_overlap(x) != 0
+    """Whether elements of x may lie in one place: they do not if every stride leads past all that
+    the smaller strides reach."""
+    if x.is_contiguous():
+        return False
+    reach = 0
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
 
 
 def _can_clone_lazily(device: torch.device) -> bool:
@@ -468,10 +479,11 @@ class ELFBase(nn.Module):
                 x = x[:0]
             x = writable(x)
             with ranks.batch_norm_without_samples(self, x, reaching=reaching) as x:
+                rows = len(x)
                 x = self.stages[e](x)
                 self._check_features(x, e)
                 z = self.heads[e](x)
-            self._check_logits(z, e, len(x))
+            self._check_logits(z, e, rows)
             self._check_classes(z.shape[1], e, classes)
             classes = z.shape[1]
             z = z[:0]

@@ -4,6 +4,7 @@ was expected and what was given."""
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,11 @@ def describe(value: Any) -> str:
 
 def printable(text: str) -> str:
     """The text with line ends, control characters and what UTF-8 cannot hold spelled out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    unclear = {"Cc", "Cs", "Zl", "Zp"}  # control characters, surrogates, line ends
+    return "".join(
+        c.encode("unicode_escape").decode() if unicodedata.category(c) in unclear else c
+        for c in text
+    )
 
 
 def tensor(name: str, value: Any) -> None:

@@ -175,13 +175,13 @@ def _computed(
 
 @torch.no_grad()
 def _output(layer: nn.Linear, biases: Tensor) -> Tensor:
-    """What the layer makes of input 0 with every bias [n, C]: the bias, unless a subclass of
-    `nn.Linear` changes it further."""
+    """What the layer makes of one input with every bias [n, C]: for `nn.Linear` and input 0 the
+    bias. A subclass may change it further."""
     if type(layer).forward is nn.Linear.forward:
         return biases
-    zeros = biases.new_zeros(1, layer.in_features)
+    ones = biases.new_ones(1, layer.in_features)  # some divide by the length
     with mode(layer, training=False):
-        return torch.cat([functional_call(layer, {"bias": b}, (zeros,)) for b in biases])
+        return torch.cat([functional_call(layer, {"bias": b}, (ones,)) for b in biases])
 
 
 def _parts_with_classifier(model: nn.Module) -> dict[str, nn.Module]:

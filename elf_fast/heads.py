@@ -15,9 +15,8 @@ def pool(features: Tensor) -> Tensor:
     return features.mean(dim=1) if features.dim() == 3 else features
 
 
-fx.wrap(
-    "pool"
-)  # torch.fx records calls of it whole, because it cannot record what depends on a shape
+# torch.fx records calls of it whole, because it cannot record a decision on a shape.
+fx.wrap("pool")
 
 
 class ExitHead(nn.Module):

@@ -61,9 +61,10 @@ def from_backbone(
     dimensions but N and D. Which one is D follows from the layers that see the features, else from
     a run on a smaller input; where neither tells, `layout` must.
 
-    Tracing runs the forward of the modules that contain an exit once, in Python. What it reads from
-    attributes (a rate of dropout, a switch for gradient checkpointing) stays as it is now. What it
-    derives from `training` follows the model's mode, not a flag that a single module gets later.
+    Tracing runs the forward of the modules that contain an exit a few times, in Python. What it
+    reads from attributes (a rate of dropout, a switch for gradient checkpointing) stays as it is
+    now. What it derives from `training` follows the model's mode, not a flag that a single module
+    gets later.
 
     Raises:
         TypeError: an argument has the wrong type.

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 
 from torch import nn
 
@@ -26,21 +26,25 @@ def mode(
     """
     before = {module: module.training for module in model.modules()}
     inside = {module: training for module in before if only(module)}
+    told = [m for m in inside if getattr(m.train, "__func__", None) is not nn.Module.train]
+    kept = before if told else {module: before[module] for module in inside}
     try:
-        _tell(inside)
-        _set({**before, **inside})
+        _tell(told, inside)
+        _set({**kept, **inside})
         yield
     finally:
-        _tell({module: before[module] for module in inside})
-        _set(before)
+        try:
+            _tell(told, before)
+        finally:
+            _set(kept)
 
 
-def _tell(flags: Mapping[nn.Module, bool]) -> None:
-    """Calls overridden `train()`, with the other mode first, so that all see a change."""
-    for module, flag in flags.items():
-        if getattr(module.train, "__func__", None) is not nn.Module.train:
-            module.train(not flag)
-            module.train(flag)
+def _tell(modules: Sequence[nn.Module], flags: Mapping[nn.Module, bool]) -> None:
+    """Calls their `train()`, with the other mode first, so that all see a change."""
+    for module in modules:
+        with suppress(NotImplementedError):  # as that of exported programs
+            module.train(not flags[module])
+            module.train(flags[module])
 
 
 def _set(flags: Mapping[nn.Module, bool]) -> None:

@@ -322,7 +322,7 @@ def _recast_tree(
         return twins[model]
     if not any(type(module) is source for module in model.modules()):
         return model
-    if "forward" in vars(model) or "_compiled_call_impl" in vars(model):
+    if "forward" in vars(model) or vars(model).get("_compiled_call_impl") is not None:
         raise ValueError(
             f"model: expected the forward of its class, got a {type(model).__name__} whose forward "
             "torch.compile or an assignment replaced; it would still run the old network"

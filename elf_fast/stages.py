@@ -16,7 +16,16 @@ import torch
 from torch import fx, nn
 
 from .modes import mode
-from .tracing import BY_HAND, Constant, Trace, Tracer, record, spell, spell_targets
+from .tracing import (
+    BY_HAND,
+    Constant,
+    Trace,
+    Tracer,
+    check_calls,
+    record,
+    spell,
+    spell_targets,
+)
 
 __all__ = ["cut", "work_on_copy"]
 
@@ -27,6 +36,7 @@ def cut(backbone: nn.Module, exits: Sequence[str]) -> list[fx.GraphModule]:
     Raises:
         ValueError: see `models.from_backbone`.
     """
+    check_calls(backbone, exits)
     traces = []
     for training in (True, False):
         with mode(backbone, training=training):

@@ -1,8 +1,8 @@
 """Records the forward of a network with torch.fx, opened down to the modules that hold exits.
 
 Only the modules that contain a named one (their ancestors) are opened; every other module is called
-as it is. Recording runs Python code once and keeps what it does to the input, so `record` refuses
-what a graph cannot hold: contexts such as `torch.no_grad()`, hooks, random decisions, attributes.
+as it is. A record keeps what the Python code did to the input in one run, so `record` refuses what
+a graph cannot hold: contexts such as `torch.no_grad()`, hooks, random decisions, attributes.
 It finds the generators that modules hold; `stages.cut` compares records, which shows others.
 """
 
@@ -26,7 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 
-__all__ = ["BY_HAND", "Constant", "Trace", "Tracer", "record", "spell", "spell_targets"]
+__all__ = [
+    "BY_HAND",
+    "Constant",
+    "Trace",
+    "Tracer",
+    "check_calls",
+    "record",
+    "spell",
+    "spell_targets",
+]
 
 #: The end of a message about a network that cannot be cut.
 BY_HAND = "build elf_fast.ELF from stages and heads by hand"
@@ -43,7 +52,7 @@ def _ancestors(backbone: nn.Module, exits: Sequence[str]) -> dict[str, nn.Module
     return found
 
 
-def _check_calls(backbone: nn.Module, exits: Sequence[str]) -> None:
+def check_calls(backbone: nn.Module, exits: Sequence[str]) -> None:
     """The modules that tracing opens are not called in the stages; their operations are. So their
     hooks and their own `train()` would not run, and torch.fx reads the backbone's forward from its
     class."""
@@ -199,11 +208,12 @@ def record(backbone: nn.Module, exits: Sequence[str], *, other_contexts: bool = 
     It runs under gradients and without autocast; with `other_contexts` the other way round, which
     shows contexts that the former hides: torch.autocast(enabled=False), torch.enable_grad().
 
+    `check_calls` comes first.
+
     Raises:
         ValueError: torch.fx cannot record the forward, would lose some of what it does, or an exit
             is not called exactly once or returns no tensor.
     """
-    _check_calls(backbone, exits)
     failure: Exception | None = None
     with _contexts(backbone, other=other_contexts):
         tracer = Tracer(backbone, exits)
@@ -303,7 +313,8 @@ def _refill(container: Any, items: list[Any]) -> None:
     container.clear()
     if isinstance(container, dict):
         half = len(items) // 2
-        container.update(zip(items[:half], items[half:], strict=True))
+        for key, item in zip(items[:half], items[half:], strict=True):
+            container[key] = item  # `update` of a Counter would count
     elif isinstance(container, set):
         container.update(items)
     else:

@@ -69,3 +69,26 @@ def test_nothing_computed_from_old_weights_is_kept(look, training):
             stages[1].weight.mul_(factor)
         look(model)
     assert stages[1].kept is None
+
+
+class Program(nn.Module):
+    """As an exported program, it has one mode."""
+
+    def train(self, mode: bool = True) -> Program:
+        raise NotImplementedError
+
+
+class Fails(nn.Module):
+    def train(self, mode: bool = True) -> Fails:
+        if mode:
+            raise RuntimeError("train fails")
+        return super().train(mode)
+
+
+def test_a_train_that_fails_leaves_no_other_mode():
+    with mode(Program(), training=False):
+        pass
+    net = nn.Sequential(nn.Dropout(), Fails())
+    with pytest.raises(RuntimeError, match="train fails"), mode(net, training=False):
+        pass
+    assert all(module.training for module in net.modules())

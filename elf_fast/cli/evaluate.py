@@ -62,7 +62,8 @@ def _evaluate(path: Path, overrides: dict[str, str]) -> tuple[dict[str, Any], st
     from ..demo import run as demo
 
     if network == demo.NETWORK:
-        for name, folder in overrides.items():
+        if overrides:
+            name, folder = next(iter(overrides.items()))
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: expected none with weights of the demo, got {folder}")
         return metadata, *demo.evaluate_saved(path, weights, metadata)

@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .. import checks
+
 
 class DataError(ValueError):
     """A data set on disk is incomplete or invalid; the message has one line per finding."""
@@ -46,4 +48,4 @@ class Splits:
         for part, use in ((self.validation, "validation"), (self.test, "test")):
             text += f", no {use} part" if part is None else f", {len(part):,} in the {use} part"
         text += f"; left out: {self.left_out}" if self.left_out else ""
-        return text.encode(errors="replace").decode()  # a file name may hold any bytes
+        return checks.printable(text)  # a file name may hold any bytes

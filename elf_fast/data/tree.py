@@ -27,7 +27,7 @@ _KNOWN = "parts are named " + "; ".join(", ".join(n) for n in PART_NAMES.values(
 _CURE = "If all of them are classes, put them into one folder named train"
 _SHOWN = 5
 #: What every run writes into its folder.
-RUN_NAMES = ("checkpoints", "config.yaml")
+_RUN_NAMES = ("checkpoints", "config.yaml")
 _HIDDEN, _RUN = "hidden", "folder of a run"
 #: Folders that macOS adds to zips, and those that Synology adds for thumbnails.
 _ADDED = ("__MACOSX", "@eaDir")
@@ -183,15 +183,16 @@ def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
 
 def _subfolders(folder: Path) -> list[Path]:
     """The folders in a folder, in order, without those that are no data."""
-    found = (e for e in _entries(str(folder)) if _is_folder(e) and not _why_no_data(e))
+    found = (e for e in _entries(str(folder)) if _is_folder(e) and not _why_no_data(e, True))
     return [folder / entry.name for entry in found]
 
 
 def _leave_out_files(folder: Path, left_out: LeftOut) -> None:
     for entry in _entries(str(folder)):
-        if reason := _why_no_data(entry):
+        is_folder = _is_folder(entry)
+        if reason := _why_no_data(entry, is_folder):
             left_out.add(reason, entry.path)
-        elif not _is_folder(entry):
+        elif not is_folder:
             left_out.add(_why_no_image(entry) or "outside of the class folders", entry.path)
 
 
@@ -240,9 +241,10 @@ def _image_files(folder: str, links: _Links, left_out: LeftOut) -> Iterator[str]
     links.enter(folder)
     while pending:
         for entry in _entries(pending.pop()):
-            if reason := _why_no_data(entry):
+            is_folder = _is_folder(entry)
+            if reason := _why_no_data(entry, is_folder):
                 left_out.add(reason, entry.path)
-            elif _is_folder(entry):
+            elif is_folder:
                 follow = not entry.is_symlink() or links.leads_elsewhere(entry.path)
                 if follow and links.enter(entry.path):
                     pending.append(entry.path)
@@ -266,16 +268,16 @@ def _why_no_image(entry: os.DirEntry[str]) -> str:
     return f"named {extension.lower()}" if extension else "named without an extension"
 
 
-def _why_no_data(entry: os.DirEntry[str]) -> str:
+def _why_no_data(entry: os.DirEntry[str], is_folder: bool) -> str:
     """Why nothing of an entry is read as data; nothing if something may be."""
     if entry.name.startswith(".") or entry.name in _ADDED:
         return _HIDDEN
-    return _RUN if _is_folder(entry) and _is_run(entry.path) else ""
+    return _RUN if is_folder and _is_run(entry.path) else ""
 
 
 def _is_run(folder: str) -> bool:
     """Whether a run wrote into the folder, and it is not a class with images as well."""
-    return all(os.path.exists(os.path.join(folder, name)) for name in RUN_NAMES) and not any(
+    return all(os.path.exists(os.path.join(folder, name)) for name in _RUN_NAMES) and not any(
         entry.name.lower().endswith(EXTENSIONS) for entry in _entries(folder)
     )
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..base import ELFBase, apart_from
+from ..base import ELFBase, apart_from, writable
 from ..criteria import Criterion, find
 from ..modes import mode
 from ..reference import statistic
@@ -61,8 +61,9 @@ def exit_table(model: ELFBase, batches: Iterable[tuple[Tensor, Tensor]]) -> Exit
         for x, y in batches:
             given = x = x.to(device, non_blocking=True)
             statistics, predictions = [], []
-            for stage, head, T in zip(model.stages, model.heads, temperatures, strict=True):
-                x = apart_from(given, stage(x))
+            parts = zip(model.stages, model.heads, temperatures, strict=True)
+            for e, (stage, head, T) in enumerate(parts):
+                x = stage(writable(x)) if e else apart_from(given, stage(x))
                 z = head(x)  # read now, because the next stage may write into it
                 statistics.append(statistic(z, T, criterion))
                 predictions.append(z.argmax(1))

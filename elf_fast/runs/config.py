@@ -122,7 +122,7 @@ class TrainConfig:
     )  # fmt: skip
     max_flops: float | None = _option(
         None, "exits", "share of the FLOPs of the network without exits that a threshold so chosen "
-        "may cost", limits=(0.0, 1.0),
+        "may cost", limits=(0.0,),
     )  # fmt: skip
 
     loss: Literal[

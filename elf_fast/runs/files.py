@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..memory import is_out_of_memory
+
 FORMAT = "elf_fast checkpoint 1"
 
 
@@ -110,6 +112,8 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
+        if is_out_of_memory(error):
+            raise
         raise CheckpointError(
             f"{path}: expected a complete safetensors file; it is cut short, damaged or of another "
             f"kind ({error})"

@@ -22,6 +22,8 @@ from .plain import from_run
 
 #: The entry "network" in the metadata that `elf-fast train` writes beside its weights.
 NETWORK = "elf-fast train"
+#: Options of timm's networks that load weights and change nothing else.
+_PRETRAINED = ("pretrained", "checkpoint_path")
 CHECKPOINTS = "checkpoints"
 
 
@@ -106,7 +108,7 @@ def evaluate_run(
     except ValueError:  # this machine lacks the device of the training
         device = checks.device(None)
     # The run's weights replace pretrained ones, which might have to be downloaded.
-    options = {name: value for name, value in config.model_kwargs.items() if name != "pretrained"}
+    options = {k: v for k, v in config.model_kwargs.items() if k not in _PRETRAINED}
     model = network(replace(config, model_kwargs=options), splits.class_counts)
     load_weights(model, weights, path)
     model.to(device)

@@ -25,10 +25,7 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ValueError, TypeError: an unknown key, or a value that does not fit.
     """
-    for old, name in _RENAMED.items():
-        if old in values and name in values:
-            raise ValueError(f"{name}: expected every key once, got it as {old}, its old name, too")
-    found = {_RENAMED.get(name, name): value for name, value in values.items()}
+    found = _renamed(values)
     if str(found.get("criterion")).startswith(_CALLABLE):
         raise ValueError(
             f"criterion: the run used {found['criterion']!r}, a function that files cannot hold; "
@@ -42,6 +39,14 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig(**found)
 
 
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of one source, such as a file, under the names of this version."""
+    for old, name in _RENAMED.items():
+        if old in values and name in values:
+            raise ValueError(f"{name}: expected every key once, got it as {old}, its old name, too")
+    return {_RENAMED.get(name, name): value for name, value in values.items()}
+
+
 def from_run(values: Mapping[str, Any], **overrides: Any) -> TrainConfig:
     """The settings that a run recorded, with some changed. Runs of before `exif_orientation` did
     not turn photos, and runs of earlier versions may name folders that their data set does not
@@ -52,12 +57,12 @@ def from_run(values: Mapping[str, Any], **overrides: Any) -> TrainConfig:
     """
     dataset = values.get("dataset")
     is_fixed = dataset in ("digits", "cifar10", "cifar100")  # must be the default
-    recorded = {"exif_orientation": is_fixed, **values}
+    recorded = {"exif_orientation": is_fixed, **_renamed(values)}
     if dataset in SUBSETTABLE:
         recorded["lists"] = None
     if dataset == "digits":
         recorded["data_dir"] = None
-    return from_dict({**recorded, **overrides})
+    return from_dict({**recorded, **_renamed(overrides)})
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
@@ -79,7 +84,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
     Raises:
         ValueError: the file is not the YAML that `strict_yaml` reads, or not a table of keys and
-            values.
+            values, or it gives a key under its old and its new name.
     """
     with open(path, "rb") as file:
         content = file.read(strict_yaml.LARGEST + 1)
@@ -91,7 +96,7 @@ def load_yaml(path: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected `key: value` lines, got {checks.describe(values)}")
-    return values
+    return _renamed(values)
 
 
 def to_yaml(config: TrainConfig) -> str:

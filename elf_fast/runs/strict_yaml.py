@@ -15,8 +15,8 @@ def parse(text: str | bytes, largest: float = LARGEST) -> Any:
 
     Aliases (`*name`) are refused, because a few lines of them may stand for gigabytes. A key that
     is given twice is refused, because YAML would silently take the last one, and so are merge keys
-    (`<<`), which may give it twice. Numbers with leading zeros or colons are refused, because YAML
-    1.1 reads 0100 as 64 and 1:30 as 90.
+    (`<<`), which may give it twice. Integers with leading zeros and numbers with colons are
+    refused, because YAML 1.1 reads 0100 as 64 and 1:30 as 90.
 
     Raises:
         ValueError: it is no YAML, is larger than `largest`, or holds one of these.

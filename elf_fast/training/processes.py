@@ -79,17 +79,20 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     if "WORLD_SIZE" not in os.environ:
         yield Processes(own)
         return
+    if own.type == "cuda" and "LOCAL_RANK" in os.environ:
+        own = checks.device(f"cuda:{os.environ['LOCAL_RANK']}")
+        torch.cuda.set_device(own)
     try:
-        if own.type == "cuda":
-            own = checks.device(f"cuda:{os.environ['LOCAL_RANK']}")
-            torch.cuda.set_device(own)
+        if own.type == "cuda" and "LOCAL_RANK" not in os.environ:
+            raise ValueError("LOCAL_RANK is missing")
         distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (ValueError, LookupError, RuntimeError) as error:  # sockets raise RuntimeErrors
         if is_out_of_memory(error):
             raise
         shown = " ".join(f"{name}={os.environ.get(name, '(none)')}" for name in _TORCHRUN)
         raise ValueError(
-            f"WORLD_SIZE is set: expected variables as torchrun sets them, got {shown} ({error})"
+            f"the processes cannot join: {error}; WORLD_SIZE is set, and the variables of torchrun "
+            f"are {shown}"
         ) from error
     try:
         yield Processes(own, distributed.get_rank(), distributed.get_world_size())

@@ -170,8 +170,19 @@ def test_what_a_stage_does_not_write_into_is_not_copied():
         stages[0].register_forward_hook(lambda m, i, out: seen.append(out.data_ptr()))
         return ELF(stages, [ExitHead(D, C), ExitHead(D, C)], thresholds=math.inf, **options)
 
+    def with_gaps():
+        """Rows of a larger tensor, such as tokens without the first."""
+        made = model()
+        made.stages[0] = Function(lambda m, x: x.repeat(1, 2)[:, D:])
+        made.stages[0].register_forward_hook(lambda m, i, out: seen.append(out.data_ptr()))
+        return made
+
     with torch.inference_mode():
         model().eval()(torch.randn(4, D))
+    assert seen[0] == seen[1]
+    seen.clear()
+    with torch.inference_mode():
+        with_gaps().eval()(torch.randn(4, D))
     assert seen[0] == seen[1]
     seen.clear()
     model(drop_exited=False).train()(torch.randn(4, D), torch.zeros(4).long()).loss.backward()

@@ -257,9 +257,14 @@ class Cast(nn.Linear):
         return nn.functional.linear(x, self.weight, self.bias)
 
 
-def cast() -> ExitHead:
+class Normed(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x / x.norm(dim=1, keepdim=True), self.weight, self.bias)
+
+
+def with_classifier(kind: type[nn.Linear]) -> ExitHead:
     head = ExitHead(5, C)
-    head.classifier = Cast(5, C, bias=False)
+    head.classifier = kind(5, C, bias=False)
     return head
 
 
@@ -269,7 +274,8 @@ def cast() -> ExitHead:
         (lambda: Dropping(5, C), "classifier"),
         (Two, "second"),
         (Deciding, "classifier"),
-        (cast, "classifier"),
+        (lambda: with_classifier(Cast), "classifier"),
+        (lambda: with_classifier(Normed), "classifier"),
     ],
 )
 def test_subclasses_that_hand_the_biases_on_are_adjusted(make, name):

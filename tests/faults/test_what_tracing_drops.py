@@ -280,6 +280,16 @@ def test_train_and_eval_of_ones_own(of_class, method, owner):
         split(net, ["body.0"])
 
 
+def test_a_train_that_is_refused_is_not_called():
+    def train(self, loader):
+        raise AssertionError
+
+    net = nn.Sequential(nn.Linear(5, 6), nn.Linear(6, C))
+    net.train = types.MethodType(train, net)
+    with pytest.raises(ValueError, match=r"^backbone: expected the train\(\) of nn.Module"):
+        split(net, ["0"])
+
+
 def test_a_train_of_its_own_inside_a_module_stays():
     frozen = type("Frozen", (nn.BatchNorm1d,), {"train": lambda self, mode=True: self})(6)
     frozen.training = False
@@ -309,7 +319,8 @@ def test_attributes_that_the_forward_sets(owner):
                 self.set.add(x)
             return super().forward(x)
 
-    states = {"calls": 3, "kept": None, "keeps": True, "list": [1, 2], "dict": {"calls": 3},
+    states = {"calls": 3, "kept": None, "keeps": True, "list": [1, 2],
+              "dict": collections.Counter(calls=3),
               "set": {1, 2}, "deque": collections.deque([1, 2], maxlen=2)}  # fmt: skip
     for name, value in states.items():
         net = Counting()
@@ -448,6 +459,16 @@ def test_decisions_on_the_type_of_a_value(always, is_tensor):
         if (always or self.training) and is_tensor(x):
             x = x * 3
         return self.fc(self.b(self.a(x)))
+
+    with pytest.raises(ValueError, match="^backbone: expected its stages to compute its logits"):
+        from_backbone(network(forward), ["a"], C, example_input=X)
+
+
+def test_rows_that_only_training_adds():
+    def forward(self, x):
+        if self.training and isinstance(x, Tensor):
+            x = torch.cat([x, x])
+        return self.fc(self.b(self.a(self.stem(x))))
 
     with pytest.raises(ValueError, match="^backbone: expected its stages to compute its logits"):
         from_backbone(network(forward), ["a"], C, example_input=X)

@@ -51,6 +51,28 @@ def test_a_later_stage_may_write_into_the_logits():
     assert torch.equal(table.prediction.gather(0, out.exit_index[None])[0], out.prediction)
 
 
+class Apply(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_features_that_the_model_takes():
+    """Rows that share memory before a stage in place, and a pair before the last head."""
+    stages = [Apply(lambda x: x[:1].expand(len(x), 6)), nn.ReLU(inplace=True),
+              Apply(lambda x: (x, x))]  # fmt: skip
+    heads = [nn.Linear(6, 3), nn.Linear(6, 3), Apply(lambda pair: (pair[0] + pair[1])[:, :3])]
+    model = ELF(stages, heads, thresholds=0.45).eval()
+    x = torch.randn(7, 6)
+    table = exit_table(model, [(x, torch.zeros(7).long())])
+    with torch.no_grad():
+        assert torch.equal(table.exit_index(model.thresholds), model(x).exit_index)
+        assert model(x[:0]).logits.shape == (0, 3)
+
+
 def test_tables_of_processes_join_also_an_empty_one(digits):
     model = network.with_exits(10)
     whole = exit_table(model, batches(digits.validation, 50))

@@ -45,6 +45,14 @@ def test_a_file_that_is_no_text_is_named(tmp_path):
         plain.load_yaml(tmp_path / "a.yaml")
 
 
+def test_a_new_name_overrides_an_old_one_of_another_source(tmp_path):
+    recorded = {"data_dir": "a", "train_threshold": 0.3}
+    assert plain.from_run(recorded, train_thresholds=0.6).train_thresholds == (0.6,)
+    assert plain.from_run({"data_dir": "a"}, train_threshold=0.6).train_thresholds == (0.6,)
+    (tmp_path / "old.yaml").write_text("train_threshold: 0.3")
+    assert plain.load_yaml(tmp_path / "old.yaml") == {"train_thresholds": 0.3}
+
+
 def surest(logits):
     return logits.amax(dim=1)
 
