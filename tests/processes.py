@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import socket
 import time
 from collections.abc import Callable
@@ -34,6 +35,7 @@ def start(ranks: int, task: Callable, *arguments: Any) -> list[BaseProcess]:
 
 def _run(rank: int, ranks: int, port: int, task: Callable, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's `&` makes it ignored
     if ranks > 1:
         group = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": ranks, "MASTER_PORT": port}
         os.environ.update({name: str(value) for name, value in group.items()})

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -38,6 +39,14 @@ CONFIG = replace(DIGITS, batch_size=160, device="cpu")  # two steps
 @pytest.fixture(autouse=True)
 def _one_thread(one_thread) -> None:
     """For every test of this file."""
+
+
+@pytest.fixture(autouse=True)
+def _hears_sighup() -> Iterator[None]:
+    """Also where `nohup` makes the tests ignore it."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
 
 
 # The lock
