@@ -111,9 +111,22 @@ CASES = [
 ]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: case.name)
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
 def case(request):
     return request.param
+
+
+@pytest.fixture(scope="module")
+def original(case) -> tuple[nn.Module, Tensor, elf_fast.ELF]:
+    """(network, example, ELF) of a case, for tests that change nothing."""
+    net, x = case.make()
+    return net, x, cut(net, x, case.exits)
+
+
+@pytest.fixture
+def made(original) -> tuple[nn.Module, Tensor, elf_fast.ELF]:
+    """The same, for one test alone. A copy is made faster than an ELF."""
+    return copy.deepcopy(original)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,9 +155,8 @@ def test_inference_without_exits_is_the_backbones(case):
         assert torch.equal(model.eval()(x).logits, net.eval()(x))
 
 
-def test_stages_share_the_backbone(case):
-    net, x = case.make()
-    model = cut(net, x, case.exits)
+def test_stages_share_the_backbone(original):
+    net, _, model = original
     found: dict[str, Tensor] = {}
     for stage in model.stages:
         ours = dict(stage.state_dict(keep_vars=True))
@@ -158,10 +170,10 @@ def test_stages_share_the_backbone(case):
         assert isinstance(p, nn.Parameter), name
 
 
-def test_gradients_are_the_backbones(case):
-    net, x = case.make()
+def test_gradients_are_the_backbones(case, made):
+    net, x, model = made
     twin = copy.deepcopy(net)
-    model = cut(net, x, case.exits, thresholds=NEVER, exit_weights=[0.0] * len(case.exits) + [1.0])
+    model.thresholds, model.exit_weights = NEVER, [0.0] * len(case.exits) + [1.0]
     target = torch.arange(len(x)) % C
     torch.manual_seed(1)
     model.train()(x, target).loss.backward()
@@ -203,9 +215,9 @@ def one_leaves_at_each_exit(model: elf_fast.ELF, x: Tensor) -> tuple[Tensor, Ten
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_samples_leave_at_their_exit_in_input_order(case, memory_format):
-    net, x = case.make()
-    model = cut(net, x, case.exits).eval().to(memory_format=memory_format)
+def test_samples_leave_at_their_exit_in_input_order(case, made, memory_format):
+    _, x, model = made
+    model.eval().to(memory_format=memory_format)
     x = x.to(memory_format=memory_format)
     exit_index, logits = one_leaves_at_each_exit(model, x)
     assert exit_index.unique().tolist() == list(range(len(case.exits) + 1))
@@ -216,10 +228,11 @@ def test_samples_leave_at_their_exit_in_input_order(case, memory_format):
 
 
 @pytest.mark.parametrize("drop_exited", [True, False])
-def test_training_step(case, drop_exited):
-    net, x = case.make()
-    thresholds = [0.9] + [NEVER] * (len(case.exits) - 1)
-    model = cut(net, x, case.exits, thresholds=thresholds, drop_exited=drop_exited).train()
+def test_training_step(case, made, drop_exited):
+    _, x, model = made
+    model.thresholds = [0.9] + [NEVER] * (len(case.exits) - 1)
+    model.drop_exited = drop_exited
+    model.train()
     with torch.no_grad():
         model.heads[0].classifier.bias[0] = 1e4  # exit 0 is sure of class 0 for any input
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -235,9 +248,9 @@ def test_training_step(case, drop_exited):
         assert not torch.equal(head.classifier.weight, weight)
 
 
-def test_checkpoints_and_copies(case):
-    net, x = case.make()
-    model = cut(net, x, case.exits).eval()
+def test_checkpoints_and_copies(case, made):
+    _, x, model = made
+    model.eval()
     exit_index, _ = one_leaves_at_each_exit(model, x)
     other_net, _ = case.make()
     with torch.no_grad():
