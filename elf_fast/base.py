@@ -389,7 +389,8 @@ class ELFBase(nn.Module):
 
     def _check_features(self, x: Any, e: int) -> None:
         """What stage e returned. The last of several may return whatever its head takes."""
-        if not isinstance(x, Tensor) and not 0 < e == len(self.stages) - 1:
+        is_last_of_several = e > 0 and e == len(self.stages) - 1
+        if not isinstance(x, Tensor) and not is_last_of_several:
             raise TypeError(f"stages[{e}]: expected to return a tensor, got {checks.describe(x)}")
 
     def _check_logits(self, z: Any, e: int, rows: int) -> None:

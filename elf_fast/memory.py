@@ -1,10 +1,11 @@
-"""Tells a lack of memory from other errors: it is no fault of the argument that was being tried."""
+"""Tells a lack of memory, and what it does to other processes, from other errors: it is no fault of
+the argument that was being tried."""
 
 from __future__ import annotations
 
 import errno
 
-__all__ = ["is_out_of_memory"]
+__all__ = ["is_lost_worker", "is_out_of_memory"]
 
 _WORDS = ("can't allocate memory", "cannot allocate memory", "cuda error: out of memory")
 
@@ -19,3 +20,9 @@ def is_out_of_memory(error: BaseException) -> bool:
         or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
         or any(words in text for words in _WORDS)
     )
+
+
+def is_lost_worker(error: BaseException) -> bool:
+    """Whether torch says that a process which loads data has ended, as the system ends one for want
+    of memory. A signal handler of torch raises it, wherever the main thread is."""
+    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")

@@ -143,9 +143,8 @@ class ELF(ELFBase):
         if n < samples.n:
             survivors = survivors[:n]
             samples.narrow(survivors)
-            if (
-                drop
-            ):  # then x holds exactly the samples: `_rows_to_keep` adds one only to a last one
+            if drop:
+                # x holds exactly the samples: `_rows_to_keep` adds one only to a last one.
                 keep, samples.present = self._rows_to_keep(survivors, x.shape[0], reaching)
                 return call(ops.compact, (x,), (x, keep))
             samples.present = samples.alive

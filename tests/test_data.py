@@ -23,8 +23,8 @@ from torchvision import datasets
 from elf_fast import data
 from elf_fast.data import digits as digits_module
 from elf_fast.data import lists
-from elf_fast.data.loader import is_lost_worker
 from elf_fast.data.longtail import hold_out
+from elf_fast.memory import is_lost_worker
 
 # Which samples
 

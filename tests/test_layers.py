@@ -54,7 +54,7 @@ INSIDE = {
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),
                  ("resume", "results", "unreadable"), ("folder",), ("trainer", "config")),
 }  # fmt: skip
-DATA_MAY_IMPORT = {"checks", "criteria", "data"}
+DATA_MAY_IMPORT = {"checks", "criteria", "data", "memory"}
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
 
 

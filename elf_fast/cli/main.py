@@ -8,7 +8,7 @@ import os
 import sys
 
 from .. import checks
-from ..memory import is_out_of_memory
+from ..memory import is_lost_worker, is_out_of_memory
 from . import bench, demo, doctor, evaluate, interrupts, train
 from .errors import UserError
 
@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         print("elf-fast: stopped", file=sys.stderr)
         return interrupts.STATUS
     except (MemoryError, RuntimeError) as error:
-        if str(error).startswith("DataLoader worker (pid"):  # by a signal, outside of the loader
+        if is_lost_worker(error):  # raised outside of the loader
             from ..data.loader import WorkerError
 
             return _fail(str(WorkerError.because(error)))

@@ -117,8 +117,8 @@ def from_lists(
 
     Raises:
         DataError: a list is missing or empty, a line is malformed, a label is out of range, a class
-            has no training image, or an image is missing or listed for two parts. The message has a
-            line per finding.
+            has no training image, an image is missing, or an image of training is in another list.
+            The message has a line per finding.
     """
     given = {"train": train, "validation": validation, "test": test}
     files = {part: Path(file) for part, file in given.items() if file is not None}

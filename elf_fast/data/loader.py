@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler, SequentialSampler
 
 from .. import checks
+from ..memory import is_lost_worker
 from .images import DecodeError
 from .splits import LabelledImages
 
@@ -38,12 +39,6 @@ class WorkerError(OSError):
             f"({str(reason).strip() or repr(reason)}); they may lack memory or shared memory "
             "(/dev/shm), and fewer --workers need less"
         )
-
-
-def is_lost_worker(error: BaseException) -> bool:
-    """Whether torch says that a worker has ended. A signal handler of it does, wherever the main
-    thread is."""
-    return isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid")
 
 
 class ImageLoader:
@@ -124,7 +119,7 @@ class ImageLoader:
         Raises:
             DecodeError: an image cannot be read, unless `skip_errors`.
             WorkerError: a worker has ended. Outside of the iteration torch may raise a RuntimeError
-                for it, which `is_lost_worker` recognises.
+                for it, which `memory.is_lost_worker` recognises.
         """
         try:
             yield from self._batches()

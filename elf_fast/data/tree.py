@@ -183,14 +183,14 @@ def _class_folders(folder: Path, left_out: LeftOut) -> list[Path]:
 
 def _subfolders(folder: Path) -> list[Path]:
     """The folders in a folder, in order, without those that are no data."""
-    found = (e for e in _entries(str(folder)) if _is_folder(e) and not _why_no_data(e, True))
-    return [folder / entry.name for entry in found]
+    folders = filter(_is_folder, _entries(str(folder)))
+    return [folder / entry.name for entry in folders if not _why_no_data(entry, is_folder=True)]
 
 
 def _leave_out_files(folder: Path, left_out: LeftOut) -> None:
     for entry in _entries(str(folder)):
         is_folder = _is_folder(entry)
-        if reason := _why_no_data(entry, is_folder):
+        if reason := _why_no_data(entry, is_folder=is_folder):
             left_out.add(reason, entry.path)
         elif not is_folder:
             left_out.add(_why_no_image(entry) or "outside of the class folders", entry.path)
@@ -242,7 +242,7 @@ def _image_files(folder: str, links: _Links, left_out: LeftOut) -> Iterator[str]
     while pending:
         for entry in _entries(pending.pop()):
             is_folder = _is_folder(entry)
-            if reason := _why_no_data(entry, is_folder):
+            if reason := _why_no_data(entry, is_folder=is_folder):
                 left_out.add(reason, entry.path)
             elif is_folder:
                 follow = not entry.is_symlink() or links.leads_elsewhere(entry.path)
@@ -268,7 +268,7 @@ def _why_no_image(entry: os.DirEntry[str]) -> str:
     return f"named {extension.lower()}" if extension else "named without an extension"
 
 
-def _why_no_data(entry: os.DirEntry[str], is_folder: bool) -> str:
+def _why_no_data(entry: os.DirEntry[str], *, is_folder: bool) -> str:
     """Why nothing of an entry is read as data; nothing if something may be."""
     if entry.name.startswith(".") or entry.name in _ADDED:
         return _HIDDEN

@@ -79,21 +79,17 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     if "WORLD_SIZE" not in os.environ:
         yield Processes(own)
         return
-    if own.type == "cuda" and "LOCAL_RANK" in os.environ:
+    if own.type == "cuda":
+        if "LOCAL_RANK" not in os.environ:
+            raise _cannot_join("LOCAL_RANK is missing")
         own = checks.device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(own)
     try:
-        if own.type == "cuda" and "LOCAL_RANK" not in os.environ:
-            raise ValueError("LOCAL_RANK is missing")
         distributed.init_process_group("nccl" if own.type == "cuda" else "gloo", timeout=TIMEOUT)
     except (ValueError, LookupError, RuntimeError) as error:  # sockets raise RuntimeErrors
         if is_out_of_memory(error):
             raise
-        shown = " ".join(f"{name}={os.environ.get(name, '(none)')}" for name in _TORCHRUN)
-        raise ValueError(
-            f"the processes cannot join: {error}; WORLD_SIZE is set, and the variables of torchrun "
-            f"are {shown}"
-        ) from error
+        raise _cannot_join(error) from error
     try:
         yield Processes(own, distributed.get_rank(), distributed.get_world_size())
     except Stopped:
@@ -101,3 +97,11 @@ def joined(device: str | None = None) -> Iterator[Processes]:
         raise
     # Not after an error: other processes may wait in a collective that this process never enters.
     distributed.destroy_process_group()
+
+
+def _cannot_join(why: object) -> ValueError:
+    shown = " ".join(f"{name}={os.environ.get(name, '(none)')}" for name in _TORCHRUN)
+    return ValueError(
+        f"the processes cannot join: {why}; WORLD_SIZE is set, and the variables of torchrun are "
+        f"{shown}"
+    )
