@@ -43,9 +43,8 @@ def test_a_broken_kernel_is_found(broken, tmp_path):
     kernel = sources / "cuda" / file
     assert kernel.read_text().count(text) == 1
     kernel.write_text(kernel.read_text().replace(text, instead))
-    # A flag that is read too early may hold the right value by chance. Other seeds run the threads
-    # in other orders.
-    assert any(is_found(sources, tests, seed) for seed in range(8))
+    # Other seeds run the threads in other orders.
+    assert any(is_found(sources, tests, seed) for seed in range(3))
 
 
 def is_found(sources: Path, tests: str, seed: int) -> bool:
@@ -57,6 +56,9 @@ def is_found(sources: Path, tests: str, seed: int) -> bool:
             **os.environ,
             "EMULATED_CUDA_SOURCES": str(sources),
             "ELF_FAST_SCHEDULE_SEED": str(seed),
+            # A flag that is read too early must not hold the right value by chance: new memory is
+            # filled with 0x55 (170 ^ 255), which says of every row that it survives.
+            "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.perturb=170",
         },
         capture_output=True,
         text=True,
