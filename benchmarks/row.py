@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from elf_fast.bench.timing import Quartiles
+from elf_fast.timing import Quartiles
 
 #: Names in results that were recorded before a candidate got its present name.
 EARLIER_NAMES = {"sceptic": "tuned PyTorch"}

@@ -123,7 +123,7 @@ def _check_another_size(stages: Sequence[nn.Module], exits: Sequence[str], x: Te
 
 
 def _check_logits(logits: Tensor, expected: Tensor) -> None:
-    if not _are_close(logits, expected):
+    if not are_close(logits, expected):
         raise ValueError(
             "backbone: expected its stages to compute its logits on example_input; they differ: "
             "a state or a decision in Python outside the named modules, such as one on the type of "
@@ -145,7 +145,7 @@ def _check_gradients(backbone: nn.Module, stages: Sequence[nn.Module], x: Tensor
         return
     found = _gradients(chain, list(named.values()), x[:2])
     pairs = zip(named, found, expected, strict=True)
-    wrong = [name for name, ours, theirs in pairs if not _are_close(ours, theirs)]
+    wrong = [name for name, ours, theirs in pairs if not are_close(ours, theirs)]
     if wrong:
         shown = ", ".join(wrong[:4]) + (", ..." if len(wrong) > 4 else "")
         raise ValueError(
@@ -185,7 +185,7 @@ def _same_in_training(backbone: nn.Module, chain: nn.Module, x: Tensor) -> bool:
         return True  # the backbone may wait for other processes, which may not be here
     try:
         expected, found = _logits_in_training(backbone, x), _logits_in_training(chain, x)
-        return _are_close(found, expected) or not _are_close(
+        return are_close(found, expected) or not are_close(
             _logits_in_training(backbone, x), expected
         )
     except Exception:
@@ -208,7 +208,7 @@ def _logits_in_training(network: nn.Module, x: Tensor) -> Tensor:
         np.random.set_state(states[1])
 
 
-def _are_close(ours: Tensor | None, theirs: Tensor | None) -> bool:
+def are_close(ours: Tensor | None, theirs: Tensor | None) -> bool:
     if ours is None or theirs is None:
         return ours is theirs
     if ours.shape != theirs.shape:

@@ -275,11 +275,26 @@ def survivors_shape(value: Any, rows: int, device: torch.device) -> None:
 
 def survivors_values(value: Tensor, rows: int) -> None:
     """`value` must be ascending indices in [0, rows). Reads the values, on the CPU only."""
+    _ascending("survivors", value, rows)
+
+
+def places(rows: Tensor | None, n: int, batch: int) -> None:
+    """`rows` must be n ascending indices in [0, batch), or None for n <= batch."""
+    if rows is None:
+        if n > batch:
+            raise ValueError(f"out_logits: expected at least {n} rows, got {batch}")
+        return
+    if rows.dtype != torch.int64 or rows.shape != (n,):
+        raise ValueError(f"rows: expected int64 [{n}], got {describe(rows)}")
+    _ascending("rows", rows, batch)
+
+
+def _ascending(name: str, value: Tensor, rows: int) -> None:
     if value.device.type == "cpu" and value.shape[0]:
         low, high = int(value[0]), int(value[-1])
         if low < 0 or high >= rows or not bool((value[1:] > value[:-1]).all()):
             raise ValueError(
-                f"survivors: expected ascending indices in [0, {rows}), got {value.tolist()[:8]}"
+                f"{name}: expected ascending indices in [0, {rows}), got {value.tolist()[:8]}"
                 + ("..." if value.shape[0] > 8 else "")
             )
 

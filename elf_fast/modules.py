@@ -15,7 +15,7 @@ from .base import ELFBase, ELFOutput, apart_from, writable
 from .criteria import Criterion
 from .heads import ExitHead
 
-__all__ = ["ELF", "ELFOutput", "ExitHead", "fuse", "unfuse"]
+__all__ = ["ELF", "ELFOutput", "ExitHead", "fuse", "is_fusable", "unfuse"]
 
 
 class _Test(NamedTuple):
@@ -154,7 +154,7 @@ class ELF(ELFBase):
         """Logits, gate and losses at exit e, with as few kernels as possible."""
         y = samples.target
         whole = y is None and samples.present is None and test.criterion.score is None
-        if whole and isinstance(head, ExitHead) and _is_fusable(head):
+        if whole and isinstance(head, ExitHead) and is_fusable(head):
             return self._fused_head(e, head, x, samples, test)
         z = head(x)
         if samples.present is not None:
@@ -272,7 +272,7 @@ _GLOBAL_HOOKS = (
 )
 
 
-def _is_fusable(head: nn.Module) -> bool:
+def is_fusable(head: nn.Module) -> bool:
     """Whether an ExitHead is as its class defines it: nothing that a user added is passed over."""
     classifier = head.classifier
     return (

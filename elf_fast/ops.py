@@ -26,6 +26,11 @@ from torch.autograd import forward_ad
 from . import checks, criteria, heads, reference
 
 _GATE = "Tensor threshold, Tensor temperature, int criterion"
+_PLACES = (
+    "bool is_last, int exit, Tensor? rows, Tensor(a!) out_logits, Tensor(b!) out_confidence,"
+    " Tensor(c!) out_prediction, Tensor(d!) out_exit_index, Tensor(e!) survivors,"
+    " Tensor(f!) next_rows, Tensor(g!) count"
+)
 _FAMILY = (
     "Tensor? weight, Tensor? margins, Tensor? bias, float gamma, float scale, float label_smoothing"
 )
@@ -36,6 +41,12 @@ SCHEMAS = {
     # -> logits [N, C] ([0, C] without with_logits), pooled [N, D], and the outputs of exit_gate
     "exit_head": f"(Tensor features, Tensor weight, Tensor? bias, {_GATE}, Tensor? target,"
     " bool early_stop, bool with_logits) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    # exit_gate and exit_head of the n samples of a batch of M that reach an exit. Results of those
+    # that leave are written to their rows [n] (ascending; None: n <= M, in order) of the outputs
+    # [M, C] and [M], the confidence in float32. The first `count` of survivors [>= n] and next_rows
+    # [>= n] say who goes on: indices into the n samples, and rows. At the last exit all leave.
+    "exit_gate_into": f"(Tensor logits, {_GATE}, {_PLACES}) -> ()",
+    "exit_head_into": f"(Tensor features, Tensor weight, Tensor? bias, {_GATE}, {_PLACES}) -> ()",
     # -> features[survivors] [n, ...]
     "compact": "(Tensor features, Tensor survivors) -> Tensor",
     # out[k] = features[survivors[k]] for k < count (None: n); count is read on the device. The
@@ -59,6 +70,8 @@ for _name, _schema in SCHEMAS.items():
 
 exit_gate = torch.ops.elf_fast.exit_gate.default
 exit_head = torch.ops.elf_fast.exit_head.default
+exit_gate_into = torch.ops.elf_fast.exit_gate_into.default
+exit_head_into = torch.ops.elf_fast.exit_head_into.default
 compact = torch.ops.elf_fast.compact.default
 compact_into = torch.ops.elf_fast.compact_into.default
 compact_ = torch.ops.elf_fast.compact_.default
@@ -98,6 +111,42 @@ def _exit_head(
     logits = torch.nn.functional.linear(pooled, weight, bias)
     gate = _exit_gate(logits, threshold, temperature, criterion, target, early_stop)
     return (logits if with_logits else logits.new_empty(0, logits.shape[1])), pooled, *gate
+
+
+def _exit_gate_into(
+    logits, threshold, temperature, criterion, is_last, exit, rows, out_logits, out_confidence,
+    out_prediction, out_exit_index, survivors, next_rows, count,
+):  # fmt: skip
+    gate = _exit_gate(logits, threshold, temperature, criterion, None, False)
+    found = reference.ExitGate(gate[0], gate[1], gate[2][: int(gate[3])])
+    write_leavers(logits, found, is_last, exit, rows, out_logits, out_confidence, out_prediction,
+                  out_exit_index, survivors, next_rows, count)  # fmt: skip
+
+
+def write_leavers(
+    logits: Tensor, gate: reference.ExitGate, is_last: bool, exit: int, rows: Tensor | None,
+    out_logits: Tensor, out_confidence: Tensor, out_prediction: Tensor, out_exit_index: Tensor,
+    survivors: Tensor, next_rows: Tensor, count: Tensor,
+) -> None:  # fmt: skip
+    """The second half of `exit_gate_into`: writes what a gate found of the logits [n, C]."""
+    n = len(logits)
+    checks.places(rows, n, len(out_logits))
+    rows = torch.arange(n, device=logits.device) if rows is None else rows
+    kept = gate.survivors[:0] if is_last else gate.survivors
+    leaves = torch.ones(n, dtype=torch.bool, device=logits.device).index_fill_(0, kept, False)
+    places = rows[leaves]
+    out_logits[places] = logits[leaves]
+    out_confidence[places] = gate.confidence[leaves].float()
+    out_prediction[places] = gate.prediction[leaves]
+    out_exit_index[places] = exit
+    survivors[: len(kept)] = kept
+    next_rows[: len(kept)] = rows[kept]
+    count.fill_(len(kept))
+
+
+def _exit_head_into(features, weight, bias, *rest):
+    pooled = heads.pool(features).to(weight.dtype)
+    _exit_gate_into(torch.nn.functional.linear(pooled, weight, bias), *rest)
 
 
 def _compact(features, survivors):
@@ -188,6 +237,8 @@ def _exit_loss_backward(
 _REFERENCE: dict[str, Callable[..., Any]] = {
     "exit_gate": _exit_gate,
     "exit_head": _exit_head,
+    "exit_gate_into": _exit_gate_into,
+    "exit_head_into": _exit_head_into,
     "compact": _compact,
     "compact_into": _compact_into,
     "compact_": _compact_in_place,
@@ -252,7 +303,7 @@ def _fake_compact(features, survivors):
     return _empty_batch(features, survivors.shape[0])
 
 
-def _fake_compact_into(out, features, survivors, count):
+def _fake_nothing(*args):
     return None
 
 
@@ -277,8 +328,10 @@ def _fake_exit_loss_backward(grad_loss, logits, *rest):
 _FAKES: dict[str, Callable[..., Any]] = {
     "exit_gate": _fake_exit_gate,
     "exit_head": _fake_exit_head,
+    "exit_gate_into": _fake_nothing,
+    "exit_head_into": _fake_nothing,
     "compact": _fake_compact,
-    "compact_into": _fake_compact_into,
+    "compact_into": _fake_nothing,
     "compact_": _fake_compact_in_place,
     "compact_backward": _fake_compact_backward,
     "exit_loss": _fake_exit_loss,

@@ -13,9 +13,9 @@ from torch import nn
 from elf_fast import ELF, ExitHead, criteria
 from elf_fast.base import ELFOutput
 from elf_fast.bench import command, inference, training
-from elf_fast.bench.timing import sample
 from elf_fast.bench.workload import inference_work, training_work
 from elf_fast.cli.main import parser
+from elf_fast.timing import sample
 
 
 def network(criterion="confidence", **options) -> ELF:

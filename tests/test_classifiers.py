@@ -25,7 +25,7 @@ from elf_fast.classifiers import (
     train_classifiers,
     use_cosine_,
 )
-from elf_fast.modules import _is_fusable
+from elf_fast.modules import is_fusable
 
 COUNTS = [300, 60, 12, 3]
 LOG_PRIOR = (torch.tensor(COUNTS).double() / 375).log()
@@ -177,7 +177,7 @@ def test_learnt_scales_train_alone_and_fold_into_the_weights(make):
         expected = torch.diag(scale) @ plain[f"{name}.weight"]
         torch.testing.assert_close(classifier.weight.detach(), expected)
     assert set(model.state_dict()) == set(plain)
-    assert _is_fusable(model.heads[0])
+    assert is_fusable(model.heads[0])
 
 
 # Logit adjustment
@@ -203,7 +203,7 @@ def test_every_exit_is_adjusted_and_reads_it(cls):
     for e, head in enumerate(wrapped.heads):
         wrapped.heads[e] = nn.Sequential(head, LogitAdjustment(COUNTS, tau=0.5))
     adjust_logits_(model, COUNTS, tau=0.5)
-    assert all(_is_fusable(head) for head in model.heads)
+    assert all(is_fusable(head) for head in model.heads)
     for out in (model.eval()(X), wrapped.eval()(X)):
         assert torch.equal(out.exit_index, exit_index)
         torch.testing.assert_close(out.logits.double(), z[exit_index, torch.arange(24)],

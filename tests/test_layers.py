@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 #: only. A name is a module or a folder of elf_fast/. "" is the package itself: what
 #: elf_fast/__init__.py exports may be used through it only above it.
 FLOORS = (
-    ("criteria", "memory", "modes", "weight_decay", "kernels"),
+    ("criteria", "memory", "modes", "timing", "weight_decay", "kernels"),
     ("checks",),
     ("console",),
     ("ranks", "exit_settings"),
@@ -34,20 +34,23 @@ FLOORS = (
     ("modules", "metrics", "last_layers", "stages"),
     ("agreement",),
     ("classifiers", "models", "backbones"),
+    ("inference",),
     ("",),
     ("data", "bench"),
     ("runs", "policy"),
-    ("training", "inference", "export", "serving", "demo"),
+    ("training", "export", "serving", "demo"),
     ("cli",),
 )
 #: The same inside folders; modules that are not named stand on the highest floor of their folder.
 INSIDE = {
-    "bench": (("timing", "workload"), ("inference", "training"), ("command",)),
+    "bench": (("workload",), ("inference", "training"), ("command",)),
     "cli": (("errors", "metrics", "flags", "interrupts"),
             ("bench", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("transforms", "loader", "tree"),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
     "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
+    "inference": (("folding", "parts", "frozen", "report"), ("code", "exits", "cache"),
+                  ("choice", "engine"), ("compiling",), ("scheduler",), ("__init__",)),
     "policy": (("exit_table",), ("calibrate",)),
     "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
              ("plain", "datasets"), ("networks", "evaluation", "contents"), ("opening",)),

@@ -9,7 +9,7 @@ import torch
 
 import elf_fast
 from elf_fast import functional, reference
-from elf_fast.bench.timing import sample
+from elf_fast.timing import sample
 
 
 @pytest.fixture(autouse=True)

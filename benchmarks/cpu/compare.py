@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from elf_fast.bench.timing import Samples, sample
+from elf_fast.timing import Samples, sample
 
 from ..row import Row
 

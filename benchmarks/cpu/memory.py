@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from elf_fast.bench import inference
-from elf_fast.bench.timing import Quartiles
+from elf_fast.timing import Quartiles
 
 from ..row import Row, quartiles_of_ratio
 from .growth import MIDDLE, work_of

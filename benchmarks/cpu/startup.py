@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from elf_fast.bench.timing import Quartiles
+from elf_fast.timing import Quartiles
 
 from ..row import Row
 

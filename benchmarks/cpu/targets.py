@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from elf_fast import functional
-from elf_fast.bench.timing import sample
+from elf_fast.timing import sample
 
 from ..environment import environment, keep_memory
 from ..row import HEADING, Row, counts

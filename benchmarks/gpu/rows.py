@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from elf_fast.bench.timing import Quartiles
+from elf_fast.timing import Quartiles
 
 from ..row import Row, quartiles_of_ratio
 from .cases import Case

@@ -25,7 +25,7 @@ import torch
 import triton
 
 import elf_fast
-from elf_fast.bench.timing import Quartiles, Samples
+from elf_fast.timing import Quartiles, Samples
 
 #: Calls in a graph, at most.
 CALLS = 160

@@ -4,11 +4,16 @@
 //   A sample exits if its statistic passes the threshold of its predicted class and, where a target
 //   is given, its prediction is right. Otherwise it survives.
 //
+// exit_gate_into writes the results of samples that leave to their places in the outputs of the
+// whole batch instead, and lists who goes on (leavers.h).
+//
 // Each thread takes a range of rows and writes a flag per row. One thread then turns the N flags
 // into ascending indices. Bytes: the logits are read once. 20 bytes per row are written (24 for
 // float64); the scan reads and writes the 8 of the survivors again. Deterministic: no result
 // depends on the number of threads.
 #include "exit_gate.h"
+
+#include "leavers.h"
 
 namespace elf_fast {
 namespace {
@@ -49,9 +54,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> exit_gate(const Tensor& logits, const
   return {out.confidence, out.prediction, out.survivors, out.count};
 }
 
+void exit_gate_into(const Tensor& logits, const Tensor& threshold, const Tensor& temperature,
+                    int64_t criterion, bool is_last, int64_t exit, std::optional<Tensor> rows,
+                    Tensor out_logits, Tensor out_confidence, Tensor out_prediction,
+                    Tensor out_exit_index, Tensor survivors, Tensor next_rows, Tensor count) {
+  STD_TORCH_CHECK(logits.dim() == 2, "logits: expected [n, C]");
+  const Outputs to{rows,           out_logits, out_confidence, out_prediction,
+                   out_exit_index, survivors,  next_rows,      count};
+  check_outputs(to, logits);
+  const GateOutputs gate =
+      run_gate(logits, threshold, temperature, criterion, std::nullopt, !is_last);
+  write_leavers(logits, gate, is_last, exit, to);
+}
+
 }  // namespace
 }  // namespace elf_fast
 
 STABLE_TORCH_LIBRARY_IMPL(elf_fast, CPU, m) {
   m.impl("exit_gate", TORCH_BOX(&elf_fast::exit_gate));
+  m.impl("exit_gate_into", TORCH_BOX(&elf_fast::exit_gate_into));
 }

@@ -10,6 +10,8 @@
 
 #include <array>
 
+#include "leavers.h"
+
 namespace elf_fast {
 namespace {
 #define ELF_ROW_KERNELS "exit_head_rows.inl"
@@ -91,13 +93,18 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
+Tensor pooled_as(const Tensor& features, const Tensor& weight) {
+  const Tensor pooled = pool(features);
+  return pooled.scalar_type() == weight.scalar_type()
+             ? pooled
+             : torch::stable::to(pooled, weight.scalar_type());
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_head(
     const Tensor& features, const Tensor& weight, std::optional<Tensor> bias,
     const Tensor& threshold, const Tensor& temperature, int64_t criterion,
     std::optional<Tensor> target, bool early_stop, bool with_logits) {
-  Tensor pooled = pool(features);
-  if (pooled.scalar_type() != weight.scalar_type())
-    pooled = torch::stable::to(pooled, weight.scalar_type());
+  const Tensor pooled = pooled_as(features, weight);
   const Tensor logits = linear(pooled, weight, bias);
   GateOutputs out = run_gate(logits, threshold, temperature, criterion, target, early_stop);
   const int64_t none[2] = {0, weight.size(0)}, strides[2] = {weight.size(0), 1};
@@ -106,9 +113,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> exit_head(
   return {handed, pooled, out.confidence, out.prediction, out.survivors, out.count};
 }
 
+void exit_head_into(const Tensor& features, const Tensor& weight, std::optional<Tensor> bias,
+                    const Tensor& threshold, const Tensor& temperature, int64_t criterion,
+                    bool is_last, int64_t exit, std::optional<Tensor> rows, Tensor out_logits,
+                    Tensor out_confidence, Tensor out_prediction, Tensor out_exit_index,
+                    Tensor survivors, Tensor next_rows, Tensor count) {
+  const Tensor logits = linear(pooled_as(features, weight), weight, bias);
+  const Outputs to{rows,           out_logits, out_confidence, out_prediction,
+                   out_exit_index, survivors,  next_rows,      count};
+  check_outputs(to, logits);
+  const GateOutputs gate =
+      run_gate(logits, threshold, temperature, criterion, std::nullopt, !is_last);
+  write_leavers(logits, gate, is_last, exit, to);
+}
+
 }  // namespace
 }  // namespace elf_fast
 
 STABLE_TORCH_LIBRARY_IMPL(elf_fast, CPU, m) {
   m.impl("exit_head", TORCH_BOX(&elf_fast::exit_head));
+  m.impl("exit_head_into", TORCH_BOX(&elf_fast::exit_head_into));
 }

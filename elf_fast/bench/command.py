@@ -11,8 +11,8 @@ import torch
 from .. import checks
 from ..backbones import create, default_exits
 from ..models import from_backbone
+from ..timing import Samples, sample
 from . import inference, training
-from .timing import Samples, sample
 from .workload import inference_work, training_work
 
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..bench import timing
+from .. import timing
 from ..bench.inference import check_agreement
-from ..bench.timing import Quartiles
 from ..modules import ELF, unfuse
+from ..timing import Quartiles
 
 RATIOS = (("elf_fast", "full"), ("elf_fast", "reference"), ("elf_fast_off", "full"))
 

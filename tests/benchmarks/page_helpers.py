@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from benchmarks.row import Row
-from elf_fast.bench.timing import Quartiles
+from elf_fast.timing import Quartiles
 
 
 def row(

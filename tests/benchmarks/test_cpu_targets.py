@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.cpu import compare, targets
 from benchmarks.row import Row
-from elf_fast.bench.timing import Quartiles, Samples
+from elf_fast.timing import Quartiles, Samples
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 from benchmarks.gpu.rows import LARGE, errors_of, rows_of, target
 from benchmarks.gpu.timing import Candidate, Measured
-from elf_fast.bench.timing import Samples
+from elf_fast.timing import Samples
 
 GATE = {"criterion": "confidence"}
 

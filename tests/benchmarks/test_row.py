@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.row import EARLIER_NAMES, HEADING, Row, closest, counts
-from elf_fast.bench.timing import Quartiles
+from elf_fast.timing import Quartiles
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 

@@ -1,0 +1,90 @@
+// Results of the samples that leave at an exit, written to their places in the batch's outputs; and
+// who goes on. exit_gate_into and exit_head_into share this.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "survivors.h"
+
+namespace elf_fast {
+
+// The outputs of a whole batch of M samples, and of the n samples that reach this exit.
+struct Outputs {
+  const std::optional<Tensor>& rows;  // [n] ascending: their places below M; none: n == M, in order
+  Tensor& logits;                     // [M, C]
+  Tensor& confidence;                 // [M] float32
+  Tensor& prediction;                 // [M]
+  Tensor& exit_index;                 // [M]
+  Tensor& survivors;                  // [>= n]: who goes on, as indices into the n samples
+  Tensor& next_rows;                  // [>= n]: their places
+  Tensor& count;                      // [] how many go on
+};
+
+inline void check_outputs(const Outputs& to, const Tensor& logits) {
+  const int64_t n = logits.size(0), C = logits.size(1);
+  STD_TORCH_CHECK(to.logits.dim() == 2 && to.logits.size(1) == C &&
+                      to.logits.scalar_type() == logits.scalar_type() && to.logits.is_contiguous(),
+                  "out_logits: expected contiguous [M, C] with C = ", C, " and the logits' dtype");
+  const int64_t M = to.logits.size(0);
+  check_vector(to.confidence, "out_confidence", M, ScalarType::Float);
+  check_vector(to.prediction, "out_prediction", M, ScalarType::Long);
+  check_vector(to.exit_index, "out_exit_index", M, ScalarType::Long);
+  for (const Tensor* t : {&to.survivors, &to.next_rows})
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) >= n && t->scalar_type() == ScalarType::Long &&
+                        t->is_contiguous(),
+                    "survivors, next_rows: expected contiguous int64 [m] with m >= ", n);
+  STD_TORCH_CHECK(to.count.scalar_type() == ScalarType::Long && to.count.numel() == 1,
+                  "count: expected one int64");
+  if (!to.rows.has_value()) {
+    STD_TORCH_CHECK(M >= n, "out_logits: expected at least ", n, " rows, got ", M);
+    return;
+  }
+  check_vector(*to.rows, "rows", n, ScalarType::Long);
+  const int64_t* row = data<const int64_t>(*to.rows);
+  for (int64_t k = 0; k < n; ++k)
+    STD_TORCH_CHECK(row[k] > (k ? row[k - 1] : -1) && row[k] < M,
+                    "rows: expected ascending indices below M = ", M, ", got ", row[k],
+                    " at position ", k);
+}
+
+// Writes what the gate found of the logits [n, C]. At the last exit everybody leaves.
+inline void write_leavers(const Tensor& logits, const GateOutputs& gate, bool is_last, int64_t exit,
+                          const Outputs& to) {
+  const Tensor source = dense_rows(logits);
+  const int64_t n = source.size(0), C = source.size(1);
+  const int64_t* rows = to.rows.has_value() ? data<const int64_t>(*to.rows) : nullptr;
+  const int64_t* found = data<const int64_t>(gate.survivors);
+  const int64_t going_on = is_last ? 0 : *data<const int64_t>(gate.count);
+  int64_t* survivors = data<int64_t>(to.survivors);
+  int64_t* next_rows = data<int64_t>(to.next_rows);
+  std::vector<int64_t> leavers;
+  leavers.reserve(static_cast<size_t>(n - going_on));
+  for (int64_t k = 0, s = 0; k < n; ++k) {
+    if (s < going_on && found[s] == k) {
+      survivors[s] = k;
+      next_rows[s++] = rows == nullptr ? k : rows[k];
+    } else {
+      leavers.push_back(k);
+    }
+  }
+  *data<int64_t>(to.count) = going_on;
+  const size_t bytes = static_cast<size_t>(C) * source.element_size();
+  const int64_t pitch = source.stride(0) * static_cast<int64_t>(source.element_size());
+  const char* from = data<const char>(source);
+  char* out = data<char>(to.logits);
+  const bool is_double = gate.confidence.scalar_type() == ScalarType::Double;
+  over_rows(static_cast<int64_t>(leavers.size()), C / 8 + 4, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t k = leavers[i], place = rows == nullptr ? k : rows[k];
+      std::memcpy(out + place * static_cast<int64_t>(bytes), from + k * pitch, bytes);
+      data<float>(to.confidence)[place] =
+          is_double ? static_cast<float>(data<const double>(gate.confidence)[k])
+                    : data<const float>(gate.confidence)[k];
+      data<int64_t>(to.prediction)[place] = data<const int64_t>(gate.prediction)[k];
+      data<int64_t>(to.exit_index)[place] = exit;
+    }
+  });
+}
+
+}  // namespace elf_fast

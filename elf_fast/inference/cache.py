@@ -1,0 +1,110 @@
+"""The folder in which compiled code and measured times are kept between processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import fx
+
+from .parts import Example, Part
+
+__all__ = ["Entry", "default_folder", "key_of"]
+
+
+def default_folder() -> Path:
+    """$XDG_CACHE_HOME/elf_fast/engines, or ~/.cache/elf_fast/engines."""
+    root = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(root) / "elf_fast" / "engines"
+
+
+def key_of(parts: Sequence[Part], examples: Sequence[Example], settings: Any) -> str:
+    """A name for code of these parts, settings, versions and this machine."""
+    digest = hashlib.sha256()
+    x = examples[0].x
+    about = [
+        torch.__version__, platform.machine(), _processor(), torch.get_num_threads(), settings,
+        list(x.shape[1:]), str(x.dtype), list(x.stride()[1:]),
+    ]  # fmt: skip
+    digest.update(json.dumps(about).encode())
+    for part in parts:
+        digest.update(repr(part).encode())
+        for module in part.modules():
+            if isinstance(module, fx.GraphModule):
+                digest.update(module.code.encode())
+        for name, tensor in part.state_dict().items():
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    return digest.hexdigest()[:32]
+
+
+def _processor() -> str:
+    """The model and the instruction sets, on which compiled code depends."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    wanted = ("model name", "flags", "Features")
+    found = dict(line.partition(":")[::2] for line in lines if line.startswith(wanted))
+    return json.dumps(found, sort_keys=True)
+
+
+class Entry:
+    """A folder of files that appears under its key when it is complete, and not before."""
+
+    def __init__(self, root: Path | None, key: str) -> None:
+        """root: None keeps nothing."""
+        self.path = None if root is None else root / key
+        self._working: Path | None = None
+
+    def read(self) -> dict[str, Any] | None:
+        """What `finish` wrote, or None."""
+        if self.path is None:
+            return None
+        try:
+            found = json.loads((self.path / "engine.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def working(self) -> Path:
+        """A new folder for files of this entry."""
+        if self._working is None:
+            parent = None
+            if self.path is not None:
+                try:
+                    self.path.parent.mkdir(parents=True, exist_ok=True)
+                    parent = self.path.parent
+                except OSError as error:
+                    raise OSError(
+                        f"cache_dir: cannot make the folder {self.path.parent}: {error}"
+                    ) from error
+            self._working = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
+        return self._working
+
+    def finish(self, about: dict[str, Any]) -> None:
+        """Makes the working folder the entry. An entry that was there is replaced."""
+        working = self.working()
+        if self.path is None:
+            self.close()
+            return
+        (working / "engine.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        if self.path.exists():
+            shutil.rmtree(self.path)
+        os.replace(working, self.path)
+        self._working = None
+
+    def close(self) -> None:
+        """Removes what is not finished."""
+        if self._working is not None:
+            shutil.rmtree(self._working, ignore_errors=True)
+            self._working = None

@@ -1,0 +1,264 @@
+"""`Engine`: a network with exits on the fastest code for each part and batch size."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, ops
+from ..base import ELFOutput
+from ..modules import ELF
+from .code import Code
+from .exits import Exits
+from .frozen import Frozen
+from .parts import Example, Part, dense_strides, example_rows
+from .report import Report
+
+__all__ = ["Engine", "StageResult"]
+
+
+class StageResult(NamedTuple):
+    """What one stage and its exit give for n samples; see `Engine.run_stage`."""
+
+    features: Tensor | None  # [n, ...] for the next stage; None at the last exit
+    logits: Tensor  # [n, C] of those that leave; other rows hold no values
+    prediction: Tensor  # [n] int64, likewise
+    confidence: Tensor  # [n] float32, likewise
+    survivors: Tensor  # [k] int64, ascending: the samples that go on
+
+
+class _Workspace:
+    """Memory that one call uses and the next call uses again."""
+
+    def __init__(self, boundaries: Sequence[Tensor]) -> None:
+        self._boundaries = boundaries  # one sample of each part's input
+        self._batches: list[Tensor | None] = [None] * len(boundaries)
+        self._capacity = 0
+        self.count = torch.zeros((), dtype=torch.int64, device=boundaries[0].device)
+        on_cpu = self.count.device.type == "cpu"
+        self._read = self.count.numpy().item if on_cpu else self.count.item
+
+    def fit(self, n: int) -> None:
+        """Makes room for n samples, in powers of two."""
+        if n > self._capacity:
+            self._capacity = 1 << (n - 1).bit_length()
+            self._batches = [None] * len(self._batches)
+            made = torch.empty(3, self._capacity, dtype=torch.int64, device=self.count.device)
+            self.survivors, *self.rows = made.unbind(0)
+
+    def survivor_count(self) -> int:
+        return int(self._read())
+
+    def batch(self, e: int, n: int) -> Tensor:
+        """[n, ...] memory for the input of part e."""
+        held = self._batches[e]
+        if held is None:
+            like = self._boundaries[e]
+            held = self._batches[e] = torch.empty_strided(
+                (self._capacity, *like.shape[1:]), dense_strides(like), dtype=like.dtype,
+                device=like.device,
+            )  # fmt: skip
+        return held if n == self._capacity else held[:n]
+
+
+class Engine:
+    """A callable x [N, ...] -> `ELFOutput`, equal to `model.eval()(x)` within rounding; made by
+    `compile`.
+
+    Thresholds, temperatures and criterion are read from the model at every call. Weights are
+    copies; a call raises if those of the model have changed since. Several threads may call at
+    once. The results carry no gradients. Autocast around a call has no effect.
+    """
+
+    def __init__(
+        self,
+        model: ELF,
+        parts: Sequence[Part],
+        examples: Sequence[Example],
+        codes: Sequence[Sequence[Code]],
+        report: Report,
+        max_batch: int,
+    ) -> None:
+        """codes[e][n]: the code of part e for n samples."""
+        self.model = model
+        self.max_batch = max_batch
+        self._report = report
+        self._runs = [[code.run for code in of_part] for of_part in codes]
+        self._exits = Exits(model, parts)
+        self._frozen = Frozen(model)
+        #: One sample of each part's input, in its memory format.
+        self._boundaries = [example_rows(example.x, 1) for example in examples]
+        logits = examples[-1].results[-1]
+        self._classes, self._dtype = logits.shape[1], logits.dtype
+        self._owns_input = not all(
+            keeps_input(code.run, example_rows(examples[0].x, code.batch or 2))
+            for code in set(codes[0])
+        )
+        self._spaces: list[_Workspace] = []
+
+    @property
+    def stages(self) -> int:
+        """E, the number of stages and exits."""
+        return len(self._boundaries)
+
+    def report(self) -> Report:
+        """What serves each stage at which batch sizes, and why."""
+        return self._report
+
+    def close(self) -> None:
+        """Frees code, weights and memory. Later calls raise RuntimeError."""
+        self._runs, self._spaces = [], []
+
+    def __call__(self, x: Tensor) -> ELFOutput:
+        """Runs a batch.
+
+        Args:
+            x: [N, ...], shape and dtype of a sample as in `example_input`; N may be anything. More
+                than `max_batch` samples run in several batches.
+
+        Raises:
+            RuntimeError: the engine is closed, or weights of the model have changed.
+            ValueError, TypeError: naming the argument.
+        """
+        self._check(x)
+        N = len(x)
+        if self.max_batch >= N:
+            return self._run(x)
+        outputs = [self._run(piece) for piece in x.split(self.max_batch)]
+        logits, prediction, confidence, exit_index = (
+            torch.cat([getattr(out, name) for out in outputs]) for name in ELFOutput._fields[:4]
+        )
+        return ELFOutput(logits, prediction, confidence, exit_index, None)
+
+    def run_stage(self, e: int, x: Tensor) -> StageResult:
+        """Stage e and its exit alone, for callers that make up the batches themselves.
+
+        Args:
+            e: 0 <= e < `stages`.
+            x: [n, ...] input of the stage, 1 <= n <= `max_batch`, in the memory format of
+                `stage_input(e, n)`. The stage may overwrite it.
+        """
+        n = len(x)
+        out = self._empty_outputs(n)
+        space = self._take(n)
+        try:
+            with torch.inference_mode(), self._outside_autocast():
+                features = self._stage(e, x, n, None, out, space, space.rows[0])
+                k = space.survivor_count()
+                survivors = space.survivors[:k].clone()
+        finally:
+            self._spaces.append(space)
+        onwards = None if e == self.stages - 1 else features
+        return StageResult(onwards, out.logits, out.prediction, out.confidence, survivors)
+
+    def stage_input(self, e: int, n: int) -> Tensor:
+        """Uninitialised memory [n, ...] for inputs of stage e."""
+        like = self._boundaries[e]
+        return torch.empty_strided(
+            (n, *like.shape[1:]), dense_strides(like), dtype=like.dtype, device=like.device
+        )
+
+    def _check(self, x: Any) -> None:
+        if not self._runs:
+            raise RuntimeError("engine: expected an open engine, got a closed one")
+        like = self._boundaries[0]
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x: expected a tensor, got {checks.describe(x)}")
+        if x.dtype != like.dtype or x.dim() != like.dim() or x.shape[1:] != like.shape[1:]:
+            raise ValueError(
+                f"x: expected a {str(like.dtype).removeprefix('torch.')} tensor of shape "
+                f"[N, {', '.join(map(str, like.shape[1:]))}], as the example that the engine was "
+                f"compiled for, got {checks.describe(x)}"
+            )
+        checks.same_device("x", x, like.device)
+        self._frozen.check()
+
+    def _run(self, x: Tensor) -> ELFOutput:
+        N = len(x)
+        out = self._empty_outputs(N)
+        if N == 0:
+            return out
+        space = self._take(N)
+        try:
+            with torch.inference_mode(), self._outside_autocast():
+                self._run_stages(x, out, space)
+        finally:
+            self._spaces.append(space)
+        return out
+
+    def _run_stages(self, x: Tensor, out: ELFOutput, space: _Workspace) -> None:
+        rows, n, last = None, len(x), self.stages - 1
+        x = self._own(x, space)
+        for e in range(last + 1):
+            x = self._stage(e, x, n, rows, out, space, space.rows[e % 2])
+            kept = space.survivor_count()
+            if not kept:
+                return
+            if kept < n:
+                batch = space.batch(e + 1, kept)
+                ops.compact_into(batch, x, space.survivors[:kept], None)
+                x, n, rows = batch, kept, space.rows[e % 2][:kept]
+
+    def _own(self, x: Tensor, space: _Workspace) -> Tensor:
+        """x in the memory format of the first part, and apart from the caller's memory if that part
+        writes into its input or returns it."""
+        like = self._boundaries[0]
+        if (
+            not self._owns_input
+            and x.stride()[1:] == like.stride()[1:]
+            and (len(x) == 1 or x.stride(0) == like.stride(0))
+        ):
+            return x
+        return space.batch(0, len(x)).copy_(x)
+
+    def _stage(
+        self,
+        e: int,
+        x: Tensor,
+        n: int,
+        rows: Tensor | None,
+        out: ELFOutput,
+        space: _Workspace,
+        next_rows: Tensor,
+    ) -> Tensor:
+        """Runs part e on x [n, ...] and exit e on what it gives. Returns the features."""
+        results = self._runs[e][n](x)
+        self._exits.run(e, results[-1], rows, out, space.survivors, next_rows, space.count)
+        return results[0]
+
+    def _outside_autocast(self) -> contextlib.AbstractContextManager[object]:
+        device = self._boundaries[0].device.type
+        if torch.is_autocast_enabled(device):
+            return torch.autocast(device, enabled=False)
+        return contextlib.nullcontext()
+
+    def _empty_outputs(self, N: int) -> ELFOutput:
+        device = self._boundaries[0].device
+        return ELFOutput(
+            torch.empty(N, self._classes, dtype=self._dtype, device=device),
+            torch.empty(N, dtype=torch.int64, device=device),
+            torch.empty(N, dtype=torch.float32, device=device),
+            torch.empty(N, dtype=torch.int64, device=device),
+            None,
+        )
+
+    def _take(self, n: int) -> _Workspace:
+        try:
+            space = self._spaces.pop()
+        except IndexError:
+            space = _Workspace(self._boundaries)
+        space.fit(n)
+        return space
+
+
+def keeps_input(run: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> bool:
+    """Whether code leaves its input as it is, and returns no view of it."""
+    given = x.clone(memory_format=torch.preserve_format)
+    with torch.inference_mode():
+        results = run(given)
+    storage = given.untyped_storage().data_ptr()
+    return torch.equal(given, x) and all(r.untyped_storage().data_ptr() != storage for r in results)
