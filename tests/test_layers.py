@@ -49,7 +49,7 @@ INSIDE = {
     "data": (("splits", "images", "longtail"), ("transforms", "loader", "tree"),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
     "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
-    "inference": (("folding", "parts", "frozen", "report"), ("code", "exits", "cache"),
+    "inference": (("folding", "packing", "parts", "frozen", "report"), ("code", "exits", "cache"),
                   ("choice", "engine"), ("compiling",), ("scheduler",), ("__init__",)),
     "policy": (("exit_table",), ("calibrate",)),
     "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
