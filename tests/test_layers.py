@@ -43,7 +43,7 @@ FLOORS = (
 )
 #: The same inside folders; modules that are not named stand on the highest floor of their folder.
 INSIDE = {
-    "bench": (("workload",), ("inference", "training"), ("command",)),
+    "bench": (("workload",), ("inference", "training"), ("engines",), ("command",)),
     "cli": (("errors", "metrics", "flags", "interrupts"),
             ("bench", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("transforms", "loader", "tree"),

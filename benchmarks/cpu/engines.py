@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from elf_fast import ELF
+from elf_fast.bench.engines import without_exits
 from elf_fast.bench.inference import check_agreement
 from elf_fast.bench.workload import InferenceWork, inference_work
 from elf_fast.inference import Engine
@@ -36,7 +37,7 @@ from elf_fast.timing import sample
 
 from ..environment import environment, keep_memory
 from ..inputs import Network, build
-from ..row import HEADING, Row, counts, quartiles_of_ratio
+from ..row import HEADING, Row, counts
 
 NETWORKS = (
     Network("cifar_resnet32", 32, 10),
@@ -78,14 +79,13 @@ def subject(network: Network) -> Subject:
 
 def whole_networks(model: ELF, x: Tensor) -> dict[str, Callable[[Tensor], Any]]:
     """The network without exits. On our engines it is an ELF with a single exit, whose exit test
-    costs a microsecond; inductor makes code for every batch size that is timed."""
-    net = nn.Sequential(*model.stages, model.heads[-1])
-    alone = ELF([net], [nn.Identity()]).eval()
+   ."""
+    alone = without_exits(model)
     found: dict[str, Callable[[Tensor], Any]] = {
         "eager": compiled(alone, x, engine="eager"),
-        "inductor": compiled(alone, x, engine="inductor", buckets=BATCHES),
+        "inductor": compiled(alone, x, engine="inductor"),
     }
-    return found | _others(net, x)
+    return found | _others(alone.stages[0], x)
 
 
 def _others(net: nn.Module, x: Tensor) -> dict[str, Callable[[Tensor], Any]]:

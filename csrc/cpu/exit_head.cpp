@@ -10,8 +10,6 @@
 
 #include <array>
 
-#include "leavers.h"
-
 namespace elf_fast {
 namespace {
 #define ELF_ROW_KERNELS "exit_head_rows.inl"
@@ -119,12 +117,9 @@ void exit_head_into(const Tensor& features, const Tensor& weight, std::optional<
                     Tensor out_confidence, Tensor out_prediction, Tensor out_exit_index,
                     Tensor survivors, Tensor next_rows, Tensor count) {
   const Tensor logits = linear(pooled_as(features, weight), weight, bias);
-  const Outputs to{rows,           out_logits, out_confidence, out_prediction,
-                   out_exit_index, survivors,  next_rows,      count};
-  check_outputs(to, logits);
-  const GateOutputs gate =
-      run_gate(logits, threshold, temperature, criterion, std::nullopt, !is_last);
-  write_leavers(logits, gate, is_last, exit, to);
+  run_gate_into(logits, threshold, temperature, criterion, is_last, exit,
+                {rows, out_logits, out_confidence, out_prediction, out_exit_index, survivors,
+                 next_rows, count});
 }
 
 }  // namespace

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstring>
-#include <vector>
 
 #include "survivors.h"
 
@@ -48,41 +47,38 @@ inline void check_outputs(const Outputs& to, const Tensor& logits) {
                     " at position ", k);
 }
 
-// Writes what the gate found of the logits [n, C]. At the last exit everybody leaves.
-inline void write_leavers(const Tensor& logits, const GateOutputs& gate, bool is_last, int64_t exit,
-                          const Outputs& to) {
-  const Tensor source = dense_rows(logits);
-  const int64_t n = source.size(0), C = source.size(1);
+// Writes what the gate found of the logits [n, C], whose rows are contiguous: statistic [n],
+// prediction [n] and goes_on [n], 1 for a survivor and 0 for a sample that leaves.
+template <class A>
+void write_leavers(const Tensor& logits, const A* statistic, const int64_t* prediction,
+                   const int64_t* goes_on, int64_t exit, const Outputs& to) {
+  const int64_t n = logits.size(0), C = logits.size(1);
   const int64_t* rows = to.rows.has_value() ? data<const int64_t>(*to.rows) : nullptr;
-  const int64_t* found = data<const int64_t>(gate.survivors);
-  const int64_t going_on = is_last ? 0 : *data<const int64_t>(gate.count);
+  const auto place = [&](int64_t k) { return rows == nullptr ? k : rows[k]; };
   int64_t* survivors = data<int64_t>(to.survivors);
   int64_t* next_rows = data<int64_t>(to.next_rows);
-  std::vector<int64_t> leavers;
-  leavers.reserve(static_cast<size_t>(n - going_on));
-  for (int64_t k = 0, s = 0; k < n; ++k) {
-    if (s < going_on && found[s] == k) {
-      survivors[s] = k;
-      next_rows[s++] = rows == nullptr ? k : rows[k];
-    } else {
-      leavers.push_back(k);
-    }
+  int64_t kept = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    if (!goes_on[k]) continue;
+    survivors[kept] = k;
+    next_rows[kept++] = place(k);
   }
-  *data<int64_t>(to.count) = going_on;
-  const size_t bytes = static_cast<size_t>(C) * source.element_size();
-  const int64_t pitch = source.stride(0) * static_cast<int64_t>(source.element_size());
-  const char* from = data<const char>(source);
+  *data<int64_t>(to.count) = kept;
+  const int64_t bytes = C * static_cast<int64_t>(logits.element_size());
+  const int64_t pitch = logits.stride(0) * static_cast<int64_t>(logits.element_size());
+  const char* from = data<const char>(logits);
   char* out = data<char>(to.logits);
-  const bool is_double = gate.confidence.scalar_type() == ScalarType::Double;
-  over_rows(static_cast<int64_t>(leavers.size()), C / 8 + 4, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t k = leavers[i], place = rows == nullptr ? k : rows[k];
-      std::memcpy(out + place * static_cast<int64_t>(bytes), from + k * pitch, bytes);
-      data<float>(to.confidence)[place] =
-          is_double ? static_cast<float>(data<const double>(gate.confidence)[k])
-                    : data<const float>(gate.confidence)[k];
-      data<int64_t>(to.prediction)[place] = data<const int64_t>(gate.prediction)[k];
-      data<int64_t>(to.exit_index)[place] = exit;
+  float* confidence = data<float>(to.confidence);
+  int64_t* predictions = data<int64_t>(to.prediction);
+  int64_t* exits = data<int64_t>(to.exit_index);
+  over_rows(n, C / 8 + 4, [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) {
+      if (goes_on[k]) continue;
+      const int64_t row = place(k);
+      std::memcpy(out + row * bytes, from + k * pitch, static_cast<size_t>(bytes));
+      confidence[row] = static_cast<float>(statistic[k]);
+      predictions[row] = prediction[k];
+      exits[row] = exit;
     }
   });
 }

@@ -12,7 +12,7 @@ from .. import checks
 from ..backbones import create, default_exits
 from ..models import from_backbone
 from ..timing import Samples, sample
-from . import inference, training
+from . import engines, inference, training
 from .workload import inference_work, training_work
 
 
@@ -42,12 +42,20 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     images = images.to(device, memory_format=layout)
     exits = options.exits.split(",") if options.exits else default_exits(backbone)
     model = from_backbone(backbone, exits, options.classes, example_input=images[:1])
+    on_engines = options.engine and engines.engines_of(
+        model.eval(), images[:2], options.engine, options.batch
+    )
     rows = []
     for share in options.share:
         work = inference_work(model, images, share)
         with torch.inference_mode():
             samples = sample(inference.candidates(work), seconds=options.seconds)
         rows.append(_row("inference", share, samples))
+        if on_engines:
+            found = engines.candidates(on_engines, work)
+            with torch.inference_mode():
+                samples = sample(found, seconds=options.seconds)
+            rows += [_engine_row(name, share, samples) for name in options.engine]
         if options.training:
             steps = training.candidates(training_work(model, images, share))
             rows.append(_row("training step", share, sample(steps, seconds=options.seconds)))
@@ -69,6 +77,16 @@ def _row(mode: str, share: float, samples: Samples) -> dict[str, Any]:
     }
 
 
+def _engine_row(name: str, share: float, samples: Samples) -> dict[str, Any]:
+    """`speed`: that of the engine with exits as a multiple of others, exits on and off."""
+    return {
+        "mode": f"engine {name}",
+        "share": share,
+        "microseconds": {other: samples.time(other) for other in samples},
+        "speed": {other: samples.ratio(other, name) for other in samples if other != name},
+    }
+
+
 def _print(rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
@@ -77,12 +95,13 @@ def _print(rows: list[dict[str, Any]]) -> None:
     for mode in dict.fromkeys(row["mode"] for row in rows):
         of_mode = [row for row in rows if row["mode"] == mode]
         others = list(of_mode[0]["speed"])
-        table = Table(title=f"{mode}: time of elf_fast, and its speed as a multiple of")
-        for heading in ("goes on", "elf_fast, ms", *others):
+        subject = mode.removeprefix("engine ") if mode.startswith("engine ") else "elf_fast"
+        table = Table(title=f"{mode}: time of {subject}, and its speed as a multiple of")
+        for heading in ("goes on", f"{subject}, ms", *others):
             table.add_column(heading, justify="right")
         for row in of_mode:
             cells = [f"{m:.2f} ({low:.2f}..{high:.2f})" for m, low, high in row["speed"].values()]
-            table.add_row(f"{row['share']:.0%}", f"{row['microseconds']['elf_fast'][0] / 1e3:.3g}",
+            table.add_row(f"{row['share']:.0%}", f"{row['microseconds'][subject][0] / 1e3:.3g}",
                           *cells)  # fmt: skip
         LastingConsole().print(table)
     print(

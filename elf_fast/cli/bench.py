@@ -31,6 +31,10 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--share", type=float, nargs="+", default=[0.5, 0.8, 1.0], metavar="S",
                         help="shares of the samples that go on after each exit; 1 switches the "
                         "exits off (default: 0.5 0.8 1)")  # fmt: skip
+    parser.add_argument("--engine", nargs="+", metavar="ENGINE",
+                        choices=["auto", "eager", "inductor"],
+                        help="time engines of inference.compile, too, with exits and without: "
+                        "eager, inductor (compiles for minutes, once), auto")  # fmt: skip
     parser.add_argument("--training", action="store_true", help="time training steps, too")
     parser.add_argument("--seconds", type=float, default=10.0, metavar="S",
                         help="time to spend on each row of the table (default: "
