@@ -129,8 +129,11 @@ def test_command(capsys):
     ]  # fmt: skip
     assert all(math.isfinite(v) for row in rows for q in row["speed"].values() for v in q)
     pytest.importorskip("rich")
-    command.run(options(*small))
+    rows = command.run(options(*small[:-3], "--device", "cpu", "--engine", "eager"))
+    assert [row["mode"] for row in rows] == ["inference", "engine eager"] * 2
+    assert set(rows[1]["microseconds"]) == {"eager", "eager, no exits"}
     said = capsys.readouterr().out
+    assert "engine eager: time of eager" in " ".join(said.split())
     assert "cifar_resnet8, exits after layer1, layer2; batch 6" in said and "oracle" in said
 
 

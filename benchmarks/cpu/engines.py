@@ -78,8 +78,7 @@ def subject(network: Network) -> Subject:
 
 
 def whole_networks(model: ELF, x: Tensor) -> dict[str, Callable[[Tensor], Any]]:
-    """The network without exits. On our engines it is an ELF with a single exit, whose exit test
-   ."""
+    """The network without exits. On our engines it is an ELF with its last exit alone."""
     alone = without_exits(model)
     found: dict[str, Callable[[Tensor], Any]] = {
         "eager": compiled(alone, x, engine="eager"),

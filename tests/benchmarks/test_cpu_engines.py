@@ -1,0 +1,55 @@
+"""The benchmark of engines on a small network."""
+
+from __future__ import annotations
+
+import torch
+
+from benchmarks.cpu import engines
+from benchmarks.inputs import Network, build
+from elf_fast import inference
+
+SMALL = Network("cifar_resnet8", 16, 10)
+
+
+def test_rows_have_their_targets(monkeypatch):
+    monkeypatch.setattr(engines, "SINGLES", 3)
+    model, x = build(SMALL, 2)
+    engine = inference.compile(model.eval(), x, engine="eager")
+    ran = []
+    whole = {"eager": lambda x: ran.append(("eager", len(x))), "other": lambda x: None}
+    subject = engines.Subject(SMALL, model, dict.fromkeys(engines.ENGINES, engine), whole)
+    for N, share in ((1, 0.5), (4, 0.5), (4, 1.0)):
+        rows = list(engines.rows(subject, N, share, seconds=0.0))
+        assert all(row.suite == "engines" and row.needs["subject"].median > 0 for row in rows)
+        targets = {(row.subject, row.baseline): row.least for row in rows if row.least}
+        assert targets[("eager", "oracle, eager")] == (0.92 if N == 1 else 0.97)
+        assert (("inductor", "whole, inductor") in targets) is (
+            share == 1.0 and "inductor" in whole
+        )
+        fastest = [row for row in rows if row.baseline.startswith("whole") and row.least]
+        assert len(fastest) == (N == 1)
+    assert {n for _, n in ran} == {1, 4}
+
+
+def test_the_oracle_runs_the_batches_that_reach_each_stage():
+    model, x = build(SMALL, 6)
+    engine = inference.compile(model.eval(), x, engine="eager")
+    work = engines.inference_work(model, x, 0.5)
+    seen = []
+    code = engine.stage_code
+    engine.stage_code = lambda e, n: lambda batch: seen.append((e, n)) or code(e, n)(batch)
+    engines._oracle(engine, work, 6)()
+    assert seen == [(0, 6), (1, 3), (2, 2)]
+    seen.clear()
+    engines._oracle(engine, work, 1)()
+    assert seen == [(0, 1)] * 6 + [(1, 1)] * 3 + [(2, 1)] * 2
+
+
+def test_onnx_runtime_and_openvino_compute_the_network():
+    model, x = build(SMALL, 2)
+    net = torch.nn.Sequential(*model.eval().stages, model.heads[-1])
+    for name, run in engines._others(net, x).items():
+        for n in (1, 3):
+            images = x[:1].expand(n, -1, -1, -1)
+            with torch.no_grad():
+                torch.testing.assert_close(run(images), net(images), rtol=1e-3, atol=1e-4, msg=name)
