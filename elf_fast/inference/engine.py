@@ -141,7 +141,13 @@ class Engine:
             e: 0 <= e < `stages`.
             x: [n, ...] input of the stage, 1 <= n <= `max_batch`, in the memory format of
                 `stage_input(e, n)`. The stage may overwrite it.
+
+        Raises:
+            RuntimeError: the engine is closed, or (for e = 0) weights of the model have changed.
         """
+        self._check_open()
+        if e == 0:
+            self._frozen.check()
         n = len(x)
         out = self._empty_outputs(n)
         space = self._take(n)
@@ -162,9 +168,12 @@ class Engine:
             (n, *like.shape[1:]), dense_strides(like), dtype=like.dtype, device=like.device
         )
 
-    def _check(self, x: Any) -> None:
+    def _check_open(self) -> None:
         if not self._runs:
             raise RuntimeError("engine: expected an open engine, got a closed one")
+
+    def _check(self, x: Any) -> None:
+        self._check_open()
         like = self._boundaries[0]
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {checks.describe(x)}")
