@@ -47,8 +47,10 @@ class Choice(NamedTuple):
 class Refill:
     """Chooses the stage to run. Deepest first, unless holding its samples pays."""
 
-    #: Samples after which a share of survivors is forgotten, and requests after which a rate is.
-    MEMORY = 256
+    #: A share of survivors is that of about so many samples.
+    MEMORY = 1024
+    #: A rate is that of about so many requests.
+    REQUESTS = 16
 
     def __init__(
         self, seconds: Sequence[Sequence[float]], max_batch: int, max_wait: float, *, refill: bool
@@ -61,23 +63,25 @@ class Refill:
         self._refill = refill
         #: Expected share of samples that go on after each stage.
         self.shares = [0.5] * (len(seconds) - 1) + [0.0]
+        self._seen = [2] * len(seconds)  # samples, with two before the first
         self._last_arrival = -math.inf
-        self._gap = math.inf  # mean seconds between requests
+        self._arrivals = 0
+        self._gap = 0.0  # mean seconds between requests
         self._size = 1.0  # mean samples per request
 
     def arrived(self, now: float, size: int) -> None:
         """Takes note of a request."""
-        gap = max(now - self._last_arrival, 0.0)
+        gap = now - self._last_arrival if self._arrivals else 0.0
         self._last_arrival = max(now, self._last_arrival)
-        if math.isinf(self._gap):
-            self._gap = gap
-        else:
-            self._gap += (gap - self._gap) / 16
-        self._size += (size - self._size) / 16
+        weight = 1 / min(max(self._arrivals, 1), self.REQUESTS)
+        self._gap += weight * (max(gap, 0.0) - self._gap)
+        self._size += weight * (size - self._size)
+        self._arrivals += 1
 
     def left(self, e: int, n: int, survivors: int) -> None:
         """Takes note of how many of n samples went on after stage e."""
-        weight = n / (n + self.MEMORY)
+        self._seen[e] += n
+        weight = min(n / min(self._seen[e], self.MEMORY), 1.0)
         self.shares[e] += weight * (survivors / n - self.shares[e])
 
     def choose(self, queues: Sequence[Waiting], now: float, *, closing: bool = False) -> Choice:
@@ -97,8 +101,8 @@ class Refill:
         return Choice(None, wake)
 
     def _may_hold(self, queue: Waiting, now: float) -> bool:
-        waited = now - queue.oldest
-        return self._refill and len(queue) < self._max_batch and waited < self._max_wait
+        overdue = now >= queue.oldest + self._max_wait
+        return self._refill and len(queue) < self._max_batch and not overdue
 
     def _time(self, e: int, n: float) -> float:
         return self._seconds[e][min(max(round(n), 0), self._max_batch)]
@@ -121,6 +125,8 @@ class Refill:
 
     def _pays_to_wait(self, m: int, queue: Waiting, now: float) -> bool:
         """Whether m samples of the first stage wait for the next request, r samples."""
+        if self._arrivals <= self.REQUESTS:
+            return False  # too few to know a rate
         gap = max(self._gap, now - self._last_arrival)
         t_m, r = self._through(m), min(self._size, self._max_batch - m)
         t_both = self._through(m + r)
