@@ -3,12 +3,12 @@
     python -m benchmarks.serving_simulation [--times FILE] [--replicas 1 2 4] [--loads 0.5 0.8 0.95]
 
 Requests of 1 to 16 images arrive at random (Poisson). A load of 1 is what the replicas can do with
-full batches at every stage. FILE holds {"milliseconds": {n: [E]}, "exit_shares": [E]}; without it the
-stages of ResNet-32 are measured now, and `--write FILE` keeps the times.
+full batches at every stage. FILE holds {"milliseconds": {n: [E]}, "exit_shares": [E]}; without it
+the stages of ResNet-32 are measured now, and `--write FILE` keeps the times.
 
-The simulator knows nothing of tensors, threads and queues' memory; it shares the rule which batch
-runs next (`elf_fast.inference.refill`) with the scheduler. `run_scheduler` runs the scheduler itself
-on a clock that its stages move, for comparison.
+The simulator knows nothing of tensors and threads. It shares the rule which batch runs next
+(`elf_fast.inference.refill`) with the scheduler. `run_scheduler` runs the scheduler itself on a
+clock that its stages move, for comparison.
 """
 
 from __future__ import annotations
@@ -49,6 +49,9 @@ class Settings(NamedTuple):
     max_batch: int = 64
     max_wait_ms: float = 5.0
     refill: bool = True
+
+
+DEFAULT = Settings()
 
 
 class Result(NamedTuple):
@@ -146,7 +149,7 @@ class _Replica:
 def simulate(
     workload: Workload,
     seconds: Sequence[Sequence[float]],
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULT,
     *,
     replicas: int = 1,
     router: str = "round robin",
@@ -215,7 +218,7 @@ class TimedEngine:
 
 
 def run_scheduler(
-    workload: Workload, milliseconds: Mapping[int, Sequence[float]], settings: Settings = Settings()
+    workload: Workload, milliseconds: Mapping[int, Sequence[float]], settings: Settings = DEFAULT
 ) -> Result:
     """`simulate` for one replica, with the scheduler itself."""
     clock = Clock()
@@ -253,7 +256,7 @@ def run_scheduler(
 
 
 def compare(
-    workload: Workload, milliseconds: Mapping[int, Sequence[float]], settings: Settings = Settings()
+    workload: Workload, milliseconds: Mapping[int, Sequence[float]], settings: Settings = DEFAULT
 ) -> tuple[Result, Result]:
     """One replica: what the simulator says, and what the scheduler does."""
     seconds = interpolated(milliseconds, settings.max_batch)

@@ -3,16 +3,17 @@
 Let m samples wait for stage d, and n for an earlier stage u, j of which are expected to reach d.
 t_e(n) is the time of stage e for n samples, t_u here the time from u up to d, and R the number of
 samples that wait behind these m + n. Running d(m), u(n), d(j) and running u(n), d(m + j) do the
-same work, and the second takes S = t_d(m) + t_d(j) - t_d(m + j) less. Added up over all samples,
-the second makes them leave earlier by
+same work, and the second takes S = t_d(m) + t_d(j) - t_d(m + j) less. The second lets all samples
+leave earlier by, added up,
 
-    gain = (n - j) t_d(m)                     those that leave between u and d
-         + (j + R) S                          those that meet the m at d, and those behind
+    gain = (j + R) S                          those that meet the m at d, and those behind
          - m (t_u + t_d(m + j) - t_d(m))      those that are held
 
 The m are held while gain > 0. With a long queue S decides: refilling pays where a larger batch is
-cheaper per sample. With a short queue, or where time is linear in n (S = 0), the m mostly run at
-once. Predicting whether a rebatching pays is the idea of DREX (arXiv 2512.15705).
+cheaper per sample. With a short queue, or where time is linear in n (S = 0), the m run at once. What
+the n - j that leave in between would gain is not counted: most of their requests wait for others
+of the n. When it was counted, refilling lost at low load (benchmarks/serving_simulation.py).
+Predicting whether a rebatching pays is the idea of DREX (arXiv 2512.15705).
 
 If only the first stage has samples, m of them, the next request is waited for if that makes the m
 and the r samples of that request leave earlier in all, counted in the same way. An engine that is
@@ -121,7 +122,7 @@ class Refill:
         if now + t_m <= deadline < now + t_u + t_both:
             return False
         saved = t_m + self._time(d, met) - t_both
-        return (n - j) * t_m + (met + behind) * saved > m * (t_u + t_both - t_m)
+        return (met + behind) * saved > m * (t_u + t_both - t_m)
 
     def _pays_to_wait(self, m: int, queue: Waiting, now: float) -> bool:
         """Whether m samples of the first stage wait for the next request, r samples."""

@@ -17,8 +17,9 @@ __all__ = ["Stages", "Times", "interpolated", "measure_stages", "scheduler_times
 #: Milliseconds of each stage by number of samples: {n: [E]}.
 Times = Mapping[int, Sequence[float]]
 
-#: Runs of each stage at each batch size; the quickest one counts.
-RUNS = 3
+#: Runs of each stage at each batch size, of which the quickest one counts: so many, or fewer if they
+#: take longer than so many seconds, but two.
+RUNS, SECONDS = 5, 0.1
 
 
 class Stages(Protocol):
@@ -41,15 +42,15 @@ def measure_stages(engine: Stages, max_batch: int) -> dict[int, list[float]]:
 
 
 def _milliseconds(engine: Stages, e: int, n: int) -> float:
-    best = float("inf")
-    for _ in range(RUNS + 1):
+    taken: list[float] = []
+    while len(taken) < 2 or (len(taken) < RUNS and sum(taken) < SECONDS):
         x = engine.stage_input(e, n)
         with torch.inference_mode():
             x.zero_()
         start = time.perf_counter()
         engine.run_stage(e, x)
-        best = min(best, time.perf_counter() - start)
-    return 1e3 * best
+        taken.append(time.perf_counter() - start)
+    return 1e3 * min(taken)
 
 
 def interpolated(times: Times, max_batch: int) -> list[list[float]]:

@@ -1,26 +1,19 @@
-"""Engines whose samples carry an identity, and a clock that stands still unless it is moved."""
+"""Engines whose samples carry an identity, and engines whose stages take given times."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
+from benchmarks.serving_simulation import Clock, TimedEngine
 from elf_fast import ELF
 from elf_fast.inference import Engine, compile
-from elf_fast.inference.engine import StageResult
+from elf_fast.inference.stage_times import interpolated
 
 #: Width of the identity: a sample is a number below 2**BITS in signs of its features.
 BITS = 17
 #: Neighbours get different signs, so that they leave at different exits.
 SPREAD = 77773
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 class Known(nn.Module):
@@ -67,34 +60,12 @@ def known_engine(max_batch: int = 64) -> tuple[ELF, Engine]:
     return model, compile(model, identities(0, 8), engine="eager", max_batch=max_batch)
 
 
-class FakeEngine:
-    """Stages that take milliseconds `base[e] + each[e] * n` on a clock. A sample [1] holds the exit
-    at which it leaves."""
+class FakeEngine(TimedEngine):
+    """Stages that take milliseconds `base[e] + each[e] * n`."""
 
     def __init__(self, clock: Clock, base: list[float], each: list[float], max_batch: int) -> None:
-        self.max_batch = max_batch
-        self.clock, self.base, self.each = clock, base, each
-        self.runs: list[tuple[int, int]] = []
-
-    @property
-    def stages(self) -> int:
-        return len(self.base)
-
-    @property
-    def times(self) -> dict[int, list[float]]:
-        """Milliseconds, as `Scheduler` takes them."""
-        return {
-            n: [b + a * n for b, a in zip(self.base, self.each, strict=True)]
-            for n in (1, self.max_batch)
+        #: As `Scheduler` takes them.
+        self.times = {
+            n: [b + a * n for b, a in zip(base, each, strict=True)] for n in (1, max_batch)
         }
-
-    def stage_input(self, e: int, n: int) -> Tensor:
-        return torch.empty(n, 1)
-
-    def run_stage(self, e: int, x: Tensor) -> StageResult:
-        n = len(x)
-        self.runs.append((e, n))
-        self.clock.now += (self.base[e] + self.each[e] * n) / 1e3
-        kept = (x[:, 0] > e).nonzero().flatten()
-        features = None if e == self.stages - 1 else x.clone()
-        return StageResult(features, x.clone(), x[:, 0].long(), x[:, 0].clone(), kept)
+        super().__init__(clock, interpolated(self.times, max_batch))
