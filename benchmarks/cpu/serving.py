@@ -1,10 +1,10 @@
 """A server's throughput and latency: requests of 1 to 16 images that come at random (Poisson).
 
-Half of the images go on after each exit. Candidates, all on the same engine code: the scheduler; one
-request at a time; and a plain dynamic batcher, which collects whole requests for the network without
-exits. Latency counts from the moment at which a request was due, so that a driver that is late hides
-nothing. A load is a share of what the scheduler does at saturation, for all candidates: the others
-may be overloaded, and their latency then grows with the length of the run.
+Half of the images go on after each exit. Candidates, all on the same engine code: the scheduler;
+one request at a time; and a plain dynamic batcher, which collects whole requests for the network
+without exits. Latency counts from the moment at which a request was due, so that a driver that is
+late hides nothing. A load is a share of what the scheduler does at saturation, for all candidates:
+the others may be overloaded, and their latency then grows with the length of the run.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ leave earlier by, added up,
          - m (t_u + t_d(m + j) - t_d(m))      those that are held
 
 The m are held while gain > 0. With a long queue S decides: refilling pays where a larger batch is
-cheaper per sample. With a short queue, or where time is linear in n (S = 0), the m run at once. What
-the n - j that leave in between would gain is not counted: most of their requests wait for others
-of the n. When it was counted, refilling lost at low load (benchmarks/serving_simulation.py).
+cheaper per sample. With a short queue, or where time is linear in n (S = 0), the m run at once.
+What the n - j that leave in between would gain is not counted: most of their requests wait for
+others of the n. When it was counted, refilling lost at low load (benchmarks/serving_simulation.py).
 Predicting whether a rebatching pays is the idea of DREX (arXiv 2512.15705).
 
 If only the first stage has samples, m of them, the next request is waited for if that makes the m

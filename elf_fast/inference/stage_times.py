@@ -17,8 +17,8 @@ __all__ = ["Stages", "Times", "interpolated", "measure_stages", "scheduler_times
 #: Milliseconds of each stage by number of samples: {n: [E]}.
 Times = Mapping[int, Sequence[float]]
 
-#: Runs of each stage at each batch size, of which the quickest one counts: so many, or fewer if they
-#: take longer than so many seconds, but two.
+#: Runs of each stage at each batch size, of which the quickest one counts. Fewer, but two, if they
+#: take longer than SECONDS.
 RUNS, SECONDS = 5, 0.1
 
 
