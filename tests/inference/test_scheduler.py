@@ -357,7 +357,7 @@ def test_an_idle_engine_waits_for_requests_where_that_pays_and_not_longer_than_m
     for _ in range(40):  # requests 0.5 ms apart
         clock.now += 0.0005
         core.add(Request(exits(0.0)))
-        core.cancel(next(iter([*core._open])))
+        core.cancel(next(iter(core._open)))
     core.take_finished()
     core.add(Request(exits(0.0)))
     entered = clock.now
@@ -367,6 +367,20 @@ def test_an_idle_engine_waits_for_requests_where_that_pays_and_not_longer_than_m
         clock.now = core.wake
         core.step()
     assert clock.now - entered <= 0.003 + 0.010 + 1e-9
+
+
+def test_a_deadline_wakes_a_loop_that_waits_for_requests():
+    core, engine = fake_core([10.0], [0.0])
+    for _ in range(40):
+        engine.clock.now += 0.001
+        core.add(Request(exits(0.0)))
+        core.cancel(next(iter(core._open)))
+    core.take_finished()
+    request = Request(exits(0.0), deadline=engine.clock.now + 0.0002)
+    core.add(request)
+    assert core.step() == [] and core.wake == request.deadline
+    engine.clock.now = core.wake
+    assert core.step() == [request] and request.outcome == "expired"
 
 
 def test_an_engine_with_little_to_do_waits_for_nothing():
@@ -573,6 +587,19 @@ def test_a_request_can_be_cancelled_while_it_runs(known):
         go.set()
         assert numbers(kept.result(5).logits) == [50, 51, 52]
     assert scheduler.stats()["requests"]["cancelled"] == 1
+
+
+def test_what_was_cancelled_while_it_ran_goes_no_further():
+    core, engine = fake_core([1.0, 1.0], [0.0, 0.0])
+    gone, kept = Request(exits(1, 0, 1)), Request(exits(1))
+    core.add(gone)
+    core.add(kept)
+    batch = core.begin()
+    core.run(batch)
+    assert core.cancel(gone) and not core.cancel(gone)
+    core.end(batch)
+    assert drain(core) == [gone, kept] and engine.runs == [(0, 4), (1, 1)]
+    assert gone.outcome == "cancelled" and gone.left == [] and kept.outcome == "answered"
 
 
 def test_a_failing_batch_fails_its_own_requests_only(known):
