@@ -98,7 +98,7 @@ class Refill:
                 return Choice(d)
         if not busy:
             return Choice(None)
-        wake = min(queues[0].oldest + self._max_wait, now + max(self._gap, 1e-4))
+        wake = min(queues[0].oldest + self._max_wait, now + max(self._expected_gap(now), 1e-4))
         return Choice(None, wake)
 
     def _may_hold(self, queue: Waiting, now: float) -> bool:
@@ -128,13 +128,17 @@ class Refill:
         """Whether m samples of the first stage wait for the next request, r samples."""
         if self._arrivals <= self.REQUESTS:
             return False  # too few to know a rate
-        gap = max(self._gap, now - self._last_arrival)
+        gap = self._expected_gap(now)
         t_m, r = self._through(m), min(self._size, self._max_batch - m)
         t_both = self._through(m + r)
         if gap >= t_m or now + t_m <= queue.earliest_deadline() < now + gap + t_both:
             return False
         apart = m * t_m + r * (t_m - gap + self._through(r))
         return m * (gap + t_both) + r * t_both < apart
+
+    def _expected_gap(self, now: float) -> float:
+        """Seconds until the next request."""
+        return max(self._gap, now - self._last_arrival)
 
     def _through(self, n: float) -> float:
         """Expected seconds of n samples through all stages."""

@@ -104,7 +104,8 @@ class Scheduler:
         Args:
             x: [k, ...], samples as the engine takes them; they are copied. k may be 0.
             deadline_ms: milliseconds from now after which the request ends with `DeadlineExceeded`.
-            block: wait for room in the queue; otherwise raise `QueueFull` if there is none.
+            block: wait for room in the queue, behind those who wait already. False: raise
+                `QueueFull` if there is none.
             timeout: seconds to wait for room at most.
             on_exit: called with (indices [m], their values as an `ELFOutput` of m samples) each
                 time samples of the request leave. It runs in the scheduler's thread and must not
@@ -226,6 +227,11 @@ class Scheduler:
                 parked = _Parked(request, future, Future())
                 self._parked.append(parked)
                 return request, future, parked
+            if self._parked:
+                self._core.counters.refused += 1
+                raise QueueFull(
+                    f"x: expected no request that waits for room, got {len(self._parked)}"
+                )
             self._add(request, future)
             self._work.notify_all()
         return request, future, None

@@ -444,6 +444,13 @@ def test_an_idle_scheduler_wakes_for_a_deadline():
             second.result(5)
 
 
+def test_a_thread_that_waits_for_requests_wakes_after_max_wait(known):
+    slow = {1: [1000.0] * 3, 64: [1000.0] * 3}  # so that waiting seems to pay
+    with Scheduler(known[1], stage_times=slow, max_wait_ms=30) as scheduler:
+        futures = [scheduler.submit(identities(i, 1)) for i in range(40)]
+        assert [numbers(f.result(5).logits) for f in futures] == [[i] for i in range(40)]
+
+
 # The queue
 
 
@@ -485,25 +492,42 @@ def test_a_full_queue_refuses_or_blocks(known):
     assert (stats["accepted"], stats["refused"], stats["answered"]) == (3, 3, 3)
 
 
+def parked(scheduler, n):
+    """Waits until n requests wait for room."""
+    until = time.monotonic() + 5
+    while len(scheduler._parked) < n:
+        assert time.monotonic() < until
+        time.sleep(0.001)
+
+
 def test_whoever_waits_for_room_first_gets_it_first(known):
-    order = []
     with stuck(known, max_queue=4) as (scheduler, go, begun):
-        scheduler.submit(identities(0, 4))
-
-        def work(i, k):
-            scheduler.submit(identities(10 * i, k))
-            order.append(i)
-
-        threads = [threading.Thread(target=work, args=a) for a in ((1, 4), (2, 4), (3, 4))]
+        scheduler.submit(identities(0, 3))
+        threads = [
+            threading.Thread(target=scheduler.submit, args=(identities(10 * k, k),))
+            for k in (4, 1, 2)  # for the second there would be room
+        ]
         for n, thread in enumerate(threads, 1):
             thread.start()
-            while len(scheduler._parked) < n:
-                time.sleep(0.001)
+            parked(scheduler, n)
+        with pytest.raises(QueueFull, match="expected no request that waits for room, got 3"):
+            scheduler.submit(identities(0, 1), block=False)
         go.set()
         for thread in threads:
             thread.join(5)
             assert not thread.is_alive()
     assert scheduler.stats()["requests"]["answered"] == 4
+
+
+def test_who_has_given_up_waiting_for_room_is_not_admitted(known):
+    with stuck(known, max_queue=4) as (scheduler, go, begun):
+        future = scheduler.submit(identities(0, 4))
+        given_up = scheduler._accept(identities(4, 1), None, True, None)[2]
+        assert given_up.admitted.cancel()
+        go.set()
+        future.result(5)
+        assert numbers(scheduler.submit(identities(5, 1)).result(5).logits) == [5]
+    assert scheduler.stats()["requests"]["accepted"] == 2
 
 
 def test_room_is_there_when_samples_have_left():
@@ -646,8 +670,7 @@ def test_shutdown_without_waiting_names_what_it_did_not_answer(known):
 
         thread = threading.Thread(target=block)
         thread.start()
-        while not scheduler._parked:
-            time.sleep(0.001)
+        parked(scheduler, 1)
         threading.Timer(0.02, go.set).start()
         scheduler.shutdown(wait=False)
         thread.join(5)
