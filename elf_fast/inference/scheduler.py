@@ -180,6 +180,7 @@ class Scheduler:
 
     def shutdown(self, wait: bool = True) -> None:
         """Takes no more requests. Requests that wait for room in the queue get `SchedulerClosed`.
+        The end of a `with` block calls it with wait=True, or after an error with wait=False.
 
         Args:
             wait: True answers what was accepted and returns then. False ends every request that is
