@@ -46,12 +46,15 @@ def sample(
     seconds: float = 1.0,
     burst: float = 200e-6,
     least: int = 5,
+    pause: float = 0.0,
 ) -> Samples:
     """Runs all candidates in turn for about `seconds` in all, for at least `least` repetitions.
 
     A repetition calls a candidate often enough to last `burst` seconds, so that calls of a few
     microseconds run with warm caches and the cost of reading the clock is negligible. The time
     includes the GPU work that a candidate started.
+
+    pause: seconds of sleep before each candidate, in which threads of the one before stop spinning.
     """
     calls = {}
     for name, f in candidates.items():
@@ -68,6 +71,8 @@ def sample(
         end = time.perf_counter() + seconds
         while time.perf_counter() < end or len(next(iter(samples.values()))) < least:
             for name, f in candidates.items():
+                if pause:
+                    time.sleep(pause)
                 start = time.perf_counter()
                 for _ in range(calls[name]):
                     f()

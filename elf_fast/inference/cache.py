@@ -17,6 +17,9 @@ from torch import fx
 
 from .parts import Example, Part
 
+#: Changes when code of earlier versions must not be used any more.
+FORMAT = 1
+
 __all__ = ["Entry", "default_folder", "key_of"]
 
 
@@ -31,8 +34,8 @@ def key_of(parts: Sequence[Part], examples: Sequence[Example], settings: Any) ->
     digest = hashlib.sha256()
     x = examples[0].x
     about = [
-        torch.__version__, platform.machine(), _processor(), torch.get_num_threads(), settings,
-        list(x.shape[1:]), str(x.dtype), list(x.stride()[1:]),
+        FORMAT, torch.__version__, platform.machine(), _processor(), torch.get_num_threads(),
+        settings, list(x.shape[1:]), str(x.dtype), list(x.stride()[1:]),
     ]  # fmt: skip
     digest.update(json.dumps(about).encode())
     for part in parts:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..timing import sample
 from .code import Code
@@ -33,29 +36,32 @@ def measure(codes: Sequence[Code], example: Example, n: int) -> dict[str, float]
     return {name: times.time(name).median / 1e3 for name in fit}
 
 
-def _call(run, x):
+def _call(run: Callable[[Tensor], Any], x: Tensor) -> Callable[[], Any]:
     return lambda: run(x)
 
 
 def choose(
-    stage: int, codes: Sequence[Code], times: Times, max_batch: int
-) -> tuple[list[Code], list[StageReport]]:
-    """The code for every n of 0..max_batch: the fastest one at the nearest batch size (by ratio)
-    that was timed. Code for a single batch size serves that size only."""
-    timed = sorted(times)
-    table, rows = [codes[0]], list[StageReport]()
+    stage: int, codes: Mapping[str, int | None], times: Times, max_batch: int
+) -> tuple[list[str], list[StageReport]]:
+    """The name of the code for every n of 0..max_batch: the fastest one at the nearest batch size
+    (by ratio) that was timed.
+
+    Args:
+        codes: the only batch size that each code takes, by name. None: it takes any; there is at
+            least one such code.
+        times: of these codes and perhaps others. Without times the last code that fits serves.
+    """
+    anyone = [name for name, batch in codes.items() if batch is None]
+    table, rows = [anyone[-1]], list[StageReport]()
     for n in range(1, max_batch + 1):
-        usable = [code for code in codes if code.batch in (None, n)]
-        near = min(timed, key=lambda m: max(m, n) / min(m, n)) if timed else None
-        if near is None:
-            code, why = usable[-1], "the only one"
-        else:
-            code = min(usable, key=lambda c: times[near].get(c.name, float("inf")))
-            why = "fastest" if len(times[near]) > 1 else "the only one"
-        table.append(code)
-        shown = times[near] if near is not None else {}
-        if rows and (rows[-1].code, rows[-1].timed_at) == (code.name, near):
-            rows[-1] = StageReport(stage, rows[-1].first, n, code.name, why, shown, near)
-        else:
-            rows.append(StageReport(stage, n, n, code.name, why, shown, near))
+        usable = [name for name, batch in codes.items() if batch in (None, n)]
+        near = min(times, key=lambda m: max(m, n) / min(m, n)) if times else None
+        known = {name: ms for name, ms in times.get(near or 0, {}).items() if name in codes}
+        name = min(usable, key=lambda c: known.get(c, math.inf)) if known else usable[-1]
+        table.append(name)
+        why = "the fastest" if len(known) > 1 else "the only one"
+        first = n
+        if rows and (rows[-1].code, rows[-1].timed_at) == (name, near):
+            first = rows.pop().first
+        rows.append(StageReport(stage, first, n, name, why, known, near))
     return table, rows

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .folding import fold
+from .packing import packed_convolutions
 from .parts import Example, Part, example_rows
 
 __all__ = ["Code", "Unavailable", "build_package", "check", "eager", "load_package", "with_format"]
@@ -54,7 +55,7 @@ def build_package(part: Part, example: Example, path: Path, batch: int | None) -
     x = example_rows(example.x, len(example.x) if batch is None else batch)
     shapes = None if batch is not None else ({0: torch.export.Dim.DYNAMIC},)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet():
+        with torch.no_grad(), warnings.catch_warnings(), _quiet(), packed_convolutions():
             warnings.simplefilter("ignore")
             program = torch.export.export(part, (x,), dynamic_shapes=shapes)
             torch._inductor.aoti_compile_and_package(

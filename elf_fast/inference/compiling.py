@@ -72,10 +72,18 @@ def compile(
         x = example_input.detach().clone(memory_format=torch.preserve_format)
         parts = parts_of(model)
         found = examples(parts, example_rows(x, 3))
-        return _compiled(model, parts, found, engine, max_batch, buckets, cache_dir)
+        return _engine(model, parts, found, engine, max_batch, buckets, cache_dir)
 
 
-def _compiled(
+class _Compiled(NamedTuple):
+    """What is compiled for a model, as the cache keeps it."""
+
+    batches: list[list[int | None]]  # of each part: the only batch size of each package, or None
+    times: list[Times]  # of each part
+    unavailable: list[str]
+
+
+def _engine(
     model: ELF,
     parts: list[Part],
     found: list[Example],
@@ -84,99 +92,90 @@ def _compiled(
     buckets: tuple[int, ...],
     cache_dir: str | Path | None,
 ) -> Engine:
-    compiles = engine != "eager" and found[0].x.device.type == "cpu"
-    if engine == "inductor" and not compiles:
-        raise ValueError(
-            f"engine: expected auto or eager for a model on {found[0].x.device}, got inductor, "
-            "which compiles for the CPU only"
-        )
-    by_part = [[eager(part, example)] for part, example in zip(parts, found, strict=True)]
-    if not compiles:
-        unavailable = () if engine == "eager" else ("inductor: compiles for the CPU only",)
-        return _engine(model, parts, found, by_part, Report(engine, (), unavailable), max_batch)
+    plain = [eager(part, example) for part, example in zip(parts, found, strict=True)]
+    report = Report(engine, ())
+    if engine == "eager" or found[0].x.device.type != "cpu":
+        if engine == "inductor":
+            raise ValueError(
+                f"engine: expected auto or eager for a model on {found[0].x.device}, got inductor, "
+                "which compiles for the CPU only"
+            )
+        if engine == "auto":
+            report = replace(report, unavailable=("inductor: compiles for the CPU only",))
+        nothing = _Compiled([[] for _ in parts], [{} for _ in parts], [])
+        return _assembled(model, parts, found, plain, report, max_batch, nothing, None)
     root = default_folder() if cache_dir is None else Path(cache_dir)
-    entry = Entry(root, key_of(parts, found, [engine, max_batch, buckets]))
-    report = Report(engine, (), cache=str(entry.path))
-    candidates = [[] if engine == "inductor" else codes for codes in by_part]
-    kept = _loaded(entry, parts, found)
+    entry = Entry(root, key_of(parts, found, [max_batch, buckets]))
+    report = replace(report, cache=str(entry.path))
+    kept = _read(entry, len(parts))
     if kept is not None:
-        report = replace(report, from_cache=True, unavailable=kept.unavailable)
-    else:
-        with closing(entry), progress(len(parts) * (2 + len(buckets))) as step:
-            kept = _built(entry, parts, found, engine, max_batch, buckets, candidates, step)
-        report = replace(report, unavailable=kept.unavailable)
-    both = [a + b for a, b in zip(candidates, kept.codes, strict=True)]
-    return _engine(model, parts, found, both, report, max_batch, kept.times)
+        try:
+            known = replace(report, from_cache=True)
+            return _assembled(model, parts, found, plain, known, max_batch, kept, entry.path)
+        except Unavailable:  # damaged, or of a model that only looks the same
+            pass
+    with closing(entry), progress(len(parts) * (2 + len(buckets))) as step:
+        kept = _built(entry, parts, found, max_batch, buckets, plain, step)
+    return _assembled(model, parts, found, plain, report, max_batch, kept, entry.path)
 
 
-class _Kept(NamedTuple):
-    """What the cache keeps of an engine."""
-
-    codes: list[list[Code]]  # of each part, compiled by inductor
-    times: list[Times]  # of each part
-    unavailable: tuple[str, ...]
-
-
-def _engine(
+def _assembled(
     model: ELF,
     parts: list[Part],
     found: list[Example],
-    codes: list[list[Code]],
+    plain: list[Code],
     report: Report,
     max_batch: int,
-    times: Sequence[Times] | None = None,
+    kept: _Compiled,
+    folder: Path | None,
 ) -> Engine:
+    """The engine of the codes that serve; only those are loaded."""
     tables, rows = [], []
-    for e, of_part in enumerate(codes):
-        table, said = choose(e, of_part, times[e] if times else {}, max_batch)
-        tables.append(table)
+    for e, (part, example) in enumerate(zip(parts, found, strict=True)):
+        codes: dict[str, int | None] = {} if report.engine == "inductor" else {"eager": None}
+        codes |= {_name(batch): batch for batch in kept.batches[e]}
+        if None not in codes.values():
+            reasons = [text for text in kept.unavailable if text.startswith(f"stage {e},")]
+            raise RuntimeError(f"engine: inductor cannot serve every stage: {'; '.join(reasons)}")
+        names, said = choose(e, codes, kept.times[e], max_batch)
+        loaded = {"eager": plain[e]}
+        for name in set(names) - {"eager"}:
+            assert folder is not None
+            loaded[name] = _code(folder, e, codes[name], part, example)
+        tables.append([loaded[name] for name in names])
         rows.extend(said)
-    return Engine(model, parts, found, tables, replace(report, stages=tuple(rows)), max_batch)
+    report = replace(report, stages=tuple(rows), unavailable=tuple(kept.unavailable))
+    return Engine(model, parts, found, tables, plain, report, max_batch)
 
 
-def _loaded(entry: Entry, parts: list[Part], found: list[Example]) -> _Kept | None:
-    """What the entry holds. None: nothing, or something that does not fit the model."""
-    about = entry.read()
-    if about is None or entry.path is None:
-        return None
+def _read(entry: Entry, parts: int) -> _Compiled | None:
+    """What the cache holds. None: nothing that can be used."""
+    about: Any = entry.read()
     try:
-        codes = [
-            [_code(entry.path, e, batch, parts[e], found[e]) for batch in about["batches"][e]]
-            for e in range(len(parts))
-        ]
-        times = [{int(n): dict(ms) for n, ms in of_part.items()} for of_part in about["times"]]
-        return _Kept(codes, times, tuple(map(str, about["unavailable"])))
-    except (Unavailable, KeyError, IndexError, TypeError, ValueError):
+        kept = _Compiled(
+            [list(batches) for batches in about["batches"]],
+            [{int(n): dict(ms) for n, ms in times.items()} for times in about["times"]],
+            list(map(str, about["unavailable"])),
+        )
+    except (TypeError, KeyError, ValueError, AttributeError):
         return None
-
-
-def _code(folder: Path, e: int, batch: int | None, part: Part, example: Example) -> Code:
-    name = "inductor" if batch is None else f"inductor for {batch}"
-    code = load_package(folder / _file(e, batch), name, batch)
-    check(code, part, example)
-    return with_format(code, example)
-
-
-def _file(e: int, batch: int | None) -> str:
-    return f"stage{e}-{'any' if batch is None else batch}.pt2"
+    return kept if len(kept.batches) == len(kept.times) == parts else None
 
 
 def _built(
     entry: Entry,
     parts: list[Part],
     found: list[Example],
-    engine: str,
     max_batch: int,
     buckets: tuple[int, ...],
-    others: list[list[Code]],
+    plain: list[Code],
     step: Callable[[str], None],
-) -> _Kept:
-    """Compiles and times every part, and keeps what serves in the entry."""
+) -> _Compiled:
+    """Compiles and times every part, and keeps files and times in the entry."""
     folder = entry.working()
-    kept = _Kept([], [], ())
-    batches, unavailable = [], []
+    kept = _Compiled([], [], [])
     for e, (part, example) in enumerate(zip(parts, found, strict=True)):
-        codes = []
+        codes = [plain[e]]
         for batch in (None, *buckets):
             size = "any size" if batch is None else str(batch)
             step(f"stage {e}: compiling for batches of {size}")
@@ -184,25 +183,27 @@ def _built(
                 build_package(part, example, folder / _file(e, batch), batch)
                 codes.append(_code(folder, e, batch, part, example))
             except Unavailable as reason:
-                unavailable.append(f"stage {e}, inductor for batches of {size}: {reason}")
-                if engine == "inductor" and batch is None:
-                    raise RuntimeError(
-                        f"engine: inductor cannot serve stages[{e}]: {reason}"
-                    ) from reason
+                kept.unavailable.append(f"stage {e}, inductor for batches of {size}: {reason}")
         step(f"stage {e}: timing")
-        candidates = others[e] + codes
-        sizes = sizes_to_time(max_batch, buckets) if len(candidates) > 1 else []
-        times = {n: measure(candidates, example, n) for n in sizes}
-        table, _ = choose(e, candidates, times, max_batch)
-        kept.codes.append([code for code in codes if code in table])
-        kept.times.append(times)
-        batches.append([code.batch for code in kept.codes[-1]])
-        for code in codes:
-            if code not in table:
-                (folder / _file(e, code.batch)).unlink()
-    about = {"batches": batches, "times": kept.times, "unavailable": unavailable}
-    entry.finish(about)
-    return kept._replace(unavailable=tuple(unavailable))
+        kept.batches.append([code.batch for code in codes[1:]])
+        sizes = sizes_to_time(max_batch, buckets) if len(codes) > 1 else []
+        kept.times.append({n: measure(codes, example, n) for n in sizes})
+    entry.finish(kept._asdict())
+    return kept
+
+
+def _code(folder: Path, e: int, batch: int | None, part: Part, example: Example) -> Code:
+    code = load_package(folder / _file(e, batch), _name(batch), batch)
+    check(code, part, example)
+    return with_format(code, example)
+
+
+def _name(batch: int | None) -> str:
+    return "inductor" if batch is None else f"inductor for {batch}"
+
+
+def _file(e: int, batch: int | None) -> str:
+    return f"stage{e}-{'any' if batch is None else batch}.pt2"
 
 
 @contextlib.contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,7 +40,8 @@ class _Workspace:
         self._capacity = 0
         self.count = torch.zeros((), dtype=torch.int64, device=boundaries[0].device)
         on_cpu = self.count.device.type == "cpu"
-        self._read = self.count.numpy().item if on_cpu else self.count.item
+        #: The number of survivors that an exit wrote. Waits for the device.
+        self.survivor_count = self.count.numpy().item if on_cpu else self.count.item
 
     def fit(self, n: int) -> None:
         """Makes room for n samples, in powers of two."""
@@ -49,9 +50,6 @@ class _Workspace:
             self._batches = [None] * len(self._batches)
             made = torch.empty(3, self._capacity, dtype=torch.int64, device=self.count.device)
             self.survivors, *self.rows = made.unbind(0)
-
-    def survivor_count(self) -> int:
-        return int(self._read())
 
     def batch(self, e: int, n: int) -> Tensor:
         """[n, ...] memory for the input of part e."""
@@ -80,20 +78,26 @@ class Engine:
         parts: Sequence[Part],
         examples: Sequence[Example],
         codes: Sequence[Sequence[Code]],
+        plain: Sequence[Code],
         report: Report,
         max_batch: int,
     ) -> None:
-        """codes[e][n]: the code of part e for n samples."""
+        """codes[e][n]: the code of part e for n samples. plain[e]: code that keeps NaN."""
         self.model = model
         self.max_batch = max_batch
         self._report = report
         self._runs = [[code.run for code in of_part] for of_part in codes]
-        self._exits = Exits(model, parts)
+        self._plain = [[code.run] * (max_batch + 1) for code in plain]
+        self._is_compiled = any(
+            set(of_part) != {p} for of_part, p in zip(codes, plain, strict=True)
+        )
         self._frozen = Frozen(model)
         #: One sample of each part's input, in its memory format.
         self._boundaries = [example_rows(example.x, 1) for example in examples]
-        logits = examples[-1].results[-1]
-        self._classes, self._dtype = logits.shape[1], logits.dtype
+        self._classes = examples[-1].results[-1].shape[1]
+        classifier = parts[0].classifier
+        self._dtype = (examples[0].results[-1] if classifier is None else classifier[0]).dtype
+        self._exits = Exits(model, parts, self._dtype)
         self._owns_input = not all(
             keeps_input(code.run, example_rows(examples[0].x, code.batch or 2))
             for code in set(codes[0])
@@ -111,7 +115,7 @@ class Engine:
 
     def close(self) -> None:
         """Frees code, weights and memory. Later calls raise RuntimeError."""
-        self._runs, self._spaces = [], []
+        self._runs, self._plain, self._spaces = [], [], []
 
     def __call__(self, x: Tensor) -> ELFOutput:
         """Runs a batch.
@@ -125,6 +129,9 @@ class Engine:
             ValueError, TypeError: naming the argument.
         """
         self._check(x)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self(x)
         N = len(x)
         if self.max_batch >= N:
             return self._run(x)
@@ -144,22 +151,26 @@ class Engine:
 
         Raises:
             RuntimeError: the engine is closed, or (for e = 0) weights of the model have changed.
+            ValueError: x has another shape, dtype, device or memory format.
         """
         self._check_open()
         if e == 0:
             self._frozen.check()
-        n = len(x)
+        n = self._check_stage_input(e, x)
         out = self._empty_outputs(n)
         space = self._take(n)
         try:
-            with torch.inference_mode(), self._outside_autocast():
-                features = self._stage(e, x, n, None, out, space, space.rows[0])
-                k = space.survivor_count()
+            with torch.inference_mode():
+                results = self._codes_for(x)[e][n](x)
+                places = (out.logits, out.confidence, out.prediction, out.exit_index)
+                outputs = (*places, space.survivors, space.rows[0], space.count)
+                self._exits.current()[e](results[-1], None, outputs)
+                k = int(space.survivor_count())
                 survivors = space.survivors[:k].clone()
         finally:
             self._spaces.append(space)
-        onwards = None if e == self.stages - 1 else features
-        return StageResult(onwards, out.logits, out.prediction, out.confidence, survivors)
+        features = None if e == self.stages - 1 else results[0]
+        return StageResult(features, out.logits, out.prediction, out.confidence, survivors)
 
     def stage_input(self, e: int, n: int) -> Tensor:
         """Uninitialised memory [n, ...] for inputs of stage e."""
@@ -167,6 +178,27 @@ class Engine:
         return torch.empty_strided(
             (n, *like.shape[1:]), dense_strides(like), dtype=like.dtype, device=like.device
         )
+
+    def stage_code(self, e: int, n: int) -> Callable[[Tensor], Sequence[Tensor]]:
+        """The code of stage e for n samples, without its exit: x [n, ...] in the memory format of
+        `stage_input` -> [features, and what the head computes before pool and classifier]. It may
+        overwrite x."""
+        return self._runs[e][n]
+
+    def _check_stage_input(self, e: int, x: Tensor) -> int:
+        like, n = self._boundaries[e], len(x)
+        fits = 1 <= n <= self.max_batch and x.dtype == like.dtype and x.device == like.device
+        if (
+            not fits
+            or x.shape[1:] != like.shape[1:]
+            or (x.stride()[0 if n > 1 else 1 :] != dense_strides(like)[0 if n > 1 else 1 :])
+        ):
+            raise ValueError(
+                f"x: expected [1 to {self.max_batch}, {', '.join(map(str, like.shape[1:]))}] as "
+                f"stage_input({e}, n) makes it, got {checks.describe(x)} with strides "
+                f"{list(x.stride())}"
+            )
+        return n
 
     def _check_open(self) -> None:
         if not self._runs:
@@ -193,24 +225,37 @@ class Engine:
             return out
         space = self._take(N)
         try:
-            with torch.inference_mode(), self._outside_autocast():
+            with torch.inference_mode():
                 self._run_stages(x, out, space)
         finally:
             self._spaces.append(space)
         return out
 
     def _run_stages(self, x: Tensor, out: ELFOutput, space: _Workspace) -> None:
-        rows, n, last = None, len(x), self.stages - 1
+        rows, n = None, len(x)
+        places = (out.logits, out.confidence, out.prediction, out.exit_index)
+        exits = self._exits.current()
         x = self._own(x, space)
-        for e in range(last + 1):
-            x = self._stage(e, x, n, rows, out, space, space.rows[e % 2])
-            kept = space.survivor_count()
+        for e, (runs, take_exit) in enumerate(zip(self._codes_for(x), exits, strict=True)):
+            results = runs[n](x)
+            x = results[0]
+            next_rows = space.rows[e % 2]
+            take_exit(results[-1], rows, (*places, space.survivors, next_rows, space.count))
+            kept = int(space.survivor_count())
             if not kept:
                 return
             if kept < n:
                 batch = space.batch(e + 1, kept)
                 ops.compact_into(batch, x, space.survivors[:kept], None)
-                x, n, rows = batch, kept, space.rows[e % 2][:kept]
+                x, n, rows = batch, kept, next_rows[:kept]
+
+    def _codes_for(self, x: Tensor) -> list[list[Callable[[Tensor], Sequence[Tensor]]]]:
+        """By part and batch size. Compiled code makes 0 of NaN where it fuses ReLU into a
+        convolution, and a sample with NaN must not leave early, so a batch with values that are not
+        finite runs in plain PyTorch."""
+        if self._is_compiled and not math.isfinite(x.sum(dtype=torch.float32).item()):
+            return self._plain
+        return self._runs
 
     def _own(self, x: Tensor, space: _Workspace) -> Tensor:
         """x in the memory format of the first part, and apart from the caller's memory if that part
@@ -223,27 +268,6 @@ class Engine:
         ):
             return x
         return space.batch(0, len(x)).copy_(x)
-
-    def _stage(
-        self,
-        e: int,
-        x: Tensor,
-        n: int,
-        rows: Tensor | None,
-        out: ELFOutput,
-        space: _Workspace,
-        next_rows: Tensor,
-    ) -> Tensor:
-        """Runs part e on x [n, ...] and exit e on what it gives. Returns the features."""
-        results = self._runs[e][n](x)
-        self._exits.run(e, results[-1], rows, out, space.survivors, next_rows, space.count)
-        return results[0]
-
-    def _outside_autocast(self) -> contextlib.AbstractContextManager[object]:
-        device = self._boundaries[0].device.type
-        if torch.is_autocast_enabled(device):
-            return torch.autocast(device, enabled=False)
-        return contextlib.nullcontext()
 
     def _empty_outputs(self, N: int) -> ELFOutput:
         device = self._boundaries[0].device

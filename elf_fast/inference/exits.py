@@ -2,74 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import heads, ops, reference
 from ..arguments import cpu_scalars, in_arithmetic_of
-from ..base import ELFOutput
 from ..criteria import Criterion, find
 from ..modules import ELF
 from .parts import Part
 
-__all__ = ["Exits"]
+__all__ = ["Exit", "Exits"]
+
+#: (given, rows, outputs): an exit on logits [n, C], or on the features that its classifier reads.
+#: rows and outputs, from out_logits to count, are those of `ops.exit_gate_into`.
+Exit = Callable[[Tensor, Tensor | None, Sequence[Tensor]], None]
 
 
 class Exits:
-    """Thresholds, temperatures and criterion are read from the model at every call; classifiers are
-    the parts' own copies."""
+    """Thresholds, temperatures and criterion are the model's at every call; classifiers are the
+    parts' own copies.
 
-    def __init__(self, model: ELF, parts: Sequence[Part]) -> None:
+    After a stage little of Python is in the processor's cache: what takes 15 us in a loop takes 300
+    there. So the settings are looked up once per batch, and an exit is one call.
+    """
+
+    def __init__(self, model: ELF, parts: Sequence[Part], dtype: torch.dtype) -> None:
+        """dtype: of the logits in the output."""
         self._model = model
         self._classifiers = [part.classifier for part in parts]
-        self._last = len(parts) - 1
-        self._held: tuple[Tensor, Tensor] | None = None
-        self._views: list[tuple[Tensor, Tensor]] = []  # threshold [] or [C], temperature [] by exit
+        self._dtype = dtype
+        self._held: tuple[Any, ...] = ()
+        self._exits: list[Exit] = []
 
-    def criterion(self) -> Criterion:
-        return find(self._model.criterion)
+    def current(self) -> list[Exit]:
+        """The exits with the settings that the model has now."""
+        buffers, criterion = self._model._buffers, self._model.criterion
+        held = buffers["thresholds"], buffers["temperatures"], criterion
+        if len(self._held) != 3 or any(a is not b for a, b in zip(held, self._held, strict=True)):
+            self._exits = self._made(find(criterion))
+            self._held = held
+        return self._exits
 
-    def settings(self, e: int, criterion: Criterion) -> tuple[Tensor, Tensor]:
-        """Threshold and temperature of exit e. The last one's keep every sample."""
-        if e == self._last:
-            never, one = cpu_scalars(criterion.off, 1.0)
-            return never, one
-        held = self._model.thresholds, self._model.temperatures
-        if self._held is None or held[0] is not self._held[0] or held[1] is not self._held[1]:
-            # Views share memory with the settings, so they show what is written there later.
-            views = list(zip(held[0].unbind(0), held[1].unbind(0), strict=True))
-            self._views, self._held = views, held
-        return self._views[e]
+    def _made(self, criterion: Criterion) -> list[Exit]:
+        # Views share memory with the settings, so they show what is written there later.
+        settings = list(
+            zip(self._model.thresholds.unbind(0), self._model.temperatures.unbind(0), strict=True)
+        )
+        never, one = cpu_scalars(criterion.off, 1.0)  # the last exit's
+        last = len(self._classifiers) - 1
+        return [
+            _exit(e, t, T, criterion, classifier, self._dtype, is_last=e == last)
+            for e, (classifier, (t, T)) in enumerate(
+                zip(self._classifiers, [*settings, (never, one)], strict=True)
+            )
+        ]
 
-    def run(
-        self,
-        e: int,
-        given: Tensor,
-        rows: Tensor | None,
-        out: ELFOutput,
-        survivors: Tensor,
-        next_rows: Tensor,
-        count: Tensor,
-    ) -> None:
-        """Exit e on logits [n, C], or on the features that its classifier reads. Arguments and
-        results are those of `ops.exit_gate_into`."""
-        criterion, classifier = self.criterion(), self._classifiers[e]
-        weight = given if classifier is None else classifier[0]
-        threshold, temperature = in_arithmetic_of(weight, *self.settings(e, criterion))
-        is_last = e == self._last
-        places = (is_last, e, rows, out.logits, out.confidence, out.prediction, out.exit_index,
-                  survivors, next_rows, count)  # fmt: skip
-        if criterion.score is None and weight.dtype == out.logits.dtype:
-            gate = (threshold, temperature, criterion.code, *places)
-            if classifier is None:
-                ops.exit_gate_into(given, *gate)
-            else:
-                ops.exit_head_into(given, *classifier, *gate)
-            return
+
+def _exit(
+    e: int,
+    threshold: Tensor,
+    temperature: Tensor,
+    criterion: Criterion,
+    classifier: tuple[Tensor, Tensor | None] | None,
+    dtype: torch.dtype,
+    *,
+    is_last: bool,
+) -> Exit:
+    code = criterion.code
+    fused = code is not None and dtype != torch.float64
+    if fused and classifier is not None and classifier[0].dtype == dtype:
+        settings = (*classifier, threshold, temperature, code, is_last, e)
+
+        def head(given: Tensor, rows: Tensor | None, outputs: Sequence[Tensor]) -> None:
+            ops.exit_head_into(given, *settings, rows, *outputs)
+
+        return head
+
+    def gate(given: Tensor, rows: Tensor | None, outputs: Sequence[Tensor]) -> None:
         z = given
         if classifier is not None:
-            z = torch.nn.functional.linear(heads.pool(given).to(weight.dtype), *classifier)
-        found = reference.exit_gate(z, threshold, temperature=temperature, criterion=criterion)
-        ops.write_leavers(z.to(out.logits.dtype), found, *places)
+            weight, bias = classifier
+            z = torch.nn.functional.linear(heads.pool(given).to(weight.dtype), weight, bias)
+        if fused and z.dtype == dtype:
+            ops.exit_gate_into(z, threshold, temperature, code, is_last, e, rows, *outputs)
+            return
+        t, T = in_arithmetic_of(z, threshold, temperature)
+        found = reference.exit_gate(z, t, temperature=T, criterion=criterion)
+        ops.write_leavers(z.to(dtype), found, is_last, e, rows, *outputs)
+
+    return gate

@@ -30,11 +30,11 @@ def fold(network: nn.Module, x: Tensor) -> nn.Module:
     return network
 
 
-def _pairs(network: nn.Module, x: Tensor) -> list[tuple[_ConvNd, _BatchNorm]]:
+def _pairs(network: nn.Module, x: Tensor) -> list[tuple[_ConvNd, Any]]:
     """(convolution, the BatchNorm that reads its output), both called once in a run on x."""
     calls: dict[nn.Module, int] = {}
     outputs: list[tuple[Tensor, _ConvNd]] = []
-    pairs: list[tuple[_ConvNd, _BatchNorm]] = []
+    pairs: list[tuple[_ConvNd, Any]] = []
 
     def note(module: nn.Module, args: tuple, output: Tensor) -> None:
         calls[module] = calls.get(module, 0) + 1

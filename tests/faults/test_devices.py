@@ -21,9 +21,16 @@ Z, Y = (
 )
 T, ONE, VECTOR = torch.tensor(0.45), torch.tensor(1.0), torch.linspace(0.5, 1.0, 4)
 SURVIVORS = torch.tensor([1, 4])
+SURVIVORS6 = torch.arange(6)
+OUTPUTS = (
+    torch.zeros(6, 4), torch.zeros(6), *(torch.zeros(6, dtype=torch.int64) for _ in range(4)),
+    torch.tensor(0),
+)  # fmt: skip
 CALLS = {
     "exit_gate": (Z, T, ONE, 0, Y, False),
     "exit_head": (Z, torch.randn(3, 4), torch.randn(3), T, ONE, 0, Y % 3, False, True),
+    "exit_gate_into": (Z, T, ONE, 0, False, 1, SURVIVORS6, *OUTPUTS),
+    "exit_head_into": (Z, torch.randn(4, 4), None, T, ONE, 0, False, 1, SURVIVORS6, *OUTPUTS),
     "compact": (Z, SURVIVORS),
     "compact_into": (torch.zeros(6, 4), Z, SURVIVORS, torch.tensor(2)),
     "compact_": (Z, SURVIVORS, torch.tensor(2)),
