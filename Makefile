@@ -53,7 +53,7 @@ clean:
 .venv/deps: constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja pybind11
-	ELF_FAST_BUILD=none $(PIP) --no-build-isolation -e ".[train,bench,dev]"
+	ELF_FAST_BUILD=none $(PIP) --no-build-isolation -e ".[train,bench,serve,dev]"
 	touch $@
 
 .venv/native: .venv/deps setup.py $(SOURCES)

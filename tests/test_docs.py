@@ -42,7 +42,7 @@ def test_links_are_seen():
     assert "docs/training.md" in re.findall(r"\]\(([^)#]+)", read(ROOT / "README.md"))
 
 
-@pytest.mark.parametrize("page", ["training", "data", "distributed"])
+@pytest.mark.parametrize("page", ["training", "data", "distributed", "serving"])
 def test_files_named_on_a_page_exist(page):
     missing = [
         name for name in named_files(read(DOCS / f"{page}.md")) if not (ROOT / name).exists()
@@ -116,3 +116,29 @@ def test_the_examples_of_thresholds_run():
     assert torch.equal(model(x).exit_index == 0, sure >= model.thresholds[0])
     made = networks.network(names["config"], [10] * 10)
     assert made.criterion is names["evidence"] and made.thresholds.tolist() == [5.0, 5.0]
+
+
+# docs/serving.md
+
+
+def test_the_examples_of_serving_run(one_thread, capsys):
+    blocks = re.findall(r"```python\n(.*?)```", read(DOCS / "serving.md"), re.DOTALL)
+    assert len(blocks) == 4
+    names: dict = {}
+    for block in blocks:
+        exec(block, names)
+    assert len(names["predictions"]) == 16
+    expected = names["model"](names["images"])
+    assert torch.equal(names["predictions"], expected.prediction)
+    assert "'answered': 1" in capsys.readouterr().out
+
+
+def test_the_documented_metrics_exist(one_thread):
+    client = pytest.importorskip("prometheus_client")
+    registry = client.CollectorRegistry()
+    names: dict = {}
+    exec(re.findall(r"```python\n(.*?)```", read(DOCS / "serving.md"), re.DOTALL)[0], names)
+    names["scheduler"].register(registry)
+    shown = client.generate_latest(registry).decode()
+    named = re.findall(r"`(elf_fast_\w+)`", read(DOCS / "serving.md"))
+    assert len(named) == 7 and [name for name in named if name not in shown] == []

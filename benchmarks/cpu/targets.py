@@ -21,7 +21,7 @@ from elf_fast.timing import sample
 
 from ..environment import environment, keep_memory
 from ..row import HEADING, Row, counts
-from . import growth, memory, networks, operators, startup
+from . import growth, memory, networks, operators, serving, startup
 
 SUITES: dict[str, Callable[..., Iterator[Row]]] = {
     "kernels": operators.rows,
@@ -29,6 +29,7 @@ SUITES: dict[str, Callable[..., Iterator[Row]]] = {
     "training": networks.training_rows,
     "growth": growth.rows,
     "memory": memory.rows,
+    "serving": serving.rows,
     "startup": startup.rows,
 }
 

@@ -150,8 +150,12 @@ class Engine:
                 `stage_input(e, n)`. The stage may overwrite it.
 
         Raises:
+            RuntimeError: the engine is closed, or (for e = 0) weights of the model have changed.
             ValueError: x has another shape, dtype, device or memory format.
         """
+        self._check_open()
+        if e == 0:
+            self._frozen.check()
         n = self._check_stage_input(e, x)
         out = self._empty_outputs(n)
         space = self._take(n)
@@ -196,9 +200,12 @@ class Engine:
             )
         return n
 
-    def _check(self, x: Any) -> None:
+    def _check_open(self) -> None:
         if not self._runs:
             raise RuntimeError("engine: expected an open engine, got a closed one")
+
+    def _check(self, x: Any) -> None:
+        self._check_open()
         like = self._boundaries[0]
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {checks.describe(x)}")
