@@ -118,7 +118,16 @@ def test_the_examples_of_thresholds_run():
     assert made.criterion is names["evidence"] and made.thresholds.tolist() == [5.0, 5.0]
 
 
-# docs/serving.md
+# docs/inference.md and docs/serving.md
+
+
+def test_the_example_of_inference_runs(one_thread, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", read(DOCS / "inference.md"), re.DOTALL)
+    names: dict = {}
+    exec(block, names)
+    model, images = names["model"], names["images"]
+    assert torch.equal(names["engine"](images).prediction, model(images).prediction)
+    assert "stage 2, batches of 1 to 256: eager" in capsys.readouterr().out
 
 
 def test_the_examples_of_serving_run(one_thread, capsys):

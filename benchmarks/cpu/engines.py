@@ -95,7 +95,7 @@ def _others(net: nn.Module, x: Tensor) -> dict[str, Callable[[Tensor], Any]]:
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "net.onnx")
         torch.onnx.export(
-            net, (x.contiguous(),), path, dynamo=True, external_data=False, verbose=False,
+            net.eval(), (x.contiguous(),), path, dynamo=True, external_data=False, verbose=False,
             dynamic_shapes=({0: torch.export.Dim.DYNAMIC},),
         )  # fmt: skip
         options = onnxruntime.SessionOptions()

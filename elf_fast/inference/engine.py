@@ -94,6 +94,8 @@ class Engine:
         self._frozen = Frozen(model)
         #: One sample of each part's input, in its memory format.
         self._boundaries = [example_rows(example.x, 1) for example in examples]
+        self._input_shape, self._device = examples[0].x.shape[1:], examples[0].x.device
+        self._input_strides = dense_strides(examples[0].x)
         self._classes = examples[-1].results[-1].shape[1]
         classifier = parts[0].classifier
         self._dtype = (examples[0].results[-1] if classifier is None else classifier[0]).dtype
@@ -132,7 +134,7 @@ class Engine:
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False):
                 return self(x)
-        N = len(x)
+        N = x.shape[0]
         if self.max_batch >= N:
             return self._run(x)
         outputs = [self._run(piece) for piece in x.split(self.max_batch)]
@@ -209,17 +211,18 @@ class Engine:
         like = self._boundaries[0]
         if not isinstance(x, Tensor):
             raise TypeError(f"x: expected a tensor, got {checks.describe(x)}")
-        if x.dtype != like.dtype or x.dim() != like.dim() or x.shape[1:] != like.shape[1:]:
+        if x.dtype != like.dtype or not x.dim() or x.shape[1:] != self._input_shape:
             raise ValueError(
                 f"x: expected a {str(like.dtype).removeprefix('torch.')} tensor of shape "
                 f"[N, {', '.join(map(str, like.shape[1:]))}], as the example that the engine was "
                 f"compiled for, got {checks.describe(x)}"
             )
-        checks.same_device("x", x, like.device)
+        if x.device != self._device:
+            checks.same_device("x", x, self._device)
         self._frozen.check()
 
     def _run(self, x: Tensor) -> ELFOutput:
-        N = len(x)
+        N = x.shape[0]
         out = self._empty_outputs(N)
         if N == 0:
             return out
@@ -232,7 +235,7 @@ class Engine:
         return out
 
     def _run_stages(self, x: Tensor, out: ELFOutput, space: _Workspace) -> None:
-        rows, n = None, len(x)
+        rows, n = None, x.shape[0]
         places = (out.logits, out.confidence, out.prediction, out.exit_index)
         exits = self._exits.current()
         x = self._own(x, space)
@@ -260,17 +263,14 @@ class Engine:
     def _own(self, x: Tensor, space: _Workspace) -> Tensor:
         """x in the memory format of the first part, and apart from the caller's memory if that part
         writes into its input or returns it."""
-        like = self._boundaries[0]
-        if (
-            not self._owns_input
-            and x.stride()[1:] == like.stride()[1:]
-            and (len(x) == 1 or x.stride(0) == like.stride(0))
-        ):
+        strides, wanted, N = x.stride(), self._input_strides, x.shape[0]
+        is_alike = strides == wanted or (N == 1 and strides[1:] == wanted[1:])
+        if is_alike and not self._owns_input:
             return x
-        return space.batch(0, len(x)).copy_(x)
+        return space.batch(0, N).copy_(x)
 
     def _empty_outputs(self, N: int) -> ELFOutput:
-        device = self._boundaries[0].device
+        device = self._device
         return ELFOutput(
             torch.empty(N, self._classes, dtype=self._dtype, device=device),
             torch.empty(N, dtype=torch.int64, device=device),

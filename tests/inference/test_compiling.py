@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import assert_equal, maps, vectors
+from inference.networks import assert_equal, maps, vectors
 from torch import nn
 
 import elf_fast
@@ -62,7 +62,7 @@ def test_the_report_names_code_times_and_reasons(filled, no_compiler):
             assert row.code == min(usable, key=usable.get) and row.why == "the fastest"
     text = str(report)
     assert text.startswith(f"engine auto, from {filled}")
-    assert "stage 0, batches of 1: " in text and " ms for 64)" in text
+    assert "stage 0, batches of 1" in text and " ms for 64)" in text
 
 
 def test_damaged_files_and_times_are_made_again(filled, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import NETWORKS, C, assert_equal, maps, tokens, vectors
+from inference.networks import NETWORKS, C, assert_equal, maps, tokens, vectors
 from torch import nn
 
 import elf_fast

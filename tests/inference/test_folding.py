@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from conftest import Block, maps, used
+from inference.networks import Block, maps, used
 from torch import nn
 
 from elf_fast.inference import code, folding, parts

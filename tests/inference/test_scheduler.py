@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 from inference.fake_engine import FakeEngine, identities, known_engine, numbers
+from inference.networks import assert_equal
 
 from benchmarks.serving_simulation import Clock
 from elf_fast.inference import (
@@ -199,6 +200,14 @@ def test_values_and_types_are_those_of_the_model(known):
         assert same(scheduler.submit(wide).result(), model(wide.detach()))
     assert [v.dtype for v in found.result()[:4]] == [v.dtype for v in model(x)[:4]]
     assert not found.result().logits.requires_grad and found.result().loss is None
+
+
+def test_compiled_stages_on_rows_in_the_middle_of_a_queue(compiled):
+    model, x, engine = compiled("maps")
+    with Scheduler(engine, max_batch=16, max_wait_ms=50) as scheduler:
+        futures = [scheduler.submit(x[i : i + 3]) for i in range(0, 60, 3)]
+        for i, future in enumerate(futures):
+            assert_equal(future.result(60), model, x[3 * i : 3 * i + 3])
 
 
 def test_the_input_may_change_after_it_was_accepted(known):
