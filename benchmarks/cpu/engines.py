@@ -173,12 +173,16 @@ def _each(run: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> Callable[[
 
 
 def _oracle(engine: Engine, work: InferenceWork, N: int) -> Callable[[], None]:
-    """The engine's code on the batches that reach each stage, without heads and exits."""
+    """The engine's code on the batches that reach each stage, without heads and exits. Single
+    images go through all their stages one after the other, as they do in the engine."""
     calls: list[tuple[Callable[[Tensor], Any], Tensor]] = []
-    for e, x in enumerate(work.stage_inputs):
-        held = engine.stage_input(e, len(x)).copy_(x)
-        pieces = held.split(1) if N == 1 else [held]
-        calls += [(engine.stage_code(e, len(piece)), piece) for piece in pieces if len(piece)]
+    inputs = [engine.stage_input(e, len(x)).copy_(x) for e, x in enumerate(work.stage_inputs)]
+    if N > 1:
+        calls = [(engine.stage_code(e, len(x)), x) for e, x in enumerate(inputs) if len(x)]
+    else:
+        rows = [iter(x.split(1)) for x in inputs]
+        for last in work.exit_index.tolist():
+            calls += [(engine.stage_code(e, 1), next(rows[e])) for e in range(last + 1)]
 
     def run() -> None:
         for code, x in calls:
@@ -195,10 +199,12 @@ def main() -> None:
     parser.add_argument("--batch", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--share", nargs="+", type=float, default=list(SHARES))
     parser.add_argument("--seconds", type=float, default=5.0, help="for each shape")
-    parser.add_argument("--output", type=Path, help="JSON file for the rows")
+    parser.add_argument(
+        "--output", type=Path, help="JSON file for the rows; other shapes stay in it"
+    )
     options = parser.parse_args()
     keep_memory()
-    before = os.getloadavg()
+    before, about = os.getloadavg(), environment()
     measured: list[Row] = []
     print(HEADING)
     for network in NETWORKS:
@@ -211,19 +217,22 @@ def main() -> None:
                     measured.append(row)
                     print(row.line(), flush=True)
         if options.output is not None:
-            _write(options.output, measured, before)
+            load = {"before": before, "after": os.getloadavg()}
+            _write(options.output, measured, {"environment": about, "load": load})
     held, missed = counts(measured)
     print(f"\n{held} targets hold, {missed} are missed")
 
 
-def _write(path: Path, measured: Sequence[Row], before: tuple[float, ...]) -> None:
-    found = {
-        "environment": environment(),
-        "load": {"before": before, "after": os.getloadavg()},
-        "rows": [row.as_json() for row in measured],
-    }
+def _write(path: Path, measured: Sequence[Row], run: dict[str, Any]) -> None:
+    """Keeps the rows of earlier runs for shapes that were not measured in this one."""
+    shapes = {row.shape for row in measured}
+    runs = json.loads(path.read_text())["runs"] if path.exists() else []
+    for earlier in runs:
+        earlier["rows"] = [row for row in earlier["rows"] if row["shape"] not in shapes]
+    rows = [row.as_json() for row in measured]
+    runs = [earlier for earlier in runs if earlier["rows"]]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"engines": found}, indent=1) + "\n")
+    path.write_text(json.dumps({"runs": [*runs, {**run, "rows": rows}]}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ __all__ = ["Times", "choose", "measure", "sizes_to_time"]
 #: Of one part: milliseconds by batch size and name of the code.
 Times = dict[int, dict[str, float]]
 
-#: Seconds in which the codes of one part are timed at one batch size. At least five runs each.
+#: Seconds in which the codes of one part are timed at one batch size. At least three runs each.
 SECONDS = 0.4
 
 
@@ -32,7 +32,7 @@ def measure(codes: Sequence[Code], example: Example, n: int) -> dict[str, float]
     x = example_rows(example.x, n)
     fit = {code.name: code.run for code in codes if code.batch in (None, n)}
     with torch.inference_mode():
-        times = sample({name: _call(run, x) for name, run in fit.items()}, seconds=SECONDS)
+        times = sample({name: _call(run, x) for name, run in fit.items()}, seconds=SECONDS, least=3)
     return {name: times.time(name).median / 1e3 for name in fit}
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 from benchmarks.cpu import engines
 from benchmarks.inputs import Network, build
+from benchmarks.row import Row
 from elf_fast import inference
+from elf_fast.timing import Quartiles
 
 SMALL = Network("cifar_resnet8", 16, 10)
 
@@ -41,7 +45,9 @@ def test_the_oracle_runs_the_batches_that_reach_each_stage():
     assert seen == [(0, 6), (1, 3), (2, 2)]
     seen.clear()
     engines._oracle(engine, work, 1)()
-    assert seen == [(0, 1)] * 6 + [(1, 1)] * 3 + [(2, 1)] * 2
+    exits = work.exit_index.tolist()
+    assert seen == [(e, 1) for last in exits for e in range(last + 1)]
+    assert sorted(seen) == [(0, 1)] * 6 + [(1, 1)] * 3 + [(2, 1)] * 2
 
 
 def test_onnx_runtime_and_openvino_compute_the_network():
@@ -52,3 +58,18 @@ def test_onnx_runtime_and_openvino_compute_the_network():
             images = x[:1].expand(n, -1, -1, -1)
             with torch.no_grad():
                 torch.testing.assert_close(run(images), net(images), rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_a_file_keeps_the_shapes_that_are_not_measured_again(tmp_path):
+    def row(shape: str, ratio: float) -> Row:
+        q = Quartiles(ratio, ratio, ratio)
+        return Row("engines", "a", "b", shape, q, None, {"subject": q, "baseline": q})
+
+    path = tmp_path / "new" / "found.json"
+    engines._write(path, [row("x", 1.0), row("y", 1.0)], {"environment": 1})
+    engines._write(path, [row("x", 2.0)], {"environment": 2})
+    runs = json.loads(path.read_text())["runs"]
+    found = [(run["environment"], r["shape"], r["ratio"][0]) for run in runs for r in run["rows"]]
+    assert found == [(1, "y", 1.0), (2, "x", 2.0)]
+    engines._write(path, [row("y", 3.0)], {"environment": 3})
+    assert [run["environment"] for run in json.loads(path.read_text())["runs"]] == [2, 3]
