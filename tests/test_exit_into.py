@@ -13,7 +13,7 @@ from torch.library import opcheck
 import elf_fast
 from elf_fast import ops
 
-CASES = [case for case in gate_cases() if case.make("cpu")["target"] is None]
+CASES = [case for case in gate_cases() if case.make("cpu")["target"] is None][::4]
 M_OVER_N = 3  # rows of the outputs for each sample that reaches the exit
 
 
