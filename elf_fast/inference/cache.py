@@ -80,34 +80,36 @@ class Entry:
         return found if isinstance(found, dict) else None
 
     def working(self) -> Path:
-        """A new folder for files of this entry."""
+        """A new folder for files of this entry; None as the root: a temporary one.
+
+        Raises:
+            OSError: it cannot be made.
+        """
         if self._working is None:
-            parent = None
             if self.path is not None:
-                try:
-                    self.path.parent.mkdir(parents=True, exist_ok=True)
-                    parent = self.path.parent
-                except OSError as error:
-                    raise OSError(
-                        f"cache_dir: cannot make the folder {self.path.parent}: {error}"
-                    ) from error
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            parent = None if self.path is None else self.path.parent
             self._working = Path(tempfile.mkdtemp(prefix=".new-", dir=parent))
         return self._working
 
     def finish(self, about: dict[str, Any]) -> None:
-        """Makes the working folder the entry. An entry that was there is replaced."""
-        working = self.working()
+        """Makes the working folder the entry, in place of one that was there. A temporary one stays
+        until `close`."""
         if self.path is None:
-            self.close()
             return
+        working = self.working()
         (working / "engine.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-        if self.path.exists():
-            shutil.rmtree(self.path)
-        os.replace(working, self.path)
-        self._working = None
+        shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            os.replace(working, self.path)
+            self._working = None
+        except OSError:
+            if self.read() is None:
+                raise
+            self.close()  # another process has just made the same entry
 
     def close(self) -> None:
-        """Removes what is not finished."""
+        """Removes what is not finished or temporary."""
         if self._working is not None:
             shutil.rmtree(self._working, ignore_errors=True)
             self._working = None

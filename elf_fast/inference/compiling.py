@@ -52,8 +52,8 @@ def compile(
         buckets: batch sizes for which inductor makes code of their own; other sizes share code.
             None: 1.
         cache_dir: where compiled code and times are kept, so that a later call takes seconds. None:
-            elf_fast/engines in the user's cache folder. It may be filled ahead of time on a machine
-            with the same processor, and copied.
+            elf_fast/engines in the user's cache folder, or nowhere if that is read-only. It may be
+            filled ahead of time on a machine with the same processor, and copied.
 
     Raises:
         TypeError, ValueError: naming the argument. The model mixes samples in evaluation: results
@@ -100,12 +100,11 @@ def _engine(
                 f"engine: expected auto or eager for a model on {found[0].x.device}, got inductor, "
                 "which compiles for the CPU only"
             )
-        if engine == "auto":
-            report = replace(report, unavailable=("inductor: compiles for the CPU only",))
-        nothing = _Compiled([[] for _ in parts], [{} for _ in parts], [])
+        reasons = ["inductor: compiles for the CPU only"] if engine == "auto" else []
+        nothing = _Compiled([[] for _ in parts], [{} for _ in parts], reasons)
         return _assembled(model, parts, found, plain, report, max_batch, nothing, None)
-    root = default_folder() if cache_dir is None else Path(cache_dir)
-    entry = Entry(root, key_of(parts, found, [max_batch, buckets]))
+    key = key_of(parts, found, [max_batch, buckets])
+    entry = Entry(default_folder() if cache_dir is None else Path(cache_dir), key)
     report = replace(report, cache=str(entry.path))
     kept = _read(entry, len(parts))
     if kept is not None:
@@ -114,9 +113,21 @@ def _engine(
             return _assembled(model, parts, found, plain, known, max_batch, kept, entry.path)
         except Unavailable:  # damaged, or of a model that only looks the same
             pass
+    try:
+        entry.working()
+    except OSError as error:
+        if cache_dir is not None:
+            raise OSError(f"cache_dir: cannot write to {cache_dir}: {error}") from error
+        entry, report = Entry(None, key), replace(report, cache=None)
     with closing(entry), progress(len(parts) * (2 + len(buckets))) as step:
-        kept = _built(entry, parts, found, max_batch, buckets, plain, step)
-    return _assembled(model, parts, found, plain, report, max_batch, kept, entry.path)
+        kept = _built(entry.working(), parts, found, max_batch, buckets, plain, step)
+        has_code = any(kept.batches)  # or there may be a compiler the next time
+        report = report if has_code else replace(report, cache=None)
+        folder = entry.working()  # loaded from here, because other processes may make the entry
+        made = _assembled(model, parts, found, plain, report, max_batch, kept, folder)
+        if has_code:
+            entry.finish(kept._asdict())
+        return made
 
 
 def _assembled(
@@ -163,7 +174,7 @@ def _read(entry: Entry, parts: int) -> _Compiled | None:
 
 
 def _built(
-    entry: Entry,
+    folder: Path,
     parts: list[Part],
     found: list[Example],
     max_batch: int,
@@ -171,8 +182,7 @@ def _built(
     plain: list[Code],
     step: Callable[[str], None],
 ) -> _Compiled:
-    """Compiles and times every part, and keeps files and times in the entry."""
-    folder = entry.working()
+    """Compiles every part into files of the folder, and times the codes."""
     kept = _Compiled([], [], [])
     for e, (part, example) in enumerate(zip(parts, found, strict=True)):
         codes = [plain[e]]
@@ -188,7 +198,6 @@ def _built(
         kept.batches.append([code.batch for code in codes[1:]])
         sizes = sizes_to_time(max_batch, buckets) if len(codes) > 1 else []
         kept.times.append({n: measure(codes, example, n) for n in sizes})
-    entry.finish(kept._asdict())
     return kept
 
 

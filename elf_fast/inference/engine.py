@@ -102,7 +102,7 @@ class Engine:
         self._exits = Exits(model, parts, self._dtype)
         self._owns_input = not all(
             keeps_input(code.run, example_rows(examples[0].x, code.batch or 2))
-            for code in set(codes[0])
+            for code in {*codes[0], plain[0]}
         )
         self._spaces: list[_Workspace] = []
 

@@ -124,6 +124,7 @@ def test_without_a_compiler_auto_runs_eagerly_and_says_why(tmp_path, monkeypatch
     made = inference.compile(model, x[:3], cache_dir=tmp_path)
     assert {row.code for row in made.report().stages} == {"eager"}
     assert "stage 0, inductor for batches of 1: RuntimeError: no g++" in str(made.report())
+    assert made.report().cache is None and not os.listdir(tmp_path)  # the next call tries again
     assert_equal(made(x), model, x)
     with pytest.raises(RuntimeError, match="engine: inductor cannot serve every stage: stage 0"):
         inference.compile(model, x[:3], engine="inductor", cache_dir=tmp_path)
@@ -215,5 +216,32 @@ def test_refused(case, tmp_path):
 
 def test_a_cache_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="cache_dir: cannot make the folder"):
+    with pytest.raises(OSError, match="cache_dir: cannot write to"):
         inference.compile(MODEL, X, cache_dir=tmp_path / "file")
+
+
+def test_without_a_writable_cache_of_the_user_nothing_is_kept(filled, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (entry,) = [e for e in filled.iterdir() if len(list(e.glob("*.pt2"))) == 4]
+    seen = []
+
+    def copied(part, example, path, batch):
+        seen.append(path.parent)
+        shutil.copy(entry / path.name, path)
+
+    monkeypatch.setattr(compiling, "build_package", copied)
+    model, x = maps()
+    made = inference.compile(model, x[:3], engine="inductor", max_batch=64)
+    assert made.report().cache is None and "kept in" not in str(made.report())
+    assert_equal(made(x), model, x)
+    assert seen and not seen[0].exists()
+
+
+def test_two_processes_may_make_one_entry(tmp_path):
+    first, second = caches.Entry(tmp_path, "key"), caches.Entry(tmp_path, "key")
+    for entry in (first, second):
+        (entry.working() / "file").write_text("")
+    for entry in (first, second):
+        entry.finish({"a": 1})
+    assert second.read() == {"a": 1} and [p.name for p in tmp_path.iterdir()] == ["key"]
