@@ -44,7 +44,8 @@ SCHEMAS = {
     # exit_gate and exit_head of the n samples of a batch of M that reach an exit. Results of those
     # that leave are written to their rows [n] (ascending; None: n <= M, in order) of the outputs
     # [M, C] and [M], the confidence in float32. The first `count` of survivors [>= n] and next_rows
-    # [>= n] say who goes on: indices into the n samples, and rows. At the last exit all leave.
+    # [>= n] say who goes on: indices into the n samples, and rows, whose memory it must not share.
+    # At the last exit all leave.
     "exit_gate_into": f"(Tensor logits, {_GATE}, {_PLACES}) -> ()",
     "exit_head_into": f"(Tensor features, Tensor weight, Tensor? bias, {_GATE}, {_PLACES}) -> ()",
     # -> features[survivors] [n, ...]

@@ -105,6 +105,7 @@ def test_nan_goes_on_until_the_last_exit(served):
         assert out[3].tolist() == [-7 if survivors else 5, 5]
 
 
+SHARED = torch.tensor([0, 2, 3, 5])
 ARGUMENTS = {
     "logits": torch.randn(4, 3),
     "threshold": torch.tensor(0.5),
@@ -137,6 +138,7 @@ WRONG = {  # each would read or write past the end of a tensor
     "exit_index in int32": {"out_exit_index": torch.zeros(6, dtype=torch.int32)},
     "short survivors": {"survivors": torch.zeros(3, dtype=torch.int64)},
     "short next_rows": {"next_rows": torch.zeros(3, dtype=torch.int64)},
+    "rows as next_rows": {"rows": SHARED, "next_rows": SHARED},
     "an empty count": {"count": torch.zeros(0, dtype=torch.int64)},
     "logits of three dimensions": {"logits": torch.randn(4, 3, 1)},
 }

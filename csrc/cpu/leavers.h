@@ -40,6 +40,8 @@ inline void check_outputs(const Outputs& to, const Tensor& logits) {
     return;
   }
   check_vector(*to.rows, "rows", n, ScalarType::Long);
+  STD_TORCH_CHECK(n == 0 || to.rows->data_ptr() != to.next_rows.data_ptr(),
+                  "next_rows: expected memory of its own, got that of rows");
   const int64_t* row = data<const int64_t>(*to.rows);
   for (int64_t k = 0; k < n; ++k)
     STD_TORCH_CHECK(row[k] > (k ? row[k - 1] : -1) && row[k] < M,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import os
 import platform
 import shutil
 import tempfile
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
 
+from .. import __version__
 from .parts import Example, Part
 
 #: Changes when code of earlier versions must not be used any more.
@@ -34,20 +37,47 @@ def key_of(parts: Sequence[Part], examples: Sequence[Example], settings: Any) ->
     digest = hashlib.sha256()
     x = examples[0].x
     about = [
-        FORMAT, torch.__version__, platform.machine(), _processor(), torch.get_num_threads(),
-        settings, list(x.shape[1:]), str(x.dtype), list(x.stride()[1:]),
+        FORMAT, __version__, torch.__version__, platform.machine(), _processor(),
+        torch.get_num_threads(), settings, list(x.shape[1:]), str(x.dtype), list(x.stride()[1:]),
     ]  # fmt: skip
     digest.update(json.dumps(about).encode())
     for part in parts:
-        digest.update(repr(part).encode())
-        for module in part.modules():
-            if isinstance(module, fx.GraphModule):
-                digest.update(module.code.encode())
-        for name, tensor in part.state_dict().items():
-            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-            flat = tensor.detach().cpu().contiguous().reshape(-1)
-            digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        for name, module in part.named_modules():
+            digest.update(f"{name} {_described(module)}".encode())
+        for name, tensor in chain(part.named_parameters(), part.named_buffers()):
+            digest.update(name.encode())
+            _add_tensor(digest, tensor)
+        for value in (v for module in part.modules() for v in vars(module).values()):
+            if isinstance(value, Tensor):
+                _add_tensor(digest, value)
     return digest.hexdigest()[:32]
+
+
+def _described(module: nn.Module) -> str:
+    """Its class with the source of that, and its attributes that are numbers, names and such."""
+    kind = type(module)
+    code = module.code if isinstance(module, fx.GraphModule) else _source(kind)
+    simple = (bool, int, float, str, torch.dtype, type(None))
+    attributes = {
+        name: value
+        for name, value in sorted(vars(module).items())
+        if isinstance(value, simple)
+        or (isinstance(value, (tuple, list)) and all(isinstance(v, simple) for v in value))
+    }
+    return f"{kind.__module__}.{kind.__qualname__} {module.extra_repr()} {attributes} {code}"
+
+
+def _source(kind: type) -> str:
+    try:
+        return inspect.getsource(kind)
+    except (OSError, TypeError):  # a class made in a console
+        return ""
+
+
+def _add_tensor(digest: Any, tensor: Tensor) -> None:
+    digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
 
 
 def _processor() -> str:
@@ -99,6 +129,7 @@ class Entry:
             return
         working = self.working()
         (working / "engine.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        working.chmod(0o755)  # others may read what one user has compiled
         shutil.rmtree(self.path, ignore_errors=True)
         try:
             os.replace(working, self.path)

@@ -44,7 +44,7 @@ def choose(
     stage: int, codes: Mapping[str, int | None], times: Times, max_batch: int
 ) -> tuple[list[str], list[StageReport]]:
     """The name of the code for every n of 0..max_batch: the fastest one at the nearest batch size
-    (by ratio) that was timed.
+    (by ratio; the larger of two) that was timed.
 
     Args:
         codes: the only batch size that each code takes, by name. None: it takes any; there is at
@@ -55,7 +55,7 @@ def choose(
     table, rows = [anyone[-1]], list[StageReport]()
     for n in range(1, max_batch + 1):
         usable = [name for name, batch in codes.items() if batch in (None, n)]
-        near = min(times, key=lambda m: max(m, n) / min(m, n)) if times else None
+        near = min(times, key=lambda m: (max(m, n) / min(m, n), -m)) if times else None
         known = {name: ms for name, ms in times.get(near or 0, {}).items() if name in codes}
         name = min(usable, key=lambda c: known.get(c, math.inf)) if known else usable[-1]
         table.append(name)

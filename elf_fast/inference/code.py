@@ -4,6 +4,7 @@ time, for every batch size or for one."""
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,13 @@ __all__ = ["Code", "Unavailable", "build_package", "check", "eager", "load_packa
 #: Largest error of a result, as a share of its largest value.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+#: Batch sizes at which code for any size is compared with the model. A forward that decides on the
+#: size is compiled as it decides for the example.
+SIZES = (1, 2, 3, 33)
+
+#: One thread compiles at a time: logging, warnings and inductor are changed meanwhile.
+_compiling = threading.Lock()
+
 
 class Unavailable(Exception):
     """This code cannot be made here, or gives other results than the model. The text says why."""
@@ -37,8 +45,9 @@ class Code(NamedTuple):
 def eager(part: Part, example: Example) -> Code:
     """The part in plain PyTorch. Channels-last if it has convolutions."""
     x = example.x
-    part = part.to(memory_format=torch.channels_last) if x.dim() == 4 else part
     try:
+        if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+            part = part.to(memory_format=torch.channels_last)
         code = Code("eager", fold(part, x))
         check(code, part, example)
     except Exception:
@@ -55,7 +64,13 @@ def build_package(part: Part, example: Example, path: Path, batch: int | None) -
     x = example_rows(example.x, len(example.x) if batch is None else batch)
     shapes = None if batch is not None else ({0: torch.export.Dim.DYNAMIC},)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet(), packed_convolutions():
+        with (
+            _compiling,
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            _quiet(),
+            packed_convolutions(),
+        ):
             warnings.simplefilter("ignore")
             program = torch.export.export(part, (x,), dynamic_shapes=shapes)
             torch._inductor.aoti_compile_and_package(
@@ -96,7 +111,7 @@ def with_format(code: Code, example: Example) -> Code:
         return code
     strides = example.next_strides
     with torch.inference_mode():
-        sizes = (1, 2) if code.batch is None else (code.batch,)
+        sizes = SIZES if code.batch is None else (code.batch,)
         found = {n: code.run(example_rows(example.x, n))[0].stride() for n in sizes}
     if all(have[1:] == strides[1:] and (n == 1 or have == strides) for n, have in found.items()):
         return code
@@ -116,7 +131,7 @@ def check(code: Code, part: Part, example: Example) -> None:
     Raises:
         Unavailable: they differ.
     """
-    for n in (1, 2, len(example.x)) if code.batch is None else (code.batch,):
+    for n in SIZES if code.batch is None else (code.batch,):
         with torch.inference_mode():
             found = code.run(example_rows(example.x, n))
             expected = part(example_rows(example.x, n))

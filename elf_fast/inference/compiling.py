@@ -15,12 +15,15 @@ import torch
 from torch import Tensor
 
 from .. import checks, reference
+from ..memory import is_out_of_memory
+from ..modes import mode
 from ..modules import ELF
 from .cache import Entry, default_folder, key_of
 from .choice import Times, choose, measure, sizes_to_time
 from .code import Code, Unavailable, build_package, check, eager, load_package, with_format
 from .engine import Engine
-from .parts import Example, Part, example_rows, examples, parts_of
+from .frozen import Frozen
+from .parts import Example, Part, different_rows, examples, parts_of
 from .report import Report
 
 __all__ = ["ENGINES", "compile"]
@@ -68,11 +71,24 @@ def compile(
     """
     _check_arguments(model, example_input, engine, max_batch)
     buckets = _checked_buckets(buckets, max_batch)
-    with torch.inference_mode(False), torch.no_grad():
-        x = example_input.detach().clone(memory_format=torch.preserve_format)
+    device = example_input.device.type
+    outside_autocast = torch.autocast(device, enabled=False)
+    with torch.inference_mode(False), torch.no_grad(), outside_autocast:
+        frozen = Frozen(model)  # before the copies, so that changes while it compiles are noticed
+        x = different_rows(example_input.detach(), 3)
+        _check_model(model, x)
         parts = parts_of(model)
-        found = examples(parts, example_rows(x, 3))
-        return _engine(model, parts, found, engine, max_batch, buckets, cache_dir)
+        found = examples(parts, x)
+        network = _Network(model, parts, found, list(map(eager, parts, found)), frozen)
+        return _engine(network, engine, max_batch, buckets, cache_dir)
+
+
+class _Network(NamedTuple):
+    model: ELF
+    parts: list[Part]
+    found: list[Example]
+    plain: list[Code]  # of each part
+    frozen: Frozen
 
 
 class _Compiled(NamedTuple):
@@ -84,15 +100,13 @@ class _Compiled(NamedTuple):
 
 
 def _engine(
-    model: ELF,
-    parts: list[Part],
-    found: list[Example],
+    network: _Network,
     engine: str,
     max_batch: int,
     buckets: tuple[int, ...],
     cache_dir: str | Path | None,
 ) -> Engine:
-    plain = [eager(part, example) for part, example in zip(parts, found, strict=True)]
+    parts, found = network.parts, network.found
     report = Report(engine, ())
     if engine == "eager" or found[0].x.device.type != "cpu":
         if engine == "inductor":
@@ -102,7 +116,7 @@ def _engine(
             )
         reasons = ["inductor: compiles for the CPU only"] if engine == "auto" else []
         nothing = _Compiled([[] for _ in parts], [{} for _ in parts], reasons)
-        return _assembled(model, parts, found, plain, report, max_batch, nothing, None)
+        return _assembled(network, report, max_batch, nothing, None)
     key = key_of(parts, found, [max_batch, buckets])
     entry = Entry(default_folder() if cache_dir is None else Path(cache_dir), key)
     report = replace(report, cache=str(entry.path))
@@ -110,7 +124,7 @@ def _engine(
     if kept is not None:
         try:
             known = replace(report, from_cache=True)
-            return _assembled(model, parts, found, plain, known, max_batch, kept, entry.path)
+            return _assembled(network, known, max_batch, kept, entry.path)
         except Unavailable:  # damaged, or of a model that only looks the same
             pass
     try:
@@ -120,27 +134,25 @@ def _engine(
             raise OSError(f"cache_dir: cannot write to {cache_dir}: {error}") from error
         entry, report = Entry(None, key), replace(report, cache=None)
     with closing(entry), progress(len(parts) * (2 + len(buckets))) as step:
-        kept = _built(entry.working(), parts, found, max_batch, buckets, plain, step)
+        kept = _built(entry.working(), network, max_batch, buckets, step)
         has_code = any(kept.batches)  # or there may be a compiler the next time
         report = report if has_code else replace(report, cache=None)
         folder = entry.working()  # loaded from here, because other processes may make the entry
-        made = _assembled(model, parts, found, plain, report, max_batch, kept, folder)
+        made = _assembled(network, report, max_batch, kept, folder)
         if has_code:
             entry.finish(kept._asdict())
         return made
 
 
 def _assembled(
-    model: ELF,
-    parts: list[Part],
-    found: list[Example],
-    plain: list[Code],
+    network: _Network,
     report: Report,
     max_batch: int,
     kept: _Compiled,
     folder: Path | None,
 ) -> Engine:
     """The engine of the codes that serve; only those are loaded."""
+    model, parts, found, plain, frozen = network
     tables, rows = [], []
     for e, (part, example) in enumerate(zip(parts, found, strict=True)):
         codes: dict[str, int | None] = {} if report.engine == "inductor" else {"eager": None}
@@ -156,7 +168,7 @@ def _assembled(
         tables.append([loaded[name] for name in names])
         rows.extend(said)
     report = replace(report, stages=tuple(rows), unavailable=tuple(kept.unavailable))
-    return Engine(model, parts, found, tables, plain, report, max_batch)
+    return Engine(model, parts, found, tables, plain, report, max_batch, frozen)
 
 
 def _read(entry: Entry, parts: int) -> _Compiled | None:
@@ -175,17 +187,15 @@ def _read(entry: Entry, parts: int) -> _Compiled | None:
 
 def _built(
     folder: Path,
-    parts: list[Part],
-    found: list[Example],
+    network: _Network,
     max_batch: int,
     buckets: tuple[int, ...],
-    plain: list[Code],
     step: Callable[[str], None],
 ) -> _Compiled:
     """Compiles every part into files of the folder, and times the codes."""
     kept = _Compiled([], [], [])
-    for e, (part, example) in enumerate(zip(parts, found, strict=True)):
-        codes = [plain[e]]
+    for e, (part, example) in enumerate(zip(network.parts, network.found, strict=True)):
+        codes = [network.plain[e]]
         for batch in (None, *buckets):
             size = "any size" if batch is None else str(batch)
             step(f"stage {e}: compiling for batches of {size}")
@@ -231,6 +241,20 @@ def progress(steps: int) -> Iterator[Callable[[str], None]]:
             bar.update(task, description=text, advance=1)
 
         yield step
+
+
+def _check_model(model: ELF, x: Tensor) -> None:
+    """Runs the model once: its own checks come before those of parts."""
+    try:
+        with mode(model, training=False):
+            model(x.clone(memory_format=torch.preserve_format))
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise ValueError(
+            "example_input: expected a batch that the model takes in evaluation, got "
+            f"{checks.describe(x)}, for which it raises {type(error).__name__}: {error}"
+        ) from error
 
 
 def _check_arguments(model: Any, example_input: Any, engine: Any, max_batch: Any) -> None:

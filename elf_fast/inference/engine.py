@@ -24,7 +24,8 @@ __all__ = ["Engine", "StageResult"]
 class StageResult(NamedTuple):
     """What one stage and its exit give for n samples; see `Engine.run_stage`."""
 
-    features: Tensor | None  # [n, ...] for the next stage; None at the last exit
+    #: [n, ...] for the next stage; None at the last exit. May share memory with the input.
+    features: Tensor | None
     logits: Tensor  # [n, C] of those that leave; other rows hold no values
     prediction: Tensor  # [n] int64, likewise
     confidence: Tensor  # [n] float32, likewise
@@ -81,6 +82,7 @@ class Engine:
         plain: Sequence[Code],
         report: Report,
         max_batch: int,
+        frozen: Frozen,
     ) -> None:
         """codes[e][n]: the code of part e for n samples. plain[e]: code that keeps NaN."""
         self.model = model
@@ -91,7 +93,7 @@ class Engine:
         self._is_compiled = any(
             set(of_part) != {p} for of_part, p in zip(codes, plain, strict=True)
         )
-        self._frozen = Frozen(model)
+        self._frozen = frozen
         #: One sample of each part's input, in its memory format.
         self._boundaries = [example_rows(example.x, 1) for example in examples]
         self._input_shape, self._device = examples[0].x.shape[1:], examples[0].x.device
@@ -118,6 +120,7 @@ class Engine:
     def close(self) -> None:
         """Frees code, weights and memory. Later calls raise RuntimeError."""
         self._runs, self._plain, self._spaces = [], [], []
+        self._exits = Exits(self.model, [], self._dtype)
 
     def __call__(self, x: Tensor) -> ELFOutput:
         """Runs a batch.
@@ -153,9 +156,13 @@ class Engine:
 
         Raises:
             RuntimeError: the engine is closed, or (for e = 0) weights of the model have changed.
-            ValueError: x has another shape, dtype, device or memory format.
+            ValueError: e is out of range, or x has another shape, dtype, device or memory format.
         """
         self._check_open()
+        checks.integer("e", e, 0, self.stages - 1)
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self.run_stage(e, x)
         if e == 0:
             self._frozen.check()
         n = self._check_stage_input(e, x)
@@ -185,6 +192,7 @@ class Engine:
         """The code of stage e for n samples, without its exit: x [n, ...] in the memory format of
         `stage_input` -> [features, and what the head computes before pool and classifier]. It may
         overwrite x."""
+        self._check_open()
         return self._runs[e][n]
 
     def _check_stage_input(self, e: int, x: Tensor) -> int:
@@ -247,10 +255,12 @@ class Engine:
             kept = int(space.survivor_count())
             if not kept:
                 return
+            if kept < n or rows is not None:
+                rows = next_rows[:kept]  # the next exit writes into the other memory for rows
             if kept < n:
                 batch = space.batch(e + 1, kept)
                 ops.compact_into(batch, x, space.survivors[:kept], None)
-                x, n, rows = batch, kept, next_rows[:kept]
+                x, n = batch, kept
 
     def _codes_for(self, x: Tensor) -> list[list[Callable[[Tensor], Sequence[Tensor]]]]:
         """By part and batch size. Compiled code makes 0 of NaN where it fuses ReLU into a
@@ -289,7 +299,11 @@ class Engine:
 
 
 def keeps_input(run: Callable[[Tensor], Sequence[Tensor]], x: Tensor) -> bool:
-    """Whether code leaves its input as it is, and returns no view of it."""
+    """Whether code leaves its input as it is, and returns no view of it. Of floating x only shape
+    and format count: values of either sign, far from 0, show operations such as ReLU in place."""
+    if x.is_floating_point():
+        generator = torch.Generator(x.device).manual_seed(0)
+        x = torch.empty_like(x).normal_(0, 100, generator=generator)
     given = x.clone(memory_format=torch.preserve_format)
     with torch.inference_mode():
         results = run(given)

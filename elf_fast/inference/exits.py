@@ -34,23 +34,22 @@ class Exits:
         self._model = model
         self._classifiers = [part.classifier for part in parts]
         self._dtype = dtype
-        self._held: tuple[Any, ...] = ()
-        self._exits: list[Exit] = []
+        #: The settings, and the exits with them. Threads replace it as a whole.
+        self._made: tuple[tuple[Any, ...], list[Exit]] = ((None, None, None), [])
 
     def current(self) -> list[Exit]:
         """The exits with the settings that the model has now."""
         buffers, criterion = self._model._buffers, self._model.criterion
         held = buffers["thresholds"], buffers["temperatures"], criterion
-        if len(self._held) != 3 or any(a is not b for a, b in zip(held, self._held, strict=True)):
-            self._exits = self._made(find(criterion))
-            self._held = held
-        return self._exits
+        known, exits = self._made
+        if any(a is not b for a, b in zip(held, known, strict=True)):
+            exits = self._make(held[0], held[1], find(criterion))
+            self._made = held, exits
+        return exits
 
-    def _made(self, criterion: Criterion) -> list[Exit]:
+    def _make(self, thresholds: Any, temperatures: Any, criterion: Criterion) -> list[Exit]:
         # Views share memory with the settings, so they show what is written there later.
-        settings = list(
-            zip(self._model.thresholds.unbind(0), self._model.temperatures.unbind(0), strict=True)
-        )
+        settings = list(zip(thresholds.unbind(0), temperatures.unbind(0), strict=True))
         never, one = cpu_scalars(criterion.off, 1.0)  # the last exit's
         last = len(self._classifiers) - 1
         return [

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 __all__ = ["fold"]
@@ -25,7 +25,9 @@ def fold(network: nn.Module, x: Tensor) -> nn.Module:
     network = copy.deepcopy(network)
     paths = {m: name for name, m in network.named_modules()}
     for conv, norm in _pairs(network, x):
-        network.set_submodule(paths[conv], fuse_conv_bn_eval(conv, norm))
+        network.set_submodule(
+            paths[conv], fuse_conv_bn_eval(conv, norm, isinstance(conv, _ConvTransposeNd))
+        )
         network.set_submodule(paths[norm], _after(norm))
     return network
 
@@ -61,7 +63,7 @@ def _can_be_folded(module: nn.Module) -> bool:
     if hasattr(module, "parametrizations"):
         return False
     return (
-        isinstance(module, _ConvNd)
+        (isinstance(module, _ConvNd) and type(module).forward.__module__ == _ConvNd.__module__)
         or type(module).forward is _BatchNorm.forward
         or type(module).__name__ == "BatchNormAct2d"
     )

@@ -18,7 +18,15 @@ from ..heads import ExitHead
 from ..modes import mode
 from ..modules import ELF, is_fusable
 
-__all__ = ["Example", "Part", "dense_strides", "example_rows", "examples", "parts_of"]
+__all__ = [
+    "Example",
+    "Part",
+    "dense_strides",
+    "different_rows",
+    "example_rows",
+    "examples",
+    "parts_of",
+]
 
 
 class Part(nn.Module):
@@ -69,20 +77,20 @@ def parts_of(model: ELF) -> list[Part]:
     Raises:
         ValueError: a later stage or head has a BatchNorm without running statistics.
     """
+    last = len(model.stages) - 1
+    parts = []
     with mode(model, training=False):
         if not model.drops_exited:
             raise ValueError(
                 "model: expected results that do not depend on the other samples of the batch, "
                 "got a BatchNorm without running statistics after the first exit"
             )
-    last = len(model.stages) - 1
-    parts = []
-    for e, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
-        stage, head = copy.deepcopy((stage, head))
-        part = Part(stage, head, is_last=e == last).requires_grad_(False)
-        for module in part.modules():
-            module.training = False
-        parts.append(part)
+        # Copied in here, because networks make what they need in evaluation in their `train()`.
+        for e, pair in enumerate(zip(model.stages, model.heads, strict=True)):
+            stage, head = copy.deepcopy(pair)
+            part = Part(stage, head, is_last=e == last).requires_grad_(False)
+            part.training = False
+            parts.append(part)
     return parts
 
 
@@ -116,6 +124,19 @@ def example_rows(x: Tensor, n: int) -> Tensor:
     rows = torch.arange(n) % len(x)
     out = torch.empty_strided((n, *x.shape[1:]), dense_strides(x), dtype=x.dtype, device=x.device)
     return out.copy_(x[rows.to(x.device)])
+
+
+def different_rows(x: Tensor, n: int) -> Tensor:
+    """n samples like those of x [N, ...], all different, so that a part which mixes samples shows.
+    The first is that of x."""
+    rows = example_rows(x, n)
+    if not x.is_floating_point():
+        return torch.stack([row.roll(i, -1) if row.dim() else row for i, row in enumerate(rows)])
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(rows.shape, generator=generator).to(rows)
+    noise[0] = 0
+    scale = x.double().std().nan_to_num(0).item() if x.numel() > 1 else 0.0
+    return rows.add_(noise * (scale or 1.0))
 
 
 def _as_part_wants(part: Part, x: Tensor) -> Tensor:

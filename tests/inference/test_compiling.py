@@ -113,6 +113,10 @@ def test_the_key_depends_on_weights_settings_and_shapes():
     key = caches.key_of(made, found, [64])
     assert key == caches.key_of(parts.parts_of(model), found, [64])
     assert key != caches.key_of(made, found, [65])
+    for change in (lambda m: setattr(m, "limit", 3.0), lambda m: setattr(m, "t", torch.ones(1))):
+        changed = parts.parts_of(model)
+        change(changed[0].stage)
+        assert key != caches.key_of(changed, found, [64])
     with torch.no_grad():
         model.heads[2].register_buffer("more", torch.zeros(1))
     assert key != caches.key_of(parts.parts_of(model), found, [64])
@@ -149,6 +153,21 @@ def test_code_with_wrong_results_is_not_used(tmp_path, monkeypatch):
     assert "gives other results than the model for 1 samples" in str(made.report())
 
 
+class BySize(nn.Module):
+    """Decides on the size of the batch."""
+
+    def forward(self, x):
+        return x * 2 if len(x) < 10 else x
+
+
+def test_code_is_compared_at_more_than_one_size():
+    part = parts.Part(BySize(), nn.Identity(), is_last=True)
+    x = torch.randn(3, 4)
+    wrong = code.Code("inductor", lambda x: (x * 2,))
+    with pytest.raises(code.Unavailable, match="for 33 samples"):
+        code.check(wrong, part, parts.Example(x, part(x)))
+
+
 def test_close_unmaps_compiled_code(filled, no_compiler):
     def mapped() -> set[str]:
         with open("/proc/self/maps") as file:
@@ -163,8 +182,8 @@ def test_close_unmaps_compiled_code(filled, no_compiler):
     assert mapped() <= before
 
 
-def test_packing_takes_effect(monkeypatch):
-    """On the torch that runs here the weights of every convolution are packed."""
+def test_packing_replaces_functions_of_inductor_and_restores_them(monkeypatch):
+    """The torch that runs here has them."""
     from torch._inductor.fx_passes import mkldnn_fusion
 
     device_op = type(mkldnn_fusion._get_mkldnn_device_op("cpu"))
@@ -201,6 +220,9 @@ REFUSED = {
     "large bucket": ((MODEL, X), {"buckets": [300]}, ValueError, "buckets: expected"),
     "a string": ((MODEL, X), {"buckets": "16"}, TypeError, "buckets: expected batch sizes"),
     "BatchNorm": ((BATCH_NORM, X), {}, ValueError, "BatchNorm without running statistics"),
+    "mixing, one sample": ((MIXES, X[:1]), {}, ValueError, "stages[1] or heads[1] gives other"),
+    "mixing, zeros": ((MIXES, X * 0), {}, ValueError, "stages[1] or heads[1] gives other"),
+    "another shape": ((MODEL, X[:, :2]), {}, ValueError, "example_input: expected a batch that"),
     "mixing": ((MIXES, X), {}, ValueError, "stages[1] or heads[1] gives other results for 1"),
 }
 

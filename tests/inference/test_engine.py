@@ -10,7 +10,7 @@ import weakref
 
 import pytest
 import torch
-from inference.networks import NETWORKS, C, assert_equal, maps, tokens, vectors
+from inference.networks import NETWORKS, C, assert_equal, deep, half_leave, maps, tokens, vectors
 from torch import nn
 
 import elf_fast
@@ -140,12 +140,73 @@ def test_threads_at_once(made):
             assert_equal(out, model, batch)
 
 
+def test_exits_where_nobody_leaves_between_others():
+    """Results of samples that leave later still find their places."""
+    model, x = deep(6)
+    engine = inference.compile(model, x, engine="eager")
+    before = model.thresholds.clone()
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(40):
+        off = torch.rand(5, generator=generator) < 0.5
+        model.thresholds.copy_(before.masked_fill(off, math.inf))
+        assert_equal(engine(x), model, x)
+
+
+def test_threads_see_new_settings_at_once():
+    model, x = deep(3)
+    engine = inference.compile(model, x, engine="eager")
+    stop = threading.Event()
+
+    def run() -> None:
+        while not stop.is_set():
+            engine(x[:2])
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    try:
+        for i in range(300):
+            model.thresholds = (0.0, math.inf)[i % 2]
+            assert engine(x[:2]).exit_index.eq(2 * (i % 2)).all()
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+class NeedsEvaluation(nn.Module):
+    """Makes in `train()` what it reads in evaluation, as networks with caches do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(8) * 2)
+        self.cached = None
+
+    def train(self, mode: bool = True):
+        self.cached = None if mode else self.weight.detach() * 3
+        return super().train(mode)
+
+    def forward(self, x):
+        return x @ (self.weight if self.training else self.cached)
+
+
+def test_models_in_training_mode_are_compiled_for_evaluation():
+    model, x = deep(2)
+    model.stages[1] = NeedsEvaluation()
+    model, _ = half_leave(model, x)
+    engine = inference.compile(model.train(), x, engine="eager")
+    assert_equal(engine(x), model.eval(), x)
+
+
 def test_autocast_and_modes_around_a_call_have_no_effect():
     model, x = maps()
-    engine = inference.compile(model, x[:3], engine="eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        engine = inference.compile(model, x[:3], engine="eager")
     model.train()
     with torch.autocast("cpu", torch.bfloat16):
         out = engine(x)
+        stage = engine.run_stage(0, engine.stage_input(0, 4).copy_(x[:4]))
+    assert stage.features.dtype == torch.float32
     assert_equal(out, model.eval(), x)
 
 
@@ -177,6 +238,11 @@ CHANGES = {
     "assign": lambda model: model.load_state_dict(copy.deepcopy(model.state_dict()), assign=True),
     "double": lambda model: model.double(),
     "a statistic": lambda model: model.stages[1][0].norm.running_mean.add_(1.0),
+    "a head": lambda model: setattr(model.heads, "0", elf_fast.ExitHead(8, C)),
+    "a layer": lambda model: setattr(model.heads[1], "classifier", nn.Linear(8, C)),
+    "a parameter": lambda model: setattr(
+        model.heads[1].classifier, "bias", nn.Parameter(torch.zeros(C))
+    ),
     "the last bias": lambda model: model.heads[-1].classifier.bias.detach().add_(1.0),
 }
 
@@ -258,6 +324,8 @@ def test_close_and_collection_free_the_weights():
     assert copies() is None
     with pytest.raises(RuntimeError, match="engine: expected an open engine, got a closed one"):
         engine(x)
+    with pytest.raises(RuntimeError, match="engine: expected an open engine, got a closed one"):
+        engine.stage_code(0, 1)
     engine = inference.compile(model, x[:3], engine="eager")
     copies = weakref.ref(engine.stage_code(0, 1))
     del engine
@@ -294,7 +362,7 @@ def test_a_stage_that_writes_into_its_input_or_returns_it():
         ).eval()
         x = torch.randn(20, 4)
         before = x.clone()
-        out = inference.compile(model, x, engine="eager")(x)
+        out = inference.compile(model, x.abs(), engine="eager")(x)
         assert torch.equal(x, before)
         assert_equal(out, model, x.clone())
         assert len(out.exit_index.unique()) == 2
