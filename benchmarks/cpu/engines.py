@@ -8,7 +8,7 @@ ahead of time, frozen; `auto`: the faster of both per stage and batch size):
 
     ENGINE              the network with exits
     oracle, ENGINE      its stages alone on batches compacted beforehand, on the same code
-    whole, ENGINE       the network without exits; also on ONNX Runtime and OpenVINO
+    whole, ENGINE       the network without exits, on eager, inductor, ONNX Runtime and OpenVINO
 
 `fastest` is the fastest whole network of a batch size. A batch of 1 stands for 16 images, one after
 the other. The first run compiles for half an hour; the code is kept in the user's cache folder.
@@ -173,7 +173,7 @@ def _each(run: Callable[[Tensor], Any], batches: Sequence[Tensor]) -> Callable[[
 
 
 def _oracle(engine: Engine, work: InferenceWork, N: int) -> Callable[[], None]:
-    """The engine's code on the batches that reach each stage, without heads and exits. Single
+    """The engine's code on the batches that reach each stage, without exit tests. Single
     images go through all their stages one after the other, as they do in the engine."""
     calls: list[tuple[Callable[[Tensor], Any], Tensor]] = []
     inputs = [engine.stage_input(e, len(x)).copy_(x) for e, x in enumerate(work.stage_inputs)]
