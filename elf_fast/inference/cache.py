@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .. import __version__
 from .parts import Example, Part
 
 #: Changes when code of earlier versions must not be used any more.
@@ -37,7 +36,7 @@ def key_of(parts: Sequence[Part], examples: Sequence[Example], settings: Any) ->
     digest = hashlib.sha256()
     x = examples[0].x
     about = [
-        FORMAT, __version__, torch.__version__, platform.machine(), _processor(),
+        FORMAT, torch.__version__, platform.machine(), _processor(),
         torch.get_num_threads(), settings, list(x.shape[1:]), str(x.dtype), list(x.stride()[1:]),
     ]  # fmt: skip
     digest.update(json.dumps(about).encode())
