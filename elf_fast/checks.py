@@ -51,6 +51,15 @@ def logits(value: Any) -> None:
         raise ValueError(f"logits: expected shape [N, C] with C >= 1, got {describe(value)}")
 
 
+def example_input(value: Any) -> None:
+    """`value` must be [N, ...] with N >= 1."""
+    tensor("example_input", value)
+    if value.dim() < 1 or len(value) < 1:
+        raise ValueError(
+            f"example_input: expected a batch [N, ...] with N >= 1, got {describe(value)}"
+        )
+
+
 def features(value: Any) -> None:
     """`value` must be [N, ...]."""
     tensor("features", value)

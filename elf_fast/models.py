@@ -161,11 +161,6 @@ def _check_names(backbone: nn.Module, exits: Any) -> list[str]:
 
 
 def _check_example(example_input: Any, num_classes: Any) -> None:
-    checks.tensor("example_input", example_input)
-    if example_input.dim() < 1 or len(example_input) < 1:
-        raise ValueError(
-            "example_input: expected a batch [N, ...] with N >= 1, "
-            f"got {checks.describe(example_input)}"
-        )
+    checks.example_input(example_input)
     if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 1:
         raise ValueError(f"num_classes: expected a positive integer, got {num_classes!r}")

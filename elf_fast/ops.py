@@ -152,7 +152,7 @@ def _exit_head_into(features, weight, bias, *rest):
 
 def _compact(features, survivors):
     checks.survivors_values(survivors, features.shape[0])
-    out = _empty_batch(features, survivors.shape[0])  # index_select alone loses channels-last
+    out = empty_batch(features, survivors.shape[0])  # index_select alone loses channels-last
     return torch.index_select(features, 0, survivors, out=out)
 
 
@@ -186,7 +186,7 @@ def _compact_in_place(features, survivors, count):
 
 def _compact_backward(grad, survivors, rows):
     checks.survivors_values(survivors, rows)
-    return _empty_batch(grad, rows).zero_().index_copy_(0, survivors, grad)
+    return empty_batch(grad, rows).zero_().index_copy_(0, survivors, grad)
 
 
 def _exit_loss(
@@ -261,7 +261,7 @@ register_reference(_library, "CompositeExplicitAutograd")
 # Shapes
 
 
-def _batch_strides(x: Tensor) -> list[Any]:
+def batch_strides(x: Tensor) -> list[Any]:
     """Strides of a batch like x whose samples lie one after the other. If every sample of x is one
     block of memory (contiguous, channels-last), a sample has the strides of x, else contiguous
     ones."""
@@ -270,9 +270,9 @@ def _batch_strides(x: Tensor) -> list[Any]:
     return [max(x.shape[1:].numel(), 1), *x.stride()[1:]]
 
 
-def _empty_batch(x: Tensor, rows: Any) -> Tensor:
+def empty_batch(x: Tensor, rows: Any) -> Tensor:
     return torch.empty_strided(
-        (rows, *x.shape[1:]), _batch_strides(x), dtype=x.dtype, device=x.device
+        (rows, *x.shape[1:]), batch_strides(x), dtype=x.dtype, device=x.device
     )
 
 
@@ -301,7 +301,7 @@ def _fake_exit_head(
 
 
 def _fake_compact(features, survivors):
-    return _empty_batch(features, survivors.shape[0])
+    return empty_batch(features, survivors.shape[0])
 
 
 def _fake_nothing(*args):
@@ -313,7 +313,7 @@ def _fake_compact_in_place(features, survivors, count):
 
 
 def _fake_compact_backward(grad, survivors, rows):
-    return _empty_batch(grad, rows)
+    return empty_batch(grad, rows)
 
 
 def _fake_exit_loss(logits, target, *rest):

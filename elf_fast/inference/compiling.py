@@ -261,12 +261,7 @@ def _check_arguments(model: Any, example_input: Any, engine: Any, max_batch: Any
     if not isinstance(model, ELF):
         hint = "; elf_fast.fuse makes one" if isinstance(model, reference.ELF) else ""
         raise TypeError(f"model: expected an elf_fast.ELF, got {type(model).__name__}{hint}")
-    checks.tensor("example_input", example_input)
-    if example_input.dim() < 1 or len(example_input) < 1:
-        raise ValueError(
-            "example_input: expected a batch [N, ...] with N >= 1, "
-            f"got {checks.describe(example_input)}"
-        )
+    checks.example_input(example_input)
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     checks.integer("max_batch", max_batch, 1, 2**20)

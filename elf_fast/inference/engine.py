@@ -15,7 +15,7 @@ from ..modules import ELF
 from .code import Code
 from .exits import Exits
 from .frozen import Frozen
-from .parts import Example, Part, dense_strides, example_rows
+from .parts import Example, Part, example_rows
 from .report import Report
 
 __all__ = ["Engine", "StageResult"]
@@ -56,11 +56,7 @@ class _Workspace:
         """[n, ...] memory for the input of part e."""
         held = self._batches[e]
         if held is None:
-            like = self._boundaries[e]
-            held = self._batches[e] = torch.empty_strided(
-                (self._capacity, *like.shape[1:]), dense_strides(like), dtype=like.dtype,
-                device=like.device,
-            )  # fmt: skip
+            held = self._batches[e] = ops.empty_batch(self._boundaries[e], self._capacity)
         return held if n == self._capacity else held[:n]
 
 
@@ -97,7 +93,7 @@ class Engine:
         #: One sample of each part's input, in its memory format.
         self._boundaries = [example_rows(example.x, 1) for example in examples]
         self._input_shape, self._device = examples[0].x.shape[1:], examples[0].x.device
-        self._input_strides = dense_strides(examples[0].x)
+        self._strides = [tuple(ops.batch_strides(x)) for x in self._boundaries]
         self._classes = examples[-1].results[-1].shape[1]
         classifier = parts[0].classifier
         self._dtype = (examples[0].results[-1] if classifier is None else classifier[0]).dtype
@@ -183,10 +179,7 @@ class Engine:
 
     def stage_input(self, e: int, n: int) -> Tensor:
         """Uninitialised memory [n, ...] for inputs of stage e."""
-        like = self._boundaries[e]
-        return torch.empty_strided(
-            (n, *like.shape[1:]), dense_strides(like), dtype=like.dtype, device=like.device
-        )
+        return ops.empty_batch(self._boundaries[e], n)
 
     def stage_code(self, e: int, n: int) -> Callable[[Tensor], Sequence[Tensor]]:
         """The code of stage e for n samples, without its exit: x [n, ...] in the memory format of
@@ -198,11 +191,9 @@ class Engine:
     def _check_stage_input(self, e: int, x: Tensor) -> int:
         like, n = self._boundaries[e], len(x)
         fits = 1 <= n <= self.max_batch and x.dtype == like.dtype and x.device == like.device
-        if (
-            not fits
-            or x.shape[1:] != like.shape[1:]
-            or (x.stride()[0 if n > 1 else 1 :] != dense_strides(like)[0 if n > 1 else 1 :])
-        ):
+        first = 0 if n > 1 else 1  # the stride between samples means nothing for one sample
+        fits = fits and x.stride()[first:] == self._strides[e][first:]
+        if not fits or x.shape[1:] != like.shape[1:]:
             raise ValueError(
                 f"x: expected [1 to {self.max_batch}, {', '.join(map(str, like.shape[1:]))}] as "
                 f"stage_input({e}, n) makes it, got {checks.describe(x)} with strides "
@@ -273,7 +264,7 @@ class Engine:
     def _own(self, x: Tensor, space: _Workspace) -> Tensor:
         """x in the memory format of the first part, and apart from the caller's memory if that part
         writes into its input or returns it."""
-        strides, wanted, N = x.stride(), self._input_strides, x.shape[0]
+        strides, wanted, N = x.stride(), self._strides[0], x.shape[0]
         is_alike = strides == wanted or (N == 1 and strides[1:] == wanted[1:])
         if is_alike and not self._owns_input:
             return x

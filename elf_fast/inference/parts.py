@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, ops
 from ..agreement import are_close
 from ..heads import ExitHead
 from ..modes import mode
@@ -21,7 +21,6 @@ from ..modules import ELF, is_fusable
 __all__ = [
     "Example",
     "Part",
-    "dense_strides",
     "different_rows",
     "example_rows",
     "examples",
@@ -108,22 +107,16 @@ def examples(parts: list[Part], x: Tensor) -> list[Example]:
         results = part(given)
         _check_agreement(e, part(x[:1].clone(memory_format=torch.preserve_format)), results, 1)
         if e:
-            found[-1] = found[-1]._replace(next_strides=dense_strides(x))
+            found[-1] = found[-1]._replace(next_strides=tuple(ops.batch_strides(x)))
         found.append(Example(x, results))
         x = results[0]
     return found
 
 
-def dense_strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of a batch like x [N, ...] whose samples lie one after the other."""
-    return (max(x[0].numel(), 1), *x.stride()[1:])
-
-
 def example_rows(x: Tensor, n: int) -> Tensor:
     """n samples like x, in its memory format, which code may overwrite."""
     rows = torch.arange(n) % len(x)
-    out = torch.empty_strided((n, *x.shape[1:]), dense_strides(x), dtype=x.dtype, device=x.device)
-    return out.copy_(x[rows.to(x.device)])
+    return ops.empty_batch(x, n).copy_(x[rows.to(x.device)])
 
 
 def different_rows(x: Tensor, n: int) -> Tensor:

@@ -15,6 +15,7 @@ from torch import nn
 
 import elf_fast
 from elf_fast import inference
+from elf_fast.inference import engine
 
 SIZES = (0, 1, 2, 3, 31, 64, 150)
 KINDS = [*(("eager", name) for name in NETWORKS), ("inductor", "maps"), ("inductor", "tokens")]
@@ -347,6 +348,14 @@ def test_calls_of_changing_size_do_not_grow_the_process(compiled):
     for n in sizes:
         engine(x[:n])
     assert resident() - before < 10e6
+
+
+def test_code_that_writes_is_recognised_on_any_example():
+    """Values that an operation leaves as they are do not hide it."""
+    for x in (torch.rand(2, 4), torch.zeros(2, 4)):
+        assert not engine.keeps_input(lambda x: [x.relu_() + 1], x)
+        assert not engine.keeps_input(lambda x: [x[:1]], x)
+        assert engine.keeps_input(lambda x: [x.relu()], x)
 
 
 def test_a_stage_that_writes_into_its_input_or_returns_it():
