@@ -22,8 +22,11 @@ from .reference import statistic
 
 __all__ = ["FEW_BELOW", "GROUPS", "MANY_ABOVE", "ELFMetrics", "class_groups"]
 
-MANY_ABOVE = 100  # training samples; the usual long-tail groups (Liu et al., arXiv 1904.05160)
+#: Classes with more training samples are "many" (Liu et al., arXiv 1904.05160).
+MANY_ABOVE = 100
+#: Classes with fewer training samples are "few", those between "medium".
 FEW_BELOW = 20
+#: Names of the groups, from head to tail.
 GROUPS = ("many", "medium", "few")
 CALIBRATION_BINS = 15  # Guo et al., arXiv 1706.04599
 

@@ -1,4 +1,5 @@
-"""Files and options named in README.md and docs/ exist, and the examples run."""
+"""Files and options named in README.md and docs/ exist, and the examples run. Other commands and
+code on the pages: test_code_blocks.py."""
 
 from __future__ import annotations
 
@@ -60,19 +61,6 @@ def test_the_guarantees_of_distributed_training_name_their_tests():
 
 
 # docs/training.md
-
-
-def test_the_documented_commands_name_settings_that_exist():
-    text = read(DOCS / "training.md").replace("\\\n", "")
-    commands = re.findall(r"(?:elf-fast|elf_fast\.cli) train ([^`\n]+)", text)
-    assert len(commands) >= 7
-    for command in commands:
-        flags = [
-            flag for flag in command.partition("#")[0].split() if flag not in ("...", "--help")
-        ]
-        if flags[:1] == ["--resume"]:
-            del flags[:2]
-        parsed("--data-dir", "any", *flags)
 
 
 def test_every_flag_on_the_page_of_training_exists(capsys):
