@@ -46,7 +46,7 @@ INSIDE = {
     "bench": (("workload",), ("inference", "training"), ("engines",), ("command",)),
     "cli": (("errors", "metrics", "flags", "interrupts"),
             ("bench", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
-    "data": (("splits", "images", "longtail"), ("transforms", "loader", "tree"),
+    "data": (("splits", "images", "longtail"), ("preprocessing", "loader", "tree"), ("transforms",),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
     "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
     "inference": (("folding", "packing", "parts", "frozen", "report", "request", "stage_times",
