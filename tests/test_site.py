@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 CONFIG = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
 #: Public modules that `elf_fast` does not export. Each has its public names in `__all__`.
-MODULES = ("backbones", "criteria", "data", "flops", "inference", "metrics", "models")
+MODULES = ("backbones", "criteria", "data", "flops", "inference", "metrics", "models", "policy")
 
 
 def nav_pages(entries: Any) -> Iterator[str]:

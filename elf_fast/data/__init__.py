@@ -12,6 +12,7 @@ from .images import DecodeError
 from .lists import PUBLISHED, from_lists, published
 from .loader import ImageLoader, WorkerError
 from .longtail import long_tailed_counts, long_tailed_subset
+from .preprocessing import Preprocessing
 from .splits import DataError, LabelledImages, Splits
 from .transforms import Transforms, image_transforms, small_image_transforms
 
@@ -21,6 +22,7 @@ __all__ = [
     "DecodeError",
     "ImageLoader",
     "LabelledImages",
+    "Preprocessing",
     "Splits",
     "Transforms",
     "WorkerError",
