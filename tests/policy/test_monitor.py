@@ -18,6 +18,7 @@ from elf_fast.demo.loop import Schedule, train
 from elf_fast.policy import ExitTable, Monitor, Policy, Promise, drift
 from elf_fast.policy.exit_table import exit_table
 from elf_fast.policy.measure import measured
+from elf_fast.policy.monitor import _sums
 
 BATCH = 64
 
@@ -361,6 +362,22 @@ def test_damaged_states_are_refused(policy, change, message):
     state = filled(policy, traffic(1280, 1), window=640).state()
     with pytest.raises((TypeError, ValueError), match=message):
         Monitor.merged(policy, [state, change(state)])
+
+
+def test_exits_that_do_not_exist_are_counted_without_looking_at_the_device(policy):
+    """As on a GPU, whose values `update` does not look at."""
+    exit_index, confidence = torch.tensor([0, 7, -1, 2]), torch.tensor([0.5, 0.5, torch.nan, 0.25])
+    sums = _sums(exit_index, confidence, 3)
+    assert sums.tolist() == [
+        [1, 0, 1, 2],
+        [1, 0, 1, 1],
+        [0.5, 0, 0.25, 0.5],
+        [0.25, 0, 0.0625, 0.25],
+    ]
+    state = filled(policy, traffic(1280, 1), window=640).state()
+    state["blocks"][3][0][-1] = 2.0
+    with pytest.raises(ValueError, match=r"exit_index: .* in \[0, 3\), got others for 2 samples"):
+        Monitor.merged(policy, [state]).report()
 
 
 def test_nothing_to_merge_is_refused(policy):
