@@ -265,8 +265,10 @@ def test_workers_are_merged(policy):
     shares = [found["share"] for found in merged["exits"]]
     assert shares == pytest.approx([k / merged["samples"] for k in counts])
     assert merged["alarm"] is None
-    young = filled(policy, traffic(128, 9, sure=0.1), window=640)
-    assert Monitor.merged(policy, [*states, young.state()]).alarm is None  # not full yet
+    young = filled(policy, traffic(256, 9, sure=0.1), window=640)
+    both = Monitor.merged(policy, [states[0], young.state()]).report()
+    assert both["samples"] == 9 * 64 + 256 and both["psi"] > both["psi_limit"]
+    assert both["alarm"] is None  # not full yet
     off = filled(policy, traffic(1280, 9, sure=0.1), window=640)
     assert Monitor.merged(policy, [*states, off.state()]).alarm is not None
 
