@@ -19,7 +19,7 @@ from ..criteria import Score
 from .reading import PolicyError, Reader
 
 __all__ = ["FILE", "FORMAT", "Estimate", "Exit", "Group", "Measured", "Policy", "PolicyError",
-           "Promise"]  # fmt: skip
+           "Promise", "Tried"]  # fmt: skip
 
 #: The name of a policy's file beside the weights.
 FILE = "policy.json"
@@ -92,6 +92,15 @@ class Measured:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """What a criterion gave, when several were compared."""
+
+    criterion: str
+    accuracy: float
+    cost: float  # in units of `Promise.limit`, or a share of FLOPs
+
+
+@dataclass(frozen=True)
 class Policy:
     """Thresholds and temperatures for one network, which `ELF.apply_policy` sets.
 
@@ -107,6 +116,7 @@ class Policy:
     data_digest: str  # of the calibration data
     weights_digest: str | None = None  # `digests.of_weights`; None: fits any network of E exits
     version: str = __version__
+    tried: tuple[Tried, ...] = ()  # empty if there was no choice of criteria
 
     def __post_init__(self) -> None:
         _check(self)
@@ -155,6 +165,18 @@ class Policy:
     def exits(self) -> int:
         """E."""
         return len(self.temperatures) + 1
+
+    def shown_thresholds(self) -> str:
+        """The threshold of each exit but the last, for people: "0.93 / off", and for thresholds per
+        class the lowest and highest."""
+        return " / ".join(_shown(t) for t in self.thresholds)
+
+
+def _shown(threshold: float | tuple[float, ...]) -> str:
+    if not isinstance(threshold, tuple):
+        return f"{threshold:.3g}" if math.isfinite(threshold) else "off"
+    low, high = (_shown(end) for end in (min(threshold), max(threshold)))
+    return low if low == high else f"{low}..{high}"
 
 
 def _without_infinity(values: Any) -> Any:
@@ -230,8 +252,13 @@ def _parsed(held: Any) -> Policy:
         data_digest=top.digest("data_digest"),
         weights_digest=top.digest("weights_digest", none=True),
         version=top.text("version"),
+        tried=tuple(map(_tried, top.inners("tried"))),
     )
     return policy
+
+
+def _tried(found: Reader) -> Tried:
+    return Tried(found.text("criterion"), found.share("accuracy"), found.number("cost"))
 
 
 def _exit(found: Reader) -> Exit:
