@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .. import __version__, checks, criteria
 from ..atomic import write
 from ..criteria import Score
 from .reading import PolicyError, Reader
 
 __all__ = ["FILE", "FORMAT", "Estimate", "Exit", "Group", "Measured", "Policy", "PolicyError",
-           "Promise", "Tried"]  # fmt: skip
+           "Promise", "Tried", "nested"]  # fmt: skip
 
 #: The name of a policy's file beside the weights.
 FILE = "policy.json"
@@ -51,6 +53,30 @@ class Promise:
     batch: int | None = None
     device: str | None = None
 
+    def sentence(self) -> str:
+        """What the thresholds are, for people."""
+        limit = "" if self.limit is None else f"{self.limit:g}"
+        if self.aim == "max_flops":
+            return f"the most accurate within {limit} of the FLOPs without exits"
+        if self.aim == "max_ms":
+            images = f"{self.batch} image" + ("s" if self.batch != 1 else "")
+            return f"the most accurate within {limit} ms per batch of {images} on {self.device}"
+        if self.aim == "exit_shares":
+            return "those at which the wanted shares of the samples leave"
+        if self.aim != "max_drop":
+            return "the most accurate, and the cheapest of equals"
+        few = (
+            ""
+            if self.few_drop is None
+            else f", and for few-shot classes by at most {self.few_drop:g}"
+        )
+        if self.guarantee is None:
+            return f"the cheapest whose accuracy on these samples drops by at most {limit}{few}"
+        return (
+            f"the accuracy drops by at most {limit}{few}, with probability {self.guarantee:g}, on "
+            "new data of the same kind"
+        )
+
 
 @dataclass(frozen=True)
 class Exit:
@@ -75,7 +101,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the policy gave on its calibration data. With a guarantee: on the half that tested it."""
+    """What the policy gave on its calibration data; with a guarantee, on the testing half."""
 
     samples: int
     accuracy: Estimate
@@ -166,10 +192,27 @@ class Policy:
         """E."""
         return len(self.temperatures) + 1
 
+    @property
+    def is_off(self) -> bool:
+        """Whether no sample leaves early."""
+        rows = (t if isinstance(t, tuple) else (t,) for t in self.thresholds)
+        off = criteria.find(self.criterion).off
+        return all(t == off for row in rows for t in row)
+
     def shown_thresholds(self) -> str:
-        """The threshold of each exit but the last, for people: "0.93 / off", and for thresholds per
-        class the lowest and highest."""
-        return " / ".join(_shown(t) for t in self.thresholds)
+        return shown_thresholds(self.thresholds)
+
+
+def shown_thresholds(thresholds: Any) -> str:
+    """The threshold of each exit but the last, for people: "0.93 / off"; of thresholds per class
+    the lowest and highest. thresholds: as `Policy` holds them."""
+    return " / ".join(_shown(t) for t in thresholds) or "none"
+
+
+def nested(thresholds: Tensor) -> Any:
+    """Thresholds [E-1] or [E-1, C] as `Policy` holds them."""
+    rows = thresholds.tolist()
+    return tuple(tuple(row) if isinstance(row, list) else row for row in rows)
 
 
 def _shown(threshold: float | tuple[float, ...]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -20,7 +21,7 @@ from ..flops import count_flops
 from ..groups import class_groups
 from . import guarantee as testing
 from . import shares, temperatures
-from .artefact import Policy, Promise, Tried
+from .artefact import Policy, Promise, Tried, nested
 from .cells import cells_of
 from .costs import flops_shares, milliseconds
 from .exit_table import ExitTable, exit_table
@@ -29,6 +30,10 @@ from .one_number import candidates_of
 from .search import Goal, Problem, search
 
 Per = Literal["exit", "class", "group"]
+_OPTIONS = {
+    "max_flops", "max_drop", "exit_shares", "few_drop", "guarantee", "per", "criterion",
+    "data_digest",
+}  # fmt: skip
 #: The split into the half that chooses and the half that tests is the same every time.
 _SEED = 0
 #: The candidates that a guarantee tests: so many steps from exits off to the chosen thresholds.
@@ -117,7 +122,7 @@ def choose(
     rule = chosen.criterion
     return Policy(
         criterion=rule.name if rule.score is None else rule.score,
-        thresholds=_nested(thresholds),
+        thresholds=nested(thresholds),
         temperatures=tuple(T),
         promise=wanted.promise,
         measured=measured(tested, thresholds, flops, ms=mean_ms, groups=wanted.groups),
@@ -126,9 +131,40 @@ def choose(
     )
 
 
+class Observed(NamedTuple):
+    """One pass of a model over calibration data."""
+
+    table: ExitTable  # with logits; its statistic is that of the model as it was
+    flops: list[float]  # [E] as for `choose`
+    images: Tensor  # the first ones, on the model's device
+
+
+def observe(model: ELFBase, loader: Iterable[tuple[Tensor, Tensor]], images: int = 1) -> Observed:
+    """Runs the model over batches of images [n, ...] and targets [n], and keeps some images.
+
+    Raises:
+        TypeError, ValueError: no ELF, or no sample.
+    """
+    if not isinstance(model, ELFBase):
+        raise TypeError(f"model: expected an ELF, got {checks.describe(model)}")
+    kept: list[Tensor] = []
+
+    def noted() -> Iterable[tuple[Tensor, Tensor]]:
+        for x, y in loader:
+            if sum(map(len, kept)) < images:
+                kept.append(x[:images])
+            yield x, y
+
+    table = exit_table(model, noted(), keep_logits=True)
+    if not len(table.target):
+        raise ValueError("loader: expected at least one sample, got none")
+    few = torch.cat(kept)[:images].to(model.thresholds.device)
+    return Observed(table, flops_shares(count_flops(model, few[:1])), few)
+
+
 def calibrate(
     model: ELFBase,
-    loader: Iterable[tuple[Tensor, Tensor]],
+    loader: Iterable[tuple[Tensor, Tensor]] | Observed,
     *,
     max_ms: float | None = None,
     batch: int = 1,
@@ -140,50 +176,32 @@ def calibrate(
     The model stays as it is: `model.apply_policy(policy)` sets what was chosen.
 
     Args:
-        loader: batches of images [n, ...] and targets [n].
+        loader: batches of images [n, ...] and targets [n], or what `observe` returned.
         max_ms: the largest mean time of a batch of `batch` images in milliseconds, from the times of
             the stages on the model's device.
         class_counts: [C] training images of every class, for the groups many, medium and few; None:
             those of the model, if `elf_fast.load` opened it.
         groups: other groups, classes by name.
-        options: see `choose`.
+        options: max_flops, max_drop, exit_shares, few_drop, guarantee, per, criterion and
+            data_digest of `choose`.
 
     Raises:
         TypeError, ValueError: as `choose`.
     """
-    if not isinstance(model, ELFBase):
-        raise TypeError(f"model: expected an ELF, got {checks.describe(model)}")
     checks.integer("batch", batch, 1)
-    kept: list[Tensor] = []
-
-    def noted() -> Iterable[tuple[Tensor, Tensor]]:
-        for x, y in loader:
-            if sum(map(len, kept)) < (batch if max_ms is not None else 1):
-                kept.append(x[:batch])
-            yield x, y
-
-    table = exit_table(model, noted(), keep_logits=True)
-    if not len(table.target):
-        raise ValueError("loader: expected at least one sample, got none")
+    unknown = set(options) - _OPTIONS
+    if unknown:
+        raise TypeError(f"{min(unknown)}: expected one of {', '.join(sorted(_OPTIONS))}")
+    table, flops, images = loader if isinstance(loader, Observed) else observe(model, loader, batch)
     counts = getattr(model, "class_counts", None) if class_counts is None else class_counts
     if groups is None and counts is not None:
         groups = class_groups(counts)
-    device = model.thresholds.device
-    images = torch.cat(kept).to(device)
-    flops = flops_shares(count_flops(model, images[:1]))
-    ms = None
     if max_ms is not None:
         repeats = -(-batch // len(images))
         ms = milliseconds(model, torch.cat([images] * repeats)[:batch])
-        options.update(ms=ms, batch=batch, device=str(device))
+        options.update(ms=ms, batch=batch, device=str(images.device))
     policy = choose(table, flops, max_ms=max_ms, groups=groups, **options)
-    return _for_weights(policy, digests.of_weights(model.state_dict()))
-
-
-def _for_weights(policy: Policy, digest: str) -> Policy:
-    from dataclasses import replace
-
-    return replace(policy, weights_digest=digest)
+    return replace(policy, weights_digest=digests.of_weights(model.state_dict()))
 
 
 def _checked(
@@ -249,7 +267,7 @@ def _checked(
     return _Wanted(promise, wanted, costs, per, groups or {})
 
 
-def _costs(name: str, value: Sequence[float], exits: int) -> list[float]:
+def _costs(name: str, value: Any, exits: int) -> list[float]:
     if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != exits:
         raise ValueError(f"{name}: expected {exits} numbers, one per exit, got {value!r}")
     for number in value:
@@ -294,7 +312,9 @@ def _with(table: ExitTable, T: Sequence[float]) -> ExitTable:
     return table if table.logits is None else table.changed(temperatures=list(T))
 
 
-def _searched(table: ExitTable, wanted: _Wanted) -> tuple[tuple[float, ...], Any, Tensor, list[float]]:
+def _searched(
+    table: ExitTable, wanted: _Wanted
+) -> tuple[tuple[float, ...], Any, Tensor, list[float]]:
     """(rank, value, thresholds, temperatures) of the best thresholds on a table."""
     T = [1.0] * (len(table.statistic) - 1) if table.logits is None else temperatures.fit(table)
     table = _with(table, T)
@@ -327,7 +347,9 @@ def _problem(table: ExitTable, wanted: _Wanted) -> tuple[Problem, Goal]:
 
 
 def _few(target: Tensor, wanted: _Wanted) -> Tensor:
-    return torch.isin(target, torch.as_tensor(list(wanted.groups.get("few", [])), dtype=torch.int64))
+    return torch.isin(
+        target, torch.as_tensor(list(wanted.groups.get("few", [])), dtype=torch.int64)
+    )
 
 
 # Guarantee
@@ -384,11 +406,6 @@ def _outcomes(path: Sequence[Tensor], table: ExitTable, among: Tensor) -> testin
     last = table.correct[-1][among]
     harms, gains = (last & ~right).sum(1), (~last & right).sum(1)
     return testing.Outcome(harms.numpy(), gains.numpy(), int(among.sum()))
-
-
-def _nested(thresholds: Tensor) -> Any:
-    found = thresholds.tolist()
-    return tuple(tuple(row) if isinstance(row, list) else row for row in found)
 
 
 def _name(table: ExitTable) -> str:

@@ -67,7 +67,9 @@ def milliseconds(model: ELFBase, batch: Tensor, *, seconds: float = _SECONDS) ->
 def _part(model: ELFBase, e: int, stage: Any, head: Any, x: Tensor) -> Callable[[], Any]:
     """A call of stage e with its head and, unless it is the last, its test."""
     criterion = criteria.find(model.criterion)
-    gate = functional.exit_gate if criterion.score is None else reference.exit_gate
+    gate: Callable[..., Any] = functional.exit_gate
+    if criterion.score is not None:
+        gate = reference.exit_gate
     is_last = e == len(model.stages) - 1
 
     def call() -> Any:

@@ -45,7 +45,7 @@ def p_value(outcome: Outcome, drop: float, level: float) -> Any:
     a = _NUISANCE * level
     harms, gains, n = (np.asarray(x, np.float64) for x in outcome)
     D = harms + gains
-    d_max = np.where(D < n, betaincinv(D + 1, np.maximum(n - D, 1), 1 - a), 1.0)
+    d_max = np.where(n > D, betaincinv(D + 1, np.maximum(n - D, 1), 1 - a), 1.0)
     q = (1 + drop / d_max) / 2
     # With q above 1 so large a drop is impossible.
     tail = np.where(q > 1, 0.0, bdtr(harms, np.maximum(D, harms), np.minimum(q, 1.0)))

@@ -118,6 +118,13 @@ def choose(points: Sequence[OperatingPoint], max_flops: float = math.inf) -> Ope
     return max(affordable, key=lambda p: (p.accuracy, -p.flops))
 
 
+def least_flops(flops: Flops, thresholds: Tensor) -> int:
+    """FLOPs of a sample that leaves at the first exit that is on in thresholds [E-1] or [E-1, C]:
+    no position of the thresholds costs less. If all are off, `moved_to` moves all."""
+    on = thresholds.isfinite().reshape(len(thresholds), -1).any(1)
+    return flops.leaving_at(int(on.int().argmax()) if len(on) else 0)
+
+
 def set_threshold(model: ELFBase, value: float) -> None:
     """Moves the thresholds of a model to `value`: see `moved_to`."""
     model.thresholds = moved_to(value, model.thresholds, find(model.criterion))

@@ -93,9 +93,7 @@ class Problem:
         self.few = few_samples / max(1, few_samples.sum())  # [N] weights
         self.cells = None if cells is None else cells.numpy()
         self.cell = self._cells_of_samples(table.prediction[:-1])
-        self.parts = [
-            _Cuts(self.score[e], self.cell[e], candidates) for e in range(self.E - 1)
-        ]
+        self.parts = [_Cuts(self.score[e], self.cell[e], candidates) for e in range(self.E - 1)]
 
     def _cells_of_samples(self, prediction: Tensor) -> np.ndarray:
         """[E-1, N]."""
@@ -143,15 +141,14 @@ class Problem:
         """[E-1] or [E-1, C] float32, in units of the criterion."""
         criterion = self.table.criterion
         if self.cells is None:
-            found = np.array([t[0] for t in thresholds])
+            rows = np.array([t[0] for t in thresholds])
         else:
-            found = np.stack([t[self.cells[e]] for e, t in enumerate(thresholds)])
-        found = torch.from_numpy(self.sign * found.reshape(self.E - 1, *found.shape[1:])).float()
-        everyone = criterion.everyone if math.isfinite(criterion.everyone) else None
-        if everyone is None:  # a score without bounds: below all scores that there were
-            limit = torch.finfo(torch.float32).max
-            return torch.where(found == -self.sign * math.inf, -self.sign * limit, found)
-        return torch.where(found == -self.sign * math.inf, everyone, found)
+            rows = np.stack([t[self.cells[e]] for e, t in enumerate(thresholds)])
+        found = torch.from_numpy(self.sign * rows.reshape(self.E - 1, *rows.shape[1:])).float()
+        everyone = criterion.everyone
+        if not math.isfinite(everyone):  # a score without bounds
+            everyone = -self.sign * torch.finfo(torch.float32).max
+        return found.masked_fill(found == -self.sign * math.inf, everyone)
 
     def of_tensor(self, thresholds: Tensor) -> list[np.ndarray]:
         """The reverse, for thresholds [E-1] or [E-1, C] that are equal inside every cell."""
@@ -214,9 +211,7 @@ def _later(problem: Problem, thresholds: list[np.ndarray], e: int) -> np.ndarray
     return index
 
 
-def _gains(
-    problem: Problem, thresholds: list[np.ndarray], e: int
-) -> tuple[np.ndarray, np.ndarray]:
+def _gains(problem: Problem, thresholds: list[np.ndarray], e: int) -> tuple[np.ndarray, np.ndarray]:
     """([N], [N]) what each sample adds to correct answers and to cost if it leaves at exit e
     instead of later; 0 for those that leave before."""
     index = _later(problem, thresholds, e)
@@ -256,15 +251,15 @@ def improve(problem: Problem, thresholds: list[np.ndarray], goal: Goal) -> list[
         for e in reversed(range(problem.E - 1)):
             part = problem.parts[e]
             right, cost = _gains(problem, thresholds, e)
-            sums = [part.sums(g) for g in (right / problem.N, cost / problem.N, right * problem.few)]
+            sums = [
+                part.sums(g) for g in (right / problem.N, cost / problem.N, right * problem.few)
+            ]
             leaves = problem.leaves(thresholds, e)
             value = problem.value(thresholds)
             own = [np.bincount(problem.cell[e], g * leaves, part.K)
                    for g in (right / problem.N, cost / problem.N, right * problem.few)]  # fmt: skip
             for k in range(part.K):
-                moved = Value(
-                    *(v + s[k] - o[k] for v, s, o in zip(value, sums, own, strict=True))
-                )
+                moved = Value(*(v + s[k] - o[k] for v, s, o in zip(value, sums, own, strict=True)))
                 ranks = goal.ranks(moved)
                 at = np.lexsort(ranks[::-1])[-1]
                 rank = tuple(float(r[at]) for r in ranks)

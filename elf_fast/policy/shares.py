@@ -1,7 +1,7 @@
 """Thresholds at which given shares of the samples leave.
 
-Budgeted batch classification of MSDNet (Huang et al., arXiv 1703.09844, section 5): the share of the
-samples that leave at exit k is proportional to q^k, for one number q.
+Budgeted batch classification of MSDNet (Huang et al., arXiv 1703.09844, section 5): the share of
+the samples that leave at exit k is proportional to q^k, for one number q.
 
 Shapes: E exits, N samples.
 """
@@ -9,6 +9,7 @@ Shapes: E exits, N samples.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +22,7 @@ from .exit_table import ExitTable
 QS = tuple(np.geomspace(0.02, 50.0, 60).tolist())
 
 
-def shares(value: Sequence[float], exits: int) -> list[float]:
+def shares(value: Any, exits: int) -> list[float]:
     """`value` [E], checked: shares of at least 0 that add up to 1."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise TypeError(f"exit_shares: expected {exits} shares, got {checks.describe(value)}")
@@ -41,8 +42,8 @@ def geometric_shares(q: float, exits: int) -> list[float]:
 
 
 def thresholds_for(table: ExitTable, wanted: Sequence[float]) -> Tensor:
-    """[E-1] thresholds at which about the shares `wanted` [E] leave: at every exit the surest of the
-    samples that reach it. Samples that are equally sure leave together."""
+    """[E-1] thresholds at which about the shares `wanted` [E] leave: at every exit the surest of
+    the samples that reach it. Samples that are equally sure leave together."""
     criterion = table.criterion
     sign = 1.0 if criterion.larger_is_surer else -1.0
     E, N = table.statistic.shape
