@@ -56,7 +56,7 @@ INSIDE = {
     "policy": (("logits", "reading", "guarantee"), ("artefact", "exit_table"),
                ("one_number", "measure", "search", "shares", "temperatures", "cells", "costs",
                 "drift"),
-               ("calibration", "monitor"), ("__init__",)),
+               ("wanted",), ("certify",), ("calibration", "monitor"), ("__init__",)),
     "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
              ("plain", "datasets"), ("networks", "evaluation", "contents"), ("opening",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),
