@@ -133,6 +133,7 @@ def observe(model: ELFBase, loader: Iterable[tuple[Tensor, Tensor]], images: int
     """
     if not isinstance(model, ELFBase):
         raise TypeError(f"model: expected an ELF, got {checks.describe(model)}")
+    checks.integer("images", images, 1)
     kept: list[Tensor] = []
 
     def noted() -> Iterable[tuple[Tensor, Tensor]]:

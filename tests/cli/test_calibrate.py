@@ -33,9 +33,12 @@ def test_a_policy_is_chosen_shown_written_and_applied(own, tmp_path, capsys):
     assert made.promise.aim == "max_flops" and made.measured.flops_share <= 0.75
     assert f"thresholds {made.shown_thresholds()}" in said and "before     after" in said
     assert "the most accurate within 0.75 of the FLOPs" in said
+    printed(capsys, "calibrate", own, "--exit-shares", 0, 0, 1)
+    made = Policy.load(own / "policy.json")
+    assert made.is_off
     metrics = json.loads(printed(capsys, "eval", own, "--json"))
     kept = json.loads(printed(capsys, "eval", own, "--json", "--policy", "none"))
-    assert metrics["exit_shares"] != kept["exit_shares"]
+    assert metrics["exit_shares"] == [0, 0, 1] != kept["exit_shares"]
     other = tmp_path / "other.json"
     as_json = json.loads(printed(capsys, "calibrate", own, "--max-drop", 0.2, "--guarantee", 0.5,
                                  "--per", "class", "--criterion", "auto", "--output", other,
