@@ -62,7 +62,7 @@ def choose(
 
     Args:
         table: if it holds logits, temperatures are fitted by maximum likelihood, and criteria can
-            be compared; otherwise its statistic is taken as it is.
+            be compared; otherwise its statistic is taken as it is, as one of temperature 1.
         flops: [E] FLOPs of a sample that leaves at each exit, as shares of the network without
             exits.
         max_flops: the largest mean share of FLOPs; the most accurate thresholds within it.
@@ -96,12 +96,14 @@ def choose(
         order = torch.randperm(len(table.target), generator=torch.Generator().manual_seed(_SEED))
         chooses, tests = (part.sort().values for part in order.chunk(2))
         check_enough(wanted, table.target[tests])
-    found = [(*_searched(t.rows(chooses), wanted), t) for t in tried]
-    compared = [Tried(_name(t), float(v.accuracy), float(v.cost)) for _, v, _, _, t in found]
+    found = [(*_searched(_rows(t, chooses), wanted), t) for t in tried]
+    compared = [
+        Tried(t.criterion.name, float(v.accuracy), float(v.cost)) for _, v, _, _, t in found
+    ]
     _, _, thresholds, T, chosen = max(found, key=lambda f: f[0])
-    tested = _with(chosen.rows(tests), T)
+    tested = _with(_rows(chosen, tests), T)
     if guarantee is not None:
-        path = path_to(_with(chosen.rows(chooses), T), thresholds, wanted)
+        path = path_to(_with(_rows(chosen, chooses), T), thresholds, wanted)
         thresholds = certified(path, tested, wanted)
     exit_index = tested.exit_index(thresholds)
     mean_ms = None if ms is None else float(np.asarray(ms)[exit_index.numpy()].mean())
@@ -206,6 +208,11 @@ def _tables(table: ExitTable, criterion: Any) -> list[ExitTable]:
     return [table.changed(criterion=rule) for rule in rules]
 
 
+def _rows(table: ExitTable, index: Tensor) -> ExitTable:
+    """The table of some samples. Of all samples it is not copied: its logits may be in a file."""
+    return table if len(index) == len(table.target) else table.rows(index)
+
+
 def _with(table: ExitTable, T: Sequence[float]) -> ExitTable:
     return table if table.logits is None else table.changed(temperatures=list(T))
 
@@ -226,7 +233,3 @@ def _searched(
     found = search(problem, goal, [best])
     value = problem.value(found)
     return goal.rank(value), value, problem.as_tensor(found), T
-
-
-def _name(table: ExitTable) -> str:
-    return table.criterion.name
