@@ -211,7 +211,9 @@ def _later(problem: Problem, thresholds: list[np.ndarray], e: int) -> np.ndarray
     return index
 
 
-def _gains(problem: Problem, thresholds: list[np.ndarray], e: int) -> tuple[np.ndarray, np.ndarray]:
+def gains_of_leaving(
+    problem: Problem, thresholds: list[np.ndarray], e: int
+) -> tuple[np.ndarray, np.ndarray]:
     """([N], [N]) what each sample adds to correct answers and to cost if it leaves at exit e
     instead of later; 0 for those that leave before."""
     index = _later(problem, thresholds, e)
@@ -229,7 +231,7 @@ def _climb(problem: Problem, thresholds: list[np.ndarray], price: float) -> list
     for _ in range(_SWEEPS):
         for e in reversed(range(problem.E - 1)):
             part = problem.parts[e]
-            right, cost = _gains(problem, thresholds, e)
+            right, cost = gains_of_leaving(problem, thresholds, e)
             sums = part.sums(right - price * cost)
             # The last of equals leaves the most samples, and so is the cheapest.
             at = sums.shape[1] - 1 - np.argmax(np.round(sums[:, ::-1], 9), axis=1)
@@ -250,7 +252,7 @@ def improve(problem: Problem, thresholds: list[np.ndarray], goal: Goal) -> list[
         before = best
         for e in reversed(range(problem.E - 1)):
             part = problem.parts[e]
-            right, cost = _gains(problem, thresholds, e)
+            right, cost = gains_of_leaving(problem, thresholds, e)
             sums = [
                 part.sums(g) for g in (right / problem.N, cost / problem.N, right * problem.few)
             ]

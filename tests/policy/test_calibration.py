@@ -90,6 +90,19 @@ def test_what_a_step_promises_is_what_it_gives(table):
     assert all(before <= after for before, after in ranks) and any(a < b for a, b in ranks)
 
 
+def test_the_gains_of_leaving_at_an_exit_count_who_left_before(table):
+    from elf_fast.policy.search import gains_of_leaving
+
+    problem = Problem(table, FLOPS)
+    start = problem.of_tensor(table.statistic[:2].median(1).values)
+    right, cost = gains_of_leaving(problem, [start[0], start[1] + math.inf], 1)
+    before = problem.value([start[0], start[1] + math.inf])
+    after = problem.value([start[0], start[1] * 0 - 1])
+    leaves = problem.leaves([start[0], start[1] * 0 - 1], 1)
+    assert before.accuracy + right[leaves].sum() / 600 == pytest.approx(after.accuracy)
+    assert before.cost + cost[leaves].sum() / 600 == pytest.approx(after.cost)
+
+
 def test_ties_go_to_the_cheaper_and_nan_never_leaves():
     right = torch.ones(2, 6, dtype=torch.int64)
     statistic = torch.tensor([[0.9, 0.8, 0.7, 0.6, math.nan, 0.5], [1.0] * 6])
