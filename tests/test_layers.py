@@ -45,7 +45,8 @@ FLOORS = (
 INSIDE = {
     "bench": (("workload",), ("inference", "training"), ("engines",), ("command",)),
     "cli": (("errors", "metrics", "flags", "interrupts"),
-            ("bench", "calibrate", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
+            ("bench", "calibrate", "demo", "doctor", "evaluate", "train"), ("main",),
+            ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("preprocessing", "loader", "tree"), ("transforms",),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
     "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
@@ -56,7 +57,7 @@ INSIDE = {
     "policy": (("logits", "reading", "guarantee"), ("artefact", "exit_table"),
                ("one_number", "measure", "search", "shares", "temperatures", "cells", "costs",
                 "drift"),
-               ("calibration", "monitor"), ("__init__",)),
+               ("wanted",), ("certify",), ("calibration", "monitor"), ("__init__",)),
     "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
              ("plain", "datasets"), ("networks", "evaluation", "contents"), ("opening",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),

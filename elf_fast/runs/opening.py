@@ -204,6 +204,7 @@ def calibrate_run(
         DataError: more than half of the images cannot be read.
         others: see `opened` and `policy.calibrate`.
     """
+    checks.integer("batch", batch, 1)
     run = opened(path, weights, metadata, ("validation",), **overrides)
     model, groups = run.model, class_groups(run.splits.class_counts)
     digest = contents.fingerprint(contents.describe(run.splits)["data"]["validation"])

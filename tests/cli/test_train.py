@@ -20,7 +20,7 @@ from elf_fast.runs import files, plain
 
 def test_a_run_learns_and_leaves_its_files(run):
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.json", "model.safetensors", "checkpoints"
+        "config.yaml", "metrics.json", "model.safetensors", "policy.json", "checkpoints"
     }  # fmt: skip
     results = json.loads((run / "metrics.json").read_text())
     assert results["class_counts"] == [60, 24, 10]
