@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UserError, check_path
+from .errors import UserError, check_path, with_flags
 from .metrics import show
 
 
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         evaluated = _evaluate(path, arguments.policy, overrides)
     except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(with_flags(str(error), moved)) from error
     if arguments.json:
         print(json.dumps(evaluated.metrics, indent=1))
     else:

@@ -7,7 +7,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, check_path
+from ..runs.config import HINTS
+from .errors import UserError, check_path, with_flags
 from .flags import add_flags, from_arguments, group_of
 from .metrics import show
 
@@ -46,11 +47,11 @@ def run(arguments: argparse.Namespace) -> int:
             if folder is not None:  # in every process, even one that sees no run in the folder
                 trainer.resume()
         except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
+            raise UserError(with_flags(str(error), HINTS)) from error
         try:
             results = trainer.run()
         except (NonFiniteError, DataError) as error:
-            raise UserError(str(error)) from error
+            raise UserError(with_flags(str(error), HINTS)) from error
         except Stopped as stopped:
             return 128 + stopped.signal
         if processes.is_first:
