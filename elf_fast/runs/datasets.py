@@ -35,6 +35,27 @@ def load_splits(config: TrainConfig) -> data.Splits:
         return _from_disk(config, config.data_dir, tail)
 
 
+def load_test(config: TrainConfig, class_names: list[str]) -> data.LabelledImages | None:
+    """The test part of a folder that has no training images any more; None for another data set.
+
+    Args:
+        class_names: [C] of the training images that were there.
+
+    Raises:
+        data.DataError: the test part is malformed.
+    """
+    if config.dataset != "folder":
+        return None
+    assert config.data_dir is not None
+    with renamed(root="data_dir"):
+        return data.folder.test_images(
+            config.data_dir,
+            class_names,
+            transforms=_transforms(config),
+            exif_orientation=config.exif_orientation,
+        )
+
+
 def _from_disk(config: TrainConfig, root: str, tail: dict[str, Any]) -> data.Splits:
     transforms = _transforms(config)
     exif: dict[str, Any] = {"exif_orientation": config.exif_orientation}

@@ -7,7 +7,9 @@ import contextlib
 import copy
 import importlib
 import math
+import os
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from ..runs import contents
 from ..runs.config import TrainConfig
 from ..runs.datasets import blank_image, image_size, load_splits
 from ..runs.networks import network
-from ..runs.opening import CHECKPOINTS, NETWORK
+from ..runs.opening import CHECKPOINTS, FOLDERS, NETWORK, located
 from ..runs.plain import from_run, load_yaml, to_dict
 from . import resume, schedule
 from .folder import CONFIG, RunFolder
@@ -74,7 +76,14 @@ def train(
 
 def resumed_config(folder: Path, **overrides: Any) -> TrainConfig:
     """The settings that a run was started with, with some changed."""
-    return from_run(load_yaml(folder / CONFIG), **{**overrides, "output": str(folder)})
+    settings = located(folder, load_yaml(folder / CONFIG))
+    return from_run(settings, **{**overrides, "output": str(folder)})
+
+
+def _with_absolute_folders(config: TrainConfig) -> TrainConfig:
+    """The settings as the run records them, so that it is resumed and evaluated from any folder."""
+    given = {name: getattr(config, name) for name in FOLDERS}
+    return replace(config, **{k: os.path.abspath(v) for k, v in given.items() if v is not None})
 
 
 class Trainer:
@@ -89,6 +98,7 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, processes: Processes, *, console: Console | None = None
     ) -> None:
+        config = _with_absolute_folders(config)
         self.config, self.processes = config, processes
         self.output = Path(config.output)
         self.folder = RunFolder(self.output, processes)
