@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -48,6 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         evaluated = _evaluate(path, arguments.policy, overrides)
     except (TypeError, ValueError) as error:
         raise UserError(with_flags(str(error), moved)) from error
+    if "checkpoint" in metadata:
+        print(f"{path}: {metadata['checkpoint']}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(evaluated.metrics, indent=1))
     else:

@@ -46,8 +46,8 @@ def main(argv: list[str] | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         what = error.strerror or str(error) or type(error).__name__  # libraries raise empty ones
         return fail(f"{where}{what}")
-    except KeyboardInterrupt:
-        print("elf-fast: stopped", file=sys.stderr)
+    except KeyboardInterrupt as error:  # it may say how to go on
+        print("; ".join(["elf-fast: stopped", *map(str, error.args)]), file=sys.stderr)
         return interrupts.STATUS
     except (MemoryError, RuntimeError) as error:
         if is_lost_worker(error):  # raised outside of the loader

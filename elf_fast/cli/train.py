@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ def run(arguments: argparse.Namespace) -> int:
             raise UserError(with_flags(str(error), HINTS)) from error
         try:
             results = trainer.run()
+        except KeyboardInterrupt as error:
+            if processes.is_first:
+                raise KeyboardInterrupt(_how_to_go_on(config.output)) from error
+            raise
         except (NonFiniteError, DataError) as error:
             raise UserError(with_flags(str(error), HINTS)) from error
         except Stopped as stopped:
@@ -59,6 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
                 if part in results:
                     show(f"{config.output}: {part}", results[part])
     return 0
+
+
+def _how_to_go_on(output: str) -> str:
+    """What to type after Ctrl-C."""
+    from ..runs.opening import CHECKPOINTS
+
+    if any(Path(output, CHECKPOINTS).glob("step-????????")):
+        return f"to go on from the newest checkpoint: elf-fast train --resume {shlex.quote(output)}"
+    return "there is no checkpoint yet: the same command starts again"
 
 
 def _settings(arguments: argparse.Namespace) -> Any:

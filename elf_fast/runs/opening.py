@@ -37,7 +37,8 @@ FOLDERS = ("data_dir", "lists")
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """(weights, metadata) of a folder or a file. metadata["network"] names the program that can
-    build the network: `NETWORK`, or another writer such as the demo.
+    build the network: `NETWORK`, or another writer such as the demo. metadata["checkpoint"] names
+    the checkpoint that was read, if the weights are not those of a finished run.
 
     Args:
         path: a folder with weights, a run that has only checkpoints so far, one of its
@@ -58,7 +59,19 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             why = "; ".join(map(str, refused)) or "found none"
             raise CheckpointError(f"{path}: expected a run with weights or checkpoints: {why}")
     assert found is not None
-    return found.weights if found.average is None else found.average, found.metadata
+    weights = found.weights if found.average is None else found.average
+    return weights, {**found.metadata, "checkpoint": _named(found)}
+
+
+def _named(found: checkpoints.Checkpoint) -> str:
+    """Such as "checkpoint step-00000012, after 3 of 90 epochs, thresholds not calibrated yet"."""
+    settings, position = found.metadata.get("config"), found.state.get("position")
+    text = f"checkpoint {found.path.name}"
+    if isinstance(settings, dict) and isinstance(position, dict):
+        text += f", after {position.get('epoch')} of {settings.get('epochs')} epochs"
+        if settings.get("calibrate") and settings.get("exits") != []:
+            text += ", thresholds not calibrated yet"
+    return text
 
 
 def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:

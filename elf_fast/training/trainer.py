@@ -34,7 +34,7 @@ from ..runs.plain import from_run, load_yaml, to_dict
 from . import resume, schedule
 from .folder import CONFIG, RunFolder
 from .learner import Learner
-from .log import Log
+from .log import Log, introduction
 from .processes import Processes, Stopped, joined
 from .progress import Progress, Totals
 from .results import Evaluator, write_results
@@ -257,7 +257,7 @@ class Trainer:
         with self.folder.locked() if self.output.is_dir() else contextlib.nullcontext():
             found = resume.newest(self.output / CHECKPOINTS, self.processes, self.console)
         if found is None:
-            say(self.console, "no checkpoint yet: the run starts anew")
+            say(self.console, f"{self.output} holds no checkpoint: a new run starts there")
             return
         contents.check_resumed(found.path, found.metadata, self.contents, self.config)
         self.progress = p = resume.restore(
@@ -310,6 +310,8 @@ class Trainer:
                 has_validation=self.validation is not None,
             ):
                 say(self.console, f"settings without effect: {', '.join(idle)}")
+            for line in self._introduction():
+                say(self.console, line)
             self._train()
             self.folder.check()
             return write_results(
@@ -320,6 +322,18 @@ class Trainer:
                 history=self.progress.history,
                 metadata=self.metadata(),
             )
+
+    def _introduction(self) -> list[str]:
+        config = self.config
+        return introduction(
+            config,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            flops=self.evaluator.flops,
+            size=image_size(config),
+            device=self.processes.device,
+            steps=self.steps_per_epoch,
+            calibrates=config.calibrate and config.has_exits and self.validation is not None,
+        )
 
     def _train(self) -> None:
         """All epochs that are left."""

@@ -91,7 +91,7 @@ def test_eval_repeats_the_demos_numbers(demo_output, capsys):
     assert torch.get_num_threads() == threads
     assert cli.main(["eval", str(folder)]) == 0
     overall = 100 * results["runs"][0]["test"]["elf"]["overall"]
-    assert f"accuracy overall, %       {overall:.1f}" in capsys.readouterr().out
+    assert f"accuracy overall, %{'':23}{overall:.1f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--data-dir", "--lists"])
