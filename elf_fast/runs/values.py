@@ -41,8 +41,9 @@ def renamed(**settings: str) -> Iterator[None]:
 
 def convert(name: str, value: Any, hint: Any) -> Any:
     """`value` of the setting `name` as the annotation `hint` asks for it. Numbers may be strings,
-    and values may be NumPy's. "none" is None where the annotation has None, so that a flag can take
-    a setting back that a file or a resumed run has. The result holds only what YAML can hold, except callables.
+    and values may be NumPy's. Where the annotation has None, "none" is None, so that a flag takes
+    back what a file or a resumed run has set. The result holds only what YAML can hold, except
+    callables.
 
     Raises:
         ValueError, TypeError: it does not fit.

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -16,7 +15,6 @@ from ..console import say
 from ..flops import Flops
 from ..runs.config import TrainConfig
 from ..runs.plain import to_dict
-
 
 #: Without a terminal, a line within an epoch follows the one before it after this many seconds and
 #: this share of the epoch, whichever takes longer.

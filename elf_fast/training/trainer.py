@@ -98,12 +98,12 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, processes: Processes, *, console: Console | None = None
     ) -> None:
-        config = _with_absolute_folders(config)
-        self.config, self.processes = config, processes
+        self.processes = processes
         self.output = Path(config.output)
         self.folder = RunFolder(self.output, processes)
         self.console = (console or LastingConsole()) if processes.is_first else Console(quiet=True)
-        self.splits = load_splits(config)
+        self.splits = load_splits(config)  # by the paths as given, which messages name
+        self.config = config = _with_absolute_folders(config)
         say(self.console, self.splits.summary())
         self.contents = contents.describe(self.splits)
         self._check_same_data()  # before DistributedDataParallel, which fails on unequal classes
