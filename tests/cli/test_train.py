@@ -16,6 +16,7 @@ from run_cases import FLAGS, printed
 
 from elf_fast import cli
 from elf_fast.runs import files, plain
+from elf_fast.training.trainer import Trainer
 
 
 def test_a_run_learns_and_leaves_its_files(run):
@@ -74,13 +75,36 @@ def test_a_finished_run_is_calibrated_anew_for_fewer_flops(folder, tmp_path, cap
     assert limited["validation"]["flops_share"] <= 0.6
     assert limited["validation"]["overall"] < free["validation"]["overall"]
     assert limited["history"] == free["history"]
+    again = calibrated("--resume", tmp_path / "run", "--max-flops", "none")
+    assert again["validation"] == free["validation"] and again["settings"]["max_flops"] is None
 
 
 def test_resuming_a_run_that_is_not_there_yet_starts_it(tmp_path, capsys):
     flags = "--dataset digits --epochs 1 --model cifar_resnet8 --workers 0 --no-log-tensorboard"
     command = ["train", "--resume", tmp_path / "new", *flags.split()]
-    assert "goes on" not in printed(capsys, *command)
+    said = printed(capsys, *command)
+    assert f"{tmp_path / 'new'} holds no checkpoint: a new run starts there" in said
+    assert "goes on" not in said
     assert "goes on from" in printed(capsys, *command)
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_ctrl_c_says_how_to_go_on(steps, tmp_path, monkeypatch, capsys):
+    """In the first epoch of 9 steps, before there is a checkpoint, and in the second."""
+    make, output = Trainer.step, tmp_path / "my run"
+
+    def step(self, group):
+        if self.progress.step == steps:
+            raise KeyboardInterrupt
+        return make(self, group)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    flags = "--dataset digits --epochs 2 --model cifar_resnet8 --workers 0 --no-log-tensorboard"
+    assert cli.main(["train", *flags.split(), "--output", str(output)]) == 130
+    how = f"to go on from the newest checkpoint: elf-fast train --resume '{output}'"
+    if steps == 3:
+        how = "there is no checkpoint yet: the same command starts again"
+    assert capsys.readouterr().err == f"elf-fast: stopped; {how}\n"
 
 
 @pytest.mark.parametrize(
@@ -95,6 +119,27 @@ def test_resuming_a_run_that_is_not_there_yet_starts_it(tmp_path, capsys):
         (
             ["--dataset", "iNaturalist-2018", "--data-dir", "x"],
             "x/iNaturalist18_train.txt: expected a list of images, got no file; x/iNat",
+        ),
+        (
+            ["--dataset", "digits", "--model", "cifar_resnet8", "--exits", "layer9"],
+            '--exits: no module named "layer9" in CifarResNet',
+        ),
+        (
+            [
+                "--dataset",
+                "digits",
+                "--model",
+                "vit_tiny_patch16_224",
+                "--conv-heads",
+                "--model-kwargs",
+                "img_size=16",
+            ],
+            "--conv-heads: expected features [N, D, H, W], got [2, 2, 192]",
+        ),
+        (
+            ["--dataset", "digits", "--model", "resnet18", "--model-kwargs", "checkpoint_path=a"],
+            "--model: expected weights of resnet18 with {'checkpoint_path': 'a'} that can be "
+            "loaded, got FileNotFoundError\n",
         ),
         (["--dataset", "digits", "--device", "gpu"], "--device: expected cpu, cuda or another"),
         (["--dataset", "digits", "--device", "cuda:99"], "GPUs that torch can use, got 'cuda:99'"),
