@@ -49,8 +49,8 @@ def run(arguments: argparse.Namespace) -> int:
         evaluated = _evaluate(path, arguments.policy, overrides)
     except (TypeError, ValueError) as error:
         raise UserError(with_flags(str(error), moved)) from error
-    if "checkpoint" in metadata:
-        print(f"{path}: {metadata['checkpoint']}", file=sys.stderr)
+    if evaluated.checkpoint:
+        print(f"{path}: {evaluated.checkpoint}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(evaluated.metrics, indent=1))
     else:
@@ -64,6 +64,7 @@ class _Evaluated(NamedTuple):
     part: str
     metrics: dict[str, Any]
     thresholds: str  # which, and where they come from
+    checkpoint: str = ""  # which, if the weights are not those of a finished run
 
 
 def _evaluate(path: Path, policy: str | None, overrides: dict[str, str]) -> _Evaluated:
@@ -79,7 +80,9 @@ def _evaluate(path: Path, policy: str | None, overrides: dict[str, str]) -> _Eva
             file = opening.policy_beside(path)
         part, metrics, model = opening.evaluate_run(path, weights, metadata, file, **overrides)
         shown = f"thresholds {shown_thresholds(nested(model.thresholds))}, from "
-        return _Evaluated(metadata["seed"], part, metrics, f"{shown}{file or 'the weights'}")
+        thresholds = f"{shown}{file or 'the weights'}"
+        checkpoint = metadata.get("checkpoint", "")
+        return _Evaluated(metadata["seed"], part, metrics, thresholds, checkpoint)
     from ..demo import run as demo
 
     if network == demo.NETWORK:
@@ -89,9 +92,9 @@ def _evaluate(path: Path, policy: str | None, overrides: dict[str, str]) -> _Eva
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: expected none with weights of the demo, got {folder}")
         part, metrics = demo.evaluate_saved(path, weights, metadata)
-        thresholds = nested(weights["thresholds"])
-        shown = f"thresholds {shown_thresholds(thresholds)}, from the weights"
-        return _Evaluated(metadata["seed"], part, metrics, shown)
+        shown = shown_thresholds(nested(weights["thresholds"]))
+        thresholds = f"thresholds {shown}, from the weights"
+        return _Evaluated(metadata["seed"], part, metrics, thresholds)
     raise UserError(
         f"{path}: expected weights of elf-fast train or of the demo, got network {network!r}"
     )
