@@ -31,10 +31,11 @@ def test_a_missing_extra_is_named_with_its_cure(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
     for name in [m for m in sys.modules if m.startswith("rich.")]:
         monkeypatch.delitem(sys.modules, name)
+    main = importlib.import_module("elf_fast.cli.main")  # `cli.main` is the function
+    monkeypatch.setattr(main, "_EXTRA", {"rich": "rich", "torch": "torch"})
     message = refused(capsys, "demo", "--output", tmp_path)
     cure = 'pip install rich (or pip install ".[train]" in the source folder)'
     assert message == f"elf-fast: rich is not installed: {cure}\n"
-    main = importlib.import_module("elf_fast.cli.main")  # `cli.main` is the function
     monkeypatch.setattr(main, "_EXTRA", {"rich": "rich", "no_such": "none-such"})
     assert "pip install rich none-such (or" in refused(capsys, "demo", "--output", tmp_path)
 
