@@ -40,6 +40,7 @@ FLOORS = (
     ("runs",),
     ("training", "export", "serving", "demo"),
     ("cli",),
+    ("__main__",),
 )
 #: The same inside folders; modules that are not named stand on the highest floor of their folder.
 INSIDE = {

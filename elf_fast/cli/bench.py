@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from .errors import UserError
+from .errors import UserError, with_flags
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -51,5 +51,5 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         command.run(arguments)
     except ValueError as error:
-        raise UserError(str(error)) from error
+        raise UserError(with_flags(str(error), vars(arguments))) from error
     return 0

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .errors import UserError, check_path
+from .errors import UserError, check_path, with_flags
 from .metrics import show
 
 
@@ -47,7 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         evaluated = _evaluate(path, arguments.policy, overrides)
     except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(with_flags(str(error), moved)) from error
+    if evaluated.checkpoint:
+        print(f"{path}: {evaluated.checkpoint}", file=sys.stderr)
     if arguments.json:
         print(json.dumps(evaluated.metrics, indent=1))
     else:
@@ -61,6 +64,7 @@ class _Evaluated(NamedTuple):
     part: str
     metrics: dict[str, Any]
     thresholds: str  # which, and where they come from
+    checkpoint: str = ""  # which, if the weights are not those of a finished run
 
 
 def _evaluate(path: Path, policy: str | None, overrides: dict[str, str]) -> _Evaluated:
@@ -76,7 +80,9 @@ def _evaluate(path: Path, policy: str | None, overrides: dict[str, str]) -> _Eva
             file = opening.policy_beside(path)
         part, metrics, model = opening.evaluate_run(path, weights, metadata, file, **overrides)
         shown = f"thresholds {shown_thresholds(nested(model.thresholds))}, from "
-        return _Evaluated(metadata["seed"], part, metrics, f"{shown}{file or 'the weights'}")
+        thresholds = f"{shown}{file or 'the weights'}"
+        checkpoint = metadata.get("checkpoint", "")
+        return _Evaluated(metadata["seed"], part, metrics, thresholds, checkpoint)
     from ..demo import run as demo
 
     if network == demo.NETWORK:
@@ -86,9 +92,9 @@ def _evaluate(path: Path, policy: str | None, overrides: dict[str, str]) -> _Eva
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: expected none with weights of the demo, got {folder}")
         part, metrics = demo.evaluate_saved(path, weights, metadata)
-        thresholds = nested(weights["thresholds"])
-        shown = f"thresholds {shown_thresholds(thresholds)}, from the weights"
-        return _Evaluated(metadata["seed"], part, metrics, shown)
+        shown = shown_thresholds(nested(weights["thresholds"]))
+        thresholds = f"thresholds {shown}, from the weights"
+        return _Evaluated(metadata["seed"], part, metrics, thresholds)
     raise UserError(
         f"{path}: expected weights of elf-fast train or of the demo, got network {network!r}"
     )

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from run_cases import FLAGS, printed, refused
+from run_cases import FLAGS, QUIET, printed, refused
 
 from elf_fast import cli
-from elf_fast.runs import files
+from elf_fast.runs import files, plain
+from elf_fast.training.processes import Processes
+from elf_fast.training.trainer import Trainer, resumed_config
+
+CPU = Processes(torch.device("cpu"))
 
 
 def test_eval_repeats_the_numbers_of_a_run(run, folder, tmp_path, capsys):
@@ -35,6 +41,92 @@ def test_eval_repeats_the_numbers_of_a_run(run, folder, tmp_path, capsys):
         assert "seed 3, validation set" in said
     finally:
         (tmp_path / "test").rename(test)
+
+
+def test_eval_needs_no_training_images(run, folder, tmp_path, capsys):
+    """Neither the folders of their classes, nor the folder around them."""
+    expected = json.loads((run / "metrics.json").read_text())["test"]
+    images = shutil.copytree(folder, tmp_path / "images")
+    for image in (images / "train").glob("*/*.png"):
+        image.unlink()
+    for _ in range(2):
+        assert cli.main(["eval", str(run), "--data-dir", str(images), "--json"]) == 0
+        shown = capsys.readouterr()
+        assert json.loads(shown.out) == expected
+        assert shown.err == (
+            f"{images}: no training images, so they were not compared with the run's\n"
+        )
+        shutil.rmtree(images / "train", ignore_errors=True)
+    shutil.copytree(folder / "test", images / "train")  # some are there: they are compared
+    said = refused(capsys, "eval", run, "--data-dir", images)
+    assert "train: expected the run's 94 images, got 24: class0 52 fewer" in said
+    shutil.rmtree(images / "train")
+    shutil.rmtree(images / "test")
+    said = refused(capsys, "eval", run, "--data-dir", images)
+    assert "expected a training part beside val, got none" in said
+
+
+def test_eval_without_training_images_compares_the_test_images(run, folder, tmp_path, capsys):
+    weights, metadata = files.load(run / "model.safetensors")
+    shutil.copytree(folder / "test", tmp_path / "images" / "test")
+    settings = {**metadata["config"], "data_dir": str(tmp_path / "images")}
+    files.save(tmp_path / "a.safetensors", weights, {**metadata, "config": settings})
+    assert json.loads(printed(capsys, "eval", tmp_path / "a.safetensors", "--json"))
+    (tmp_path / "images" / "test" / "class1" / "3.png").unlink()
+    assert cli.main(["eval", str(tmp_path / "a.safetensors")]) == 2
+    assert "test: expected the run's 24 images, got 23: class1 1 fewer" in capsys.readouterr().err
+    del metadata["class_names"]  # a run of an earlier version: the classes are not known
+    files.save(tmp_path / "a.safetensors", weights, {**metadata, "config": settings})
+    said = refused(capsys, "eval", tmp_path / "a.safetensors")
+    assert "expected a training part beside test, got none" in said
+
+
+@pytest.mark.parametrize("part", ["", "model.safetensors"])
+def test_a_run_that_recorded_paths_as_given_is_found_from_any_folder(
+    part, run, folder, tmp_path, monkeypatch, capsys
+):
+    """As runs of earlier versions did; this one lies in runs/a of where it was started."""
+    start, settings = tmp_path / "start", {"data_dir": "images", "output": "./runs/a"}
+    shutil.copytree(folder, start / "images")
+    shutil.copytree(run, start / "runs" / "a")
+    weights, metadata = files.load(run / "model.safetensors")
+    recorded = {**metadata, "config": {**metadata["config"], **settings}}
+    files.save(start / "runs" / "a" / "model.safetensors", weights, recorded)
+    (start / "runs" / "a" / "config.yaml").write_text("data_dir: images\noutput: runs/a\n")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    path = Path("../start/runs/a", part)
+    assert json.loads(printed(capsys, "eval", path, "--json"))["samples"] == 24
+    if not part:
+        assert resumed_config(path).data_dir == str(start / "images")
+    shutil.move(start / "runs" / "a", tmp_path / "moved")
+    said = refused(capsys, "eval", tmp_path / "moved" / part)
+    assert "--data-dir: expected a folder with one subfolder per class, got images" in said
+
+
+def test_a_new_run_records_whole_paths(run, folder):
+    _, metadata = files.load(run / "model.safetensors")
+    assert metadata["config"]["data_dir"] == str(folder)
+    place = os.path.relpath(folder)
+    made = Trainer(plain.from_run(metadata["config"], data_dir=place), CPU, console=QUIET)
+    assert made.config.data_dir == str(folder)
+
+
+def test_eval_says_which_checkpoint_it_took(run, capsys):
+    last = sorted((run / "checkpoints").iterdir())[-1]
+    assert cli.main(["eval", str(run)]) == 0
+    assert capsys.readouterr().err == ""
+    for path, removed in ((last, False), (run, True)):
+        weights = run / "model.safetensors"
+        hidden = weights.rename(run / "hidden") if removed else None
+        try:
+            assert cli.main(["eval", str(path), "--json"]) == 0
+        finally:
+            if hidden:
+                hidden.rename(weights)
+        assert capsys.readouterr().err == (
+            f"{path}: checkpoint {last.name}, after 4 of 4 epochs, thresholds not calibrated yet\n"
+        )
 
 
 def test_a_run_on_lists_is_evaluated_wherever_images_and_lists_are(folder, tmp_path, capsys):
@@ -91,7 +183,7 @@ def test_eval_repeats_the_demos_numbers(demo_output, capsys):
     assert torch.get_num_threads() == threads
     assert cli.main(["eval", str(folder)]) == 0
     overall = 100 * results["runs"][0]["test"]["elf"]["overall"]
-    assert f"accuracy overall, %       {overall:.1f}" in capsys.readouterr().out
+    assert f"accuracy overall, %{'':23}{overall:.1f}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flag", ["--data-dir", "--lists"])
