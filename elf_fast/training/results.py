@@ -17,6 +17,7 @@ from ..policy import calibrate
 from ..policy.exit_table import ExitTable, exit_table
 from ..runs import checkpoints, files
 from ..runs.config import TrainConfig
+from ..runs.description import write_weights
 from ..runs.evaluation import autocast, check_read, evaluate, evaluation_loader
 from ..runs.plain import to_dict
 from .processes import Processes
@@ -120,7 +121,7 @@ def write_results(
             results["calibration"] = evaluator.calibrate(model, validation)
         results["validation"] = evaluator.metrics(model, validation)
     if is_first:
-        files.save(output / checkpoints.WEIGHTS, model.state_dict(), metadata)
+        write_weights(output, model.state_dict(), metadata, checkpoints.WEIGHTS)
     test = evaluator.loader(splits.test)
     if test is not None:
         results["test"] = evaluator.metrics(model, test)
