@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 #: only. A name is a module or a folder of elf_fast/. "" is the package itself: what
 #: elf_fast/__init__.py exports may be used through it only above it.
 FLOORS = (
-    ("criteria", "memory", "modes", "timing", "weight_decay", "kernels"),
+    ("atomic", "criteria", "digests", "memory", "modes", "timing", "weight_decay", "kernels"),
     ("checks",),
     ("console",),
-    ("ranks", "exit_settings"),
+    ("ranks", "exit_settings", "groups"),
     ("base", "heads"),
     ("reference",),
     ("ops",),
@@ -36,8 +36,8 @@ FLOORS = (
     ("classifiers", "models", "backbones"),
     ("inference",),
     ("",),
-    ("data", "bench"),
-    ("runs", "policy"),
+    ("data", "bench", "policy"),
+    ("runs",),
     ("training", "export", "serving", "demo"),
     ("cli",),
 )
@@ -53,7 +53,7 @@ INSIDE = {
                    "refill", "prometheus"),
                   ("code", "exits", "cache", "queues", "counters"), ("choice", "engine", "core"),
                   ("compiling",), ("scheduler",), ("__init__",)),
-    "policy": (("exit_table",), ("calibrate",)),
+    "policy": (("logits", "reading"), ("artefact", "exit_table"), ("one_number", "measure")),
     "runs": (("strict_yaml", "lock", "demo_network"), ("values", "files"),
              ("config", "checkpoints", "description"), ("plain", "datasets"),
              ("networks", "evaluation", "contents"), ("building",), ("opening",), ("loading",)),

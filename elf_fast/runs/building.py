@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .. import criteria
 from ..backbones import create
+from ..base import ELFBase
 from ..classifiers import CosineClassifier, use_cosine_
 from ..criteria import Score
 from ..losses import BalancedSoftmaxLoss, LongTailLoss
@@ -34,7 +35,6 @@ _WEIGHTS = (
     "pretrained_cfg_overlay",
 )
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
-_VECTORS = ("weight", "margins", "bias")  # [C], of a loss
 
 
 def settings(metadata: Mapping[str, Any], **overrides: Any) -> TrainConfig:
@@ -114,14 +114,13 @@ def _neutral(criterion: str | Score) -> dict[str, Any]:
 
 def _demo(metadata: Mapping[str, Any], criterion: str | Score | None) -> ELF:
     counts = metadata["class_counts"]
-    options = {} if criterion is None else {"criterion": criterion}
     off = criteria.find(criterion or "confidence").off
     return demo_network.with_exits(
         len(counts),
         exit_loss=BalancedSoftmaxLoss(counts),
+        criterion=criterion or "confidence",
         thresholds=off,
         train_thresholds=off,
-        **options,
     )
 
 
@@ -168,12 +167,11 @@ def assembled(
 
 def loss(described: Mapping[str, Any]) -> LongTailLoss:
     """What `describe_loss` described."""
-    vectors = {
-        name: None if described[name] is None else torch.tensor(described[name])
-        for name in _VECTORS
+    given = {
+        name: torch.tensor(value) if isinstance(value, list) else value
+        for name, value in described.items()
     }
-    scalars = {name: described[name] for name in ("gamma", "scale", "label_smoothing")}
-    return LongTailLoss(**scalars, **vectors)
+    return LongTailLoss(**given)
 
 
 def describe_loss(exit_loss: Any) -> dict[str, Any] | None:
@@ -187,15 +185,15 @@ def describe_loss(exit_loss: Any) -> dict[str, Any] | None:
     }
 
 
-def describe_options(model: nn.Module) -> dict[str, Any]:
+def describe_options(model: ELFBase) -> dict[str, Any]:
     """The entries of a description that `assembled` reads, beside "build"."""
-    floats = [p for p in model.stages.parameters() if p.is_floating_point()]  # type: ignore[union-attr,operator]
+    floats = [p for p in model.stages.parameters() if p.is_floating_point()]
     return {
         "cosine": any(isinstance(module, CosineClassifier) for module in model.modules()),
         "dtype": str(floats[0].dtype).removeprefix("torch.") if floats else "float32",
         "loss": describe_loss(model.exit_loss),
         "options": {
-            "exit_weights": list(model.exit_weights),  # type: ignore[arg-type]
+            "exit_weights": list(model.exit_weights),
             "drop_exited": model.drop_exited,
             "has_train_thresholds": model.train_thresholds is not None,
         },

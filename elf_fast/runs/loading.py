@@ -15,7 +15,9 @@ from ..criteria import Score
 from ..data import Preprocessing
 from ..exit_settings import classes_of
 from ..modules import ELF
-from . import building, opening
+from ..policy import Policy
+from ..policy import artefact as policies
+from . import building, checkpoints, opening
 from .datasets import digit_preprocessing, preprocessing
 from .description import DEMO, RUN, Facts, check_config, facts
 from .files import CheckpointError
@@ -71,6 +73,7 @@ def load(
         building.set_criterion(model, criterion or _named_criterion(metadata))
         opening.load_weights(model, _for_own(model, weights), place)
     model.class_names, model.class_counts, model.transform = found
+    _apply_policy(model, place)
     model.origin = {name: value for name, value in metadata.items() if name != "preprocessing"}
     return model.eval().to(target)
 
@@ -113,6 +116,21 @@ def _any_criterion(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The preprocessing does not depend on the criterion, which may be a function."""
     off = (criteria.by_name("confidence").off,)
     return {"criterion": "confidence", "thresholds": off, "train_thresholds": off}
+
+
+def _apply_policy(model: ELF, place: Path) -> None:
+    """Applies the policy beside the weights, if there is one."""
+    folder = place if place.is_dir() else place.parent
+    file, weights = folder / policies.FILE, folder / checkpoints.WEIGHTS
+    is_beside = weights.exists() if place.is_dir() else place.name == checkpoints.WEIGHTS
+    if not is_beside or not file.exists():
+        return
+    policy = Policy.load(file)
+    try:
+        model.apply_policy(policy)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from error
+    model.policy = policy
 
 
 def _named_criterion(metadata: Mapping[str, Any]) -> str | None:
