@@ -9,6 +9,7 @@ from .modules import ELF, ELFOutput, ExitHead, fuse, unfuse
 
 if TYPE_CHECKING:
     from .runs.loading import load
+    from .runs.saving import save
 
 __all__ = [
     "ELF",
@@ -24,6 +25,7 @@ __all__ = [
     "reference",
     "report",
     "samplers",
+    "save",
     "unfuse",
     "use_backend",
 ]
@@ -32,9 +34,13 @@ __version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:
-    """`load` when it is first used: it needs Pillow and safetensors, the rest does not."""
+    """`load` and `save` when they are first used: they need Pillow and safetensors."""
     if name == "load":
         from .runs.loading import load
 
         return load
+    if name == "save":
+        from .runs.saving import save
+
+        return save
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

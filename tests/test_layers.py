@@ -56,7 +56,8 @@ INSIDE = {
     "policy": (("logits", "reading"), ("artefact", "exit_table"), ("one_number", "measure")),
     "runs": (("strict_yaml", "lock", "demo_network"), ("values", "files"),
              ("config", "checkpoints", "description"), ("plain", "datasets"),
-             ("networks", "evaluation", "contents"), ("building",), ("opening",), ("loading",)),
+             ("networks", "evaluation", "contents"), ("building", "card"),
+             ("opening", "saving"), ("loading",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),
                  ("resume", "results", "unreadable"), ("folder",), ("trainer", "config")),
 }  # fmt: skip

@@ -34,6 +34,8 @@ _WEIGHTS = (
     "weights_backbone",
     "pretrained_cfg_overlay",
 )
+#: Parts of an ELF that may be the user's own code; files need not have their tensors.
+OWN_PARTS = ("exit_loss.", "criterion.")
 _DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
@@ -167,7 +169,7 @@ def assembled(
 
 def loss(described: Mapping[str, Any]) -> LongTailLoss:
     """What `describe_loss` described."""
-    given = {
+    given: dict[str, Any] = {
         name: torch.tensor(value) if isinstance(value, list) else value
         for name, value in described.items()
     }

@@ -72,10 +72,10 @@ def facts(path: object, metadata: Mapping[str, Any], classes: int | None = None)
     counts = metadata.get("class_counts", [])
     if not isinstance(counts, list) or not all(type(n) is int and n >= 0 for n in counts):
         raise CheckpointError(f"{path}: class_counts: expected integers, got {_shown(counts)}")
-    C = classes or len(counts)
-    names = metadata.get("class_names", [str(c) for c in range(C)])
+    names = metadata.get("class_names", [str(c) for c in range(classes or len(counts))])
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CheckpointError(f"{path}: class_names: expected texts, got {_shown(names)}")
+    C = classes or len(names)
     for entry, value in (("class_names", names), ("class_counts", counts or names)):
         if len(value) != C:
             raise CheckpointError(f"{path}: {entry}: expected {C}, one per class, got {len(value)}")

@@ -22,9 +22,6 @@ from .datasets import digit_preprocessing, preprocessing
 from .description import DEMO, RUN, Facts, check_config, facts
 from .files import CheckpointError
 
-#: Parts of an ELF that are the user's own code, whose tensors may be missing in a file.
-_OWN_PARTS = ("exit_loss.", "criterion.")
-
 
 def load(
     path: str | os.PathLike[str],
@@ -68,13 +65,12 @@ def load(
     found = _facts(place, metadata, model)
     if model is None:
         model = building.build(place, metadata, criterion)
-        opening.load_weights(model, weights, place)
+        model.origin = {name: value for name, value in metadata.items() if name != "preprocessing"}
     else:
         building.set_criterion(model, criterion or _named_criterion(metadata))
-        opening.load_weights(model, _for_own(model, weights), place)
+    opening.load_weights(model, _with_own_parts(model, weights), place)
     model.class_names, model.class_counts, model.transform = found
     _apply_policy(model, place)
-    model.origin = {name: value for name, value in metadata.items() if name != "preprocessing"}
     return model.eval().to(target)
 
 
@@ -140,8 +136,9 @@ def _named_criterion(metadata: Mapping[str, Any]) -> str | None:
     return found if isinstance(found, str) and found in criteria.TABLE else None
 
 
-def _for_own(model: ELF, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The weights for a model of the user's. Its loss and criterion keep their own tensors."""
+def _with_own_parts(model: ELF, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights to load into the model. Its loss and criterion, which may be the user's own code,
+    keep their tensors."""
     own = model.state_dict()
-    kept = {name: value for name, value in weights.items() if not name.startswith(_OWN_PARTS)}
-    return {**kept, **{n: v for n, v in own.items() if n.startswith(_OWN_PARTS)}}
+    kept = {n: value for n, value in weights.items() if not n.startswith(building.OWN_PARTS)}
+    return {**kept, **{n: v for n, v in own.items() if n.startswith(building.OWN_PARTS)}}
