@@ -45,9 +45,9 @@ FLOORS = (
 INSIDE = {
     "bench": (("workload",), ("inference", "training"), ("engines",), ("command",)),
     "cli": (("errors", "metrics", "flags", "interrupts"),
-            ("bench", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
+            ("bench", "demo", "doctor", "evaluate", "predict", "train"), ("main",), ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("preprocessing", "loader", "tree"), ("transforms",),
-             ("cifar", "digits", "folder", "lists"), ("__init__",)),
+             ("cifar", "digits", "folder", "lists", "inputs"), ("__init__",)),
     "demo": (("loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
     "inference": (("folding", "packing", "parts", "frozen", "report", "request", "stage_times",
                    "refill", "prometheus"),
@@ -57,7 +57,7 @@ INSIDE = {
     "runs": (("strict_yaml", "lock", "demo_network"), ("values", "files"),
              ("config", "checkpoints", "description"), ("plain", "datasets"),
              ("networks", "evaluation", "contents"), ("building", "card"),
-             ("opening", "saving"), ("loading",)),
+             ("opening", "saving", "predict", "measured"), ("loading",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),
                  ("resume", "results", "unreadable"), ("folder",), ("trainer", "config")),
 }  # fmt: skip

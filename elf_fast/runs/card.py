@@ -14,8 +14,9 @@ from .. import checks
 from ..base import ELFBase
 from ..flops import Flops, count_flops
 from ..policy import Policy
+from ..policy import artefact as policies
 from . import files
-from .description import OWN, RUN, Facts
+from .description import OWN, RUN, Facts, facts
 
 NAME = "README.md"
 #: Classes that the card lists; config.json has all.
@@ -60,34 +61,49 @@ def text(
     name: str,
     model: ELFBase,
     metadata: Mapping[str, Any],
-    facts: Facts,
-    part: str,
-    metrics: Mapping[str, Any] | None,
+    known: Facts,
+    results: Any,
     policy: Policy | None,
+    flops: Flops | None,
 ) -> str:
     """The card of a network, complete but for its signature.
 
     Args:
         name: of the network, such as that of its folder.
         metadata: its description.
-        part: what the metrics were measured on.
+        results: see `main_results`.
     """
     kind = _kind(metadata)
+    part, metrics = main_results(results)
     body = [
         f"# {_plain(name)}",
         f"An image classifier with early exits: {kind}, {len(model.stages)} exits, "
-        f"{len(facts.class_names):,} classes. An image leaves at the first exit that is sure "
+        f"{len(known.class_names):,} classes. An image leaves at the first exit that is sure "
         "enough, so easy images cost less than hard ones.",
         "## Use it",
-        _usage(metadata, facts),
+        _usage(metadata, known),
         "## Exits",
-        _exits(model, _flops(model, metadata, facts), metrics, policy),
+        _exits(model, flops, metrics, policy),
     ]
     if metrics is not None:
         body += [f"## Results on {part}", _results(metrics)]
-    body += ["## Classes", _classes(facts), "## Preprocessing", _preprocessing(facts)]
+    body += ["## Classes", _classes(known), "## Preprocessing", _preprocessing(known)]
     head = _front_matter(name, metadata, part, metrics)
     return f"---\n{head}---\n\n" + "\n\n".join(body) + "\n"
+
+
+def write_for_run(
+    folder: Path,
+    model: ELFBase,
+    metadata: Mapping[str, Any],
+    results: Mapping[str, Any],
+    flops: Flops,
+) -> None:
+    """Writes the card of a finished run into its folder: see `write`."""
+    policy = folder / policies.FILE
+    found = Policy.load(policy) if policy.exists() else None
+    known = facts(folder, metadata)
+    write(folder, text(folder.resolve().name, model, metadata, known, results, found, flops))
 
 
 def write(folder: Path, content: str) -> bool:
@@ -116,9 +132,9 @@ def _digest(content: bytes) -> str:
 
 def _kind(metadata: Mapping[str, Any]) -> str:
     if metadata["network"] == RUN:
-        return f"`{_plain(str(metadata['config'].get('model')))}`"
+        return _plain(str(metadata["config"].get("model")))
     if "backbone" in metadata:
-        return f"`{_plain(metadata['backbone']['name'])}`"
+        return _plain(metadata["backbone"]["name"])
     return "a network of one's own" if metadata["network"] == OWN else "a small residual network"
 
 
@@ -157,10 +173,10 @@ def _front_matter(
     return data.to_yaml() + "\n"
 
 
-def _usage(metadata: Mapping[str, Any], facts: Facts) -> str:
+def _usage(metadata: Mapping[str, Any], known: Facts) -> str:
     own = ", model=model" if metadata["network"] == OWN else ""
     before = "build `model` by the code of its author, then\n\n" if own else ""
-    image = "model.transform.read('image.jpg')" if facts.transform else "image"
+    image = "model.transform.read('image.jpg')" if known.transform else "image"
     return (
         f"{before}```python\nimport elf_fast\n\n"
         f"model = elf_fast.load('.'{own})  # or huggingface_hub.snapshot_download(...)\n"
@@ -170,10 +186,11 @@ def _usage(metadata: Mapping[str, Any], facts: Facts) -> str:
     )
 
 
-def _flops(model: ELFBase, metadata: Mapping[str, Any], facts: Facts) -> Flops | None:
-    """None if the size of images is not known, or operators of one's own cannot be counted."""
+def flops_of(model: ELFBase, metadata: Mapping[str, Any], known: Facts) -> Flops | None:
+    """What the exits cost. None if the size of images is not known, or the network takes no single
+    image of this size."""
     build = metadata.get("build") or {}
-    shape = facts.transform.shape if facts.transform else build.get("input_shape")
+    shape = known.transform.shape if known.transform else build.get("input_shape")
     if shape is None:
         return None
     floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
@@ -198,7 +215,7 @@ def _exits(
         cost = "" if flops is None else f"{flops.leaving_at(e) / flops.without_exits:.1%}"
         threshold = _threshold(thresholds[e]) if e < len(thresholds) else "takes the rest"
         left = f"{shares[e]:.1%}" if shares else ""
-        rows.append((str(e), cost, threshold, left))
+        rows.append((str(e + 1), cost, threshold, left))
     criterion = model.criterion if policy is None else policy.criterion
     rule = f"the {criterion}" if isinstance(criterion, str) else "a function of the author's"
     source = "" if policy is None else ", from `policy.json`"
@@ -225,21 +242,21 @@ def _results(metrics: Mapping[str, Any]) -> str:
     return f"{table}\n\nAn image costs {share:.1%} of the FLOPs of the network without exits."
 
 
-def _classes(facts: Facts) -> str:
-    counts = facts.class_counts or ("",) * len(facts.class_names)
+def _classes(known: Facts) -> str:
+    counts = known.class_counts or ("",) * len(known.class_names)
     rows = [
         (str(c), _plain(name), f"{n:,}" if n != "" else "")
-        for c, (name, n) in enumerate(zip(facts.class_names, counts, strict=True))
+        for c, (name, n) in enumerate(zip(known.class_names, counts, strict=True))
     ]
     heading = ("index", "class", "training images")
-    kept = [row[:3] if facts.class_counts else row[:2] for row in rows[:_SHOWN]]
+    kept = [row[:3] if known.class_counts else row[:2] for row in rows[:_SHOWN]]
     more = len(rows) - _SHOWN
     rest = f"\n\n... and {more:,} more in `config.json`." if more > 0 else ""
     return _table(heading[: len(kept[0])], kept) + rest
 
 
-def _preprocessing(facts: Facts) -> str:
-    t = facts.transform
+def _preprocessing(known: Facts) -> str:
+    t = known.transform
     if t is None:
         return "Not recorded."
     how = {

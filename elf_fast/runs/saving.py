@@ -89,10 +89,11 @@ def save(
         if not name.startswith(building.OWN_PARTS)
     }
     chosen = _policy(model, policy, state)
-    part, metrics = card.main_results(results)
+    card.main_results(results)  # checked before anything is written
     network = _network(model, state, facts, backbone, dict(backbone_kwargs or {}))
     metadata = {**network, **entries(facts), "criterion": _criterion(model)}
-    text = card.text(place.resolve().name, model, metadata, facts, part, metrics, chosen)
+    flops = card.flops_of(model, metadata, facts)
+    text = card.text(place.resolve().name, model, metadata, facts, results, chosen, flops)
     with Lock(place):
         write_weights(place, state, metadata, checkpoints.WEIGHTS)
         if chosen is not None:

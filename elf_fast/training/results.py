@@ -15,7 +15,7 @@ from ..flops import Flops
 from ..modules import ELF
 from ..policy import one_number
 from ..policy.exit_table import ExitTable, exit_table
-from ..runs import checkpoints, files
+from ..runs import card, checkpoints, files
 from ..runs.config import TrainConfig
 from ..runs.description import write_weights
 from ..runs.evaluation import autocast, check_read, evaluate, evaluation_loader
@@ -129,4 +129,5 @@ def write_results(
     if is_first:
         described = json.dumps(results, indent=1, allow_nan=False) + "\n"
         files.write(output / RESULTS, described.encode())
+        card.write_for_run(output, model, metadata, results, evaluator.flops)
     return results
