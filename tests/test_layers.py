@@ -45,7 +45,8 @@ FLOORS = (
 INSIDE = {
     "bench": (("workload",), ("inference", "training"), ("engines",), ("command",)),
     "cli": (("errors", "metrics", "flags", "interrupts"),
-            ("bench", "demo", "doctor", "evaluate", "predict", "train"), ("main",), ("__init__", "__main__")),
+            ("bench", "demo", "doctor", "evaluate", "predict", "train"), ("main",),
+            ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("preprocessing", "loader", "tree"), ("transforms",),
              ("cifar", "digits", "folder", "lists", "inputs"), ("__init__",)),
     "demo": (("loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
