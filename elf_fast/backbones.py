@@ -143,6 +143,8 @@ def find(
             shapes = {n: value.shape for n, value in create(name, num_classes).state_dict().items()}
         if all(shapes.get(n) == shape for n, shape in tensors.items()):
             more[name] = len(shapes) - len(tensors)
+            if not more[name]:
+                break
     return min(more, key=more.__getitem__, default=None)
 
 

@@ -33,6 +33,7 @@ def from_backbone(
     example_input: Tensor,
     conv: bool = False,
     layout: str | Mapping[str, str] | None = None,
+    check_training: bool = True,
     **elf_options: Any,
 ) -> ELF:
     """An `ELF` of a network, with an `ExitHead` at the output of each named module.
@@ -55,6 +56,8 @@ def from_backbone(
         layout: what features with 3 or 4 dimensions hold, for all exits or by name: "NCL"
             ([N, D, T], of nn.Conv1d), "NLC" (tokens [N, T, D]), "NCHW" ([N, D, H, W]) or "NHWC"
             ([N, H, W, D], of Swin). Exits that are not named are found; see below.
+        check_training: compare gradients and logits in training mode with the backbone's, too. False
+            saves most of the time, for a network that only predicts.
         elf_options: keyword arguments of `ELF`: thresholds, criterion, exit_loss, drop_exited, ...
 
     Shape: features at an exit are vectors [N, D], sequences or maps. Heads average over all
@@ -86,7 +89,9 @@ def from_backbone(
     """
     _check_example(example_input, num_classes)
     stages = split(backbone, exits)
-    *features, logits = features_and_logits(backbone, stages, exits, example_input)
+    *features, logits = features_and_logits(
+        backbone, stages, exits, example_input, in_training=check_training
+    )
     if logits.shape[1] != num_classes:
         raise ValueError(
             f"num_classes: expected {logits.shape[1]}, the classes of the backbone's logits, "

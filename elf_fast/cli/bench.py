@@ -18,8 +18,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="Times a trained run, or an untrained network of your choice, with early "
         "exits: inference and, if asked, training steps, beside the plain PyTorch module, the "
         "network without exits, and the oracle: its stages on batches compacted beforehand, which "
-        "no early exit can beat. The images are random, so the share that leaves at each exit is set: for a "
-        "run it is the share that was measured.",
+        "no early exit can beat. The images are random, so the share that leaves at each exit is "
+        "set: for a run it is the share that was measured.",
     )
     parser.add_argument("run_folder", nargs="?", type=Path, metavar="RUN",
                         help="folder of a run, of the demo or of elf_fast.save; in place of "

@@ -104,7 +104,8 @@ def _run(metadata: Mapping[str, Any], criterion: str | Score | None) -> ELF:
     if not isinstance(metadata.get("config"), dict):
         raise ValueError(f"config: expected the settings of a run, got {metadata.get('config')!r}")
     overrides = {} if criterion is None else _neutral(criterion)
-    return network(settings(metadata, **overrides), metadata["class_counts"])
+    config = settings(metadata, **overrides)
+    return network(config, metadata["class_counts"], check_training=False)
 
 
 def _neutral(criterion: str | Score) -> dict[str, Any]:
@@ -150,6 +151,7 @@ def assembled(
         example_input=torch.zeros(2, *build["input_shape"]),
         conv=build["conv"],
         layout=build["layout"],
+        check_training=False,  # it was compared when it was made
         criterion=found,
         thresholds=off,
         train_thresholds=off if options["has_train_thresholds"] else None,
