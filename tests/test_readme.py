@@ -62,7 +62,7 @@ def test_the_examples_of_predict_run(capsys, place, monkeypatch):
 
 def test_the_options_on_the_page_of_predict_exist(capsys):
     page = (ROOT / "docs" / "predict.md").read_text()
-    named = set(re.findall(r"`(--[a-z-]+)", page)) - {"--amp", "--share"}
+    named = set(re.findall(r"`(--[a-z-]+)", page)) - {"--amp", "--loss", "--share"}
     with pytest.raises(SystemExit):
         cli.main(["predict", "--help"])
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out))
