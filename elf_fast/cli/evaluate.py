@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from .errors import UserError, check_path
 from .metrics import show
@@ -28,45 +28,67 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="folder of the images, if they moved or to evaluate on others",
     )
     parser.add_argument("--lists", metavar="FOLDER", help="folder of the lists, if they moved")
+    parser.add_argument("--policy", metavar="FILE", help="thresholds and temperatures as "
+                        "`elf-fast calibrate` wrote them, or none for those in the weights; by "
+                        "default policy.json beside the weights, if it is there")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print all metrics as JSON")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
     path = arguments.checkpoint
-    named = (("RUN", path), ("--data-dir", arguments.data_dir), ("--lists", arguments.lists))
+    named = (("RUN", path), ("--data-dir", arguments.data_dir), ("--lists", arguments.lists),
+             ("--policy", arguments.policy))  # fmt: skip
     for name, given in named:
         if given is not None:
             check_path(name, given)
     moved = {"data_dir": arguments.data_dir, "lists": arguments.lists}
     overrides = {name: folder for name, folder in moved.items() if folder is not None}
     try:
-        metadata, part, metrics = _evaluate(path, overrides)
+        evaluated = _evaluate(path, arguments.policy, overrides)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     if arguments.json:
-        print(json.dumps(metrics, indent=1))
+        print(json.dumps(evaluated.metrics, indent=1))
     else:
-        show(f"{path}: seed {metadata['seed']}, {part} set", metrics)
+        show(f"{path}: seed {evaluated.seed}, {evaluated.part} set", evaluated.metrics)
+        print(f"  {evaluated.thresholds}")
     return 0
 
 
-def _evaluate(path: Path, overrides: dict[str, str]) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """(metadata, part, metrics) of weights that a run or the demo wrote."""
+class _Evaluated(NamedTuple):
+    seed: int
+    part: str
+    metrics: dict[str, Any]
+    thresholds: str  # which, and where they come from
+
+
+def _evaluate(path: Path, policy: str | None, overrides: dict[str, str]) -> _Evaluated:
+    """Evaluates weights that a run or the demo wrote."""
+    from ..policy.artefact import nested, shown_thresholds
     from ..runs import description, opening
 
     weights, metadata = opening.read(path)
     network = metadata.get("network")
     if network == description.RUN:
-        return metadata, *opening.evaluate_run(path, weights, metadata, **overrides)
+        file = Path(policy) if policy not in (None, "none") else None
+        if policy is None:
+            file = opening.policy_beside(path)
+        part, metrics, model = opening.evaluate_run(path, weights, metadata, file, **overrides)
+        shown = f"thresholds {shown_thresholds(nested(model.thresholds))}, from "
+        return _Evaluated(metadata["seed"], part, metrics, f"{shown}{file or 'the weights'}")
     if network == description.DEMO:
         from ..demo import run as demo
 
-        if overrides:
-            name, folder = next(iter(overrides.items()))
+        given = {**overrides, **({} if policy in (None, "none") else {"policy": policy})}
+        if given:
+            name, folder = next(iter(given.items()))
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: expected none with weights of the demo, got {folder}")
-        return metadata, *demo.evaluate_saved(path, weights, metadata)
+        part, metrics = demo.evaluate_saved(path, weights, metadata)
+        thresholds = nested(weights["thresholds"])
+        shown = f"thresholds {shown_thresholds(thresholds)}, from the weights"
+        return _Evaluated(metadata["seed"], part, metrics, shown)
     raise UserError(
         f"{path}: expected weights of elf-fast train or of the demo, got network {network!r}"
     )

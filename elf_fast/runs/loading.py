@@ -15,9 +15,7 @@ from ..criteria import Score
 from ..data import Preprocessing
 from ..exit_settings import classes_of
 from ..modules import ELF
-from ..policy import Policy
-from ..policy import artefact as policies
-from . import building, checkpoints, opening
+from . import building, opening
 from .datasets import digit_preprocessing, preprocessing
 from .description import DEMO, RUN, Facts, check_config, facts
 from .files import CheckpointError
@@ -48,7 +46,8 @@ def load(
     Raises:
         CheckpointError: a file is missing, damaged, from another network or of another kind, or
             does not fit `model`; the message names it.
-        TypeError, ValueError: an argument is invalid.
+        TypeError, ValueError: an argument is invalid, or the policy beside the weights is damaged
+            or for others.
 
     Example:
         >>> model = elf_fast.load("runs/photos")
@@ -70,7 +69,9 @@ def load(
         building.set_criterion(model, criterion or _named_criterion(metadata))
     opening.load_weights(model, _with_own_parts(model, weights), place)
     model.class_names, model.class_counts, model.transform = found
-    _apply_policy(model, place)
+    policy = opening.policy_beside(place)
+    if policy is not None:
+        model.policy = opening.apply_policy(model, policy)
     return model.eval().to(target)
 
 
@@ -112,21 +113,6 @@ def _any_criterion(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """The preprocessing does not depend on the criterion, which may be a function."""
     off = (criteria.by_name("confidence").off,)
     return {"criterion": "confidence", "thresholds": off, "train_thresholds": off}
-
-
-def _apply_policy(model: ELF, place: Path) -> None:
-    """Applies the policy beside the weights, if there is one."""
-    folder = place if place.is_dir() else place.parent
-    file, weights = folder / policies.FILE, folder / checkpoints.WEIGHTS
-    is_beside = weights.exists() if place.is_dir() else place.name == checkpoints.WEIGHTS
-    if not is_beside or not file.exists():
-        return
-    policy = Policy.load(file)
-    try:
-        model.apply_policy(policy)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: {error}") from error
-    model.policy = policy
 
 
 def _named_criterion(metadata: Mapping[str, Any]) -> str | None:

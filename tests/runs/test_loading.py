@@ -130,7 +130,7 @@ def test_the_policy_beside_the_weights_is_applied(digits_run, tmp_path):
         assert model.thresholds.tolist() == [pytest.approx(0.3), pytest.approx(0.2)]
         assert model.temperatures.tolist() == [1.5, 0.5]
     a_policy(plain, weights_digest="ab" * 32).save(run / "policy.json")
-    with pytest.raises(CheckpointError, match=r"policy\.json: policy: expected one for these wei"):
+    with pytest.raises(ValueError, match=r"policy\.json: policy: expected one for these weights"):
         elf_fast.load(run)
     (run / "policy.json").write_text("{")
     with pytest.raises(PolicyError, match=r"policy\.json: expected a policy in JSON"):
