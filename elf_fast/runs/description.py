@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import __version__, checks, digests
+from .. import __version__, checks
 from ..data import Preprocessing
-from ..policy import Policy, PolicyError
-from ..policy import artefact as policies
 from . import files
 from .files import CheckpointError
 
@@ -90,23 +88,12 @@ def facts(path: object, metadata: Mapping[str, Any], classes: int | None = None)
 
 def write_weights(folder: Path, state: dict[str, Any], metadata: dict[str, Any], name: str) -> None:
     """Writes the file of weights `name` and its `config.json`. Those before them are kept as
-    `*.previous.*`, and so is a policy that was made for other weights. If this process ends in
-    between, the folder has no `config.json`, and opens."""
-    path, policy = folder / CONFIG, folder / policies.FILE
+    `*.previous.*`. If this process ends in between, the folder has no `config.json`, and opens."""
+    path = folder / CONFIG
     if path.exists():
         path.replace(files.previous(path))
-    if policy.exists() and not _fits(policy, state):
-        policy.replace(files.previous(policy))
     files.save(folder / name, state, metadata)
     files.write(path, readable(metadata))
-
-
-def _fits(policy: Path, state: dict[str, Any]) -> bool:
-    try:
-        made_for = Policy.load(policy).weights_digest
-    except PolicyError:
-        return False
-    return made_for in (None, digests.of_weights(state))
 
 
 def readable(metadata: Mapping[str, Any]) -> bytes:

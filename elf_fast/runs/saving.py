@@ -18,7 +18,7 @@ from ..exit_settings import classes_of
 from ..modes import mode
 from ..policy import Policy
 from ..policy import artefact as policies
-from . import building, card, checkpoints
+from . import building, card, checkpoints, files
 from .description import BACKBONE, OWN, Facts, entries, write_weights
 from .files import CheckpointError
 from .lock import Lock
@@ -94,7 +94,10 @@ def save(
     metadata = {**network, **entries(facts), "criterion": _criterion(model)}
     flops = card.flops_of(model, metadata, facts)
     text = card.text(place.resolve().name, model, metadata, facts, results, chosen, flops)
+    old_policy = place / policies.FILE
     with Lock(place):
+        if old_policy.exists():  # first, because it may not be for these weights and thresholds
+            old_policy.replace(files.previous(old_policy))
         write_weights(place, state, metadata, checkpoints.WEIGHTS)
         if chosen is not None:
             chosen.save(place / policies.FILE)

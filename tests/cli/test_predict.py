@@ -19,6 +19,7 @@ import elf_fast
 from elf_fast import cli
 from elf_fast.data import DecodeError, image_paths
 from elf_fast.data.splits import DataError
+from elf_fast.policy import Policy
 from elf_fast.runs.predict import predict
 
 
@@ -149,6 +150,9 @@ def test_csv_is_complete_or_not_there(run, images, tmp_path, capsys, monkeypatch
 
 def test_it_says_by_what_images_leave(run, images, tmp_path, capsys):
     assert cli.main(["predict", str(run), str(images / "a.png")]) == 0
+    assert "exits by policy.json: confidence " in capsys.readouterr().err
+    shutil.copy(run / "model.safetensors", tmp_path / "alone.safetensors")
+    assert cli.main(["predict", str(tmp_path / "alone.safetensors"), str(images / "a.png")]) == 0
     assert "exits by the thresholds in the weights: confidence " in capsys.readouterr().err
 
 
@@ -197,16 +201,25 @@ def test_wrong_calls_in_python(model, images, tmp_path):
 
 
 def test_bench_times_a_run_with_its_measured_shares(run, tmp_path, capsys):
-    done = cli.main(["bench", str(run), "--batch", "20", "--seconds", "0", "--json"])
-    out, err = capsys.readouterr()
-    assert done == 0 and "images leave as measured on test (metrics.json)" in err
-    left = json.loads((run / "metrics.json").read_text())["test"]["exit_shares"]
-    (row,) = json.loads(out)
-    first, second = row["share"]
-    assert first == pytest.approx(1 - left[0])
-    assert second == pytest.approx(left[2] / (left[1] + left[2]) if first else 1.0)
-    shutil.copy(run / "model.safetensors", tmp_path / "model.safetensors")
-    assert cli.main(["bench", str(tmp_path), "--batch", "4", "--seconds", "0", "--json"]) == 0
+    for file in ("model.safetensors", "config.json"):
+        shutil.copy(run / file, tmp_path / file)
+    command = ("--batch", "20", "--seconds", "0", "--json")
+    policy = Policy.load(run / "policy.json")
+    metrics = json.loads((run / "metrics.json").read_text())["test"]
+    (tmp_path / "metrics.json").write_text(json.dumps({"test": metrics}))
+    for folder, left, source in (
+        (run, [each.share.value for each in policy.measured.exits], "calibration data"),
+        (tmp_path, metrics["exit_shares"], "test (metrics.json)"),
+    ):
+        assert cli.main(["bench", str(folder), *command]) == 0
+        out, err = capsys.readouterr()
+        assert f"images leave as measured on {source}" in err
+        (row,) = json.loads(out)
+        first, second = row["share"]
+        assert first == pytest.approx(1 - left[0])
+        assert second == pytest.approx(left[2] / (left[1] + left[2]) if first else 1.0)
+    (tmp_path / "metrics.json").unlink()
+    assert cli.main(["bench", str(tmp_path), *command]) == 0
     out, err = capsys.readouterr()
     assert "nothing was measured of this run" in err
     assert [row["share"] for row in json.loads(out)] == [0.5, 0.8, 1.0]

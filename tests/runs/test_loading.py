@@ -62,7 +62,7 @@ def test_a_run_opens_without_its_data(digits_run):
     before = torch.get_rng_state()
     model = elf_fast.load(folder)
     assert torch.equal(torch.get_rng_state(), before)
-    assert not model.training and model.policy is None
+    assert not model.training and model.policy == Policy.load(folder / "policy.json")
     assert model.class_names == NAMES and list(model.class_counts) == results["class_counts"]
     assert model.transform == Preprocessing(16, "squash", mean=(0.5,) * 3, std=(0.5,) * 3)
     test = load_splits(TrainConfig(dataset="digits", imbalance=50.0)).test
