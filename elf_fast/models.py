@@ -33,6 +33,7 @@ def from_backbone(
     example_input: Tensor,
     conv: bool = False,
     layout: str | Mapping[str, str] | None = None,
+    check_training: bool = True,
     **elf_options: Any,
 ) -> ELF:
     """An `ELF` of a network, with an `ExitHead` at the output of each named module.
@@ -55,6 +56,8 @@ def from_backbone(
         layout: what features with 3 or 4 dimensions hold, for all exits or by name: "NCL"
             ([N, D, T], of nn.Conv1d), "NLC" (tokens [N, T, D]), "NCHW" ([N, D, H, W]) or "NHWC"
             ([N, H, W, D], of Swin). Exits that are not named are found; see below.
+        check_training: compare gradients and logits in training mode with the backbone's, too. False
+            saves most of the time, for a network that only predicts.
         elf_options: keyword arguments of `ELF`: thresholds, criterion, exit_loss, drop_exited, ...
 
     Shape: features at an exit are vectors [N, D], sequences or maps. Heads average over all
@@ -86,7 +89,9 @@ def from_backbone(
     """
     _check_example(example_input, num_classes)
     stages = split(backbone, exits)
-    *features, logits = features_and_logits(backbone, stages, exits, example_input)
+    *features, logits = features_and_logits(
+        backbone, stages, exits, example_input, in_training=check_training
+    )
     if logits.shape[1] != num_classes:
         raise ValueError(
             f"num_classes: expected {logits.shape[1]}, the classes of the backbone's logits, "
@@ -101,6 +106,18 @@ def from_backbone(
         for name, value in by_exit.items()
     ]
     model = ELF(stages, [*heads, nn.Identity()], **elf_options)
+    model.origin = {
+        "network": "from_backbone",
+        "class": f"{type(backbone).__module__}.{type(backbone).__qualname__}",
+        "architecture": _timm_name(backbone),
+        "build": {
+            "exits": list(exits),
+            "num_classes": num_classes,
+            "input_shape": list(example_input.shape[1:]),
+            "conv": conv,
+            "layout": dict(layout) if isinstance(layout, Mapping) else layout,
+        },
+    }
     left_out = set(map(id, undecayed(backbone).values()))
     model.undecayed = frozenset(
         name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in left_out
@@ -131,6 +148,13 @@ def split(backbone: nn.Module, exits: Sequence[str]) -> list[nn.Module]:
         raise TypeError(f"backbone: expected an nn.Module, got {checks.describe(backbone)}")
     exits = _check_names(backbone, exits)
     return list(cut(backbone, exits))
+
+
+def _timm_name(backbone: nn.Module) -> str | None:
+    """The name under which timm made the network, if it did."""
+    about = getattr(backbone, "pretrained_cfg", None)
+    name = about.get("architecture") if isinstance(about, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def _check_names(backbone: nn.Module, exits: Any) -> list[str]:

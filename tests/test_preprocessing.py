@@ -93,3 +93,59 @@ def test_refuses_entries_of_another_kind(values):
 def test_refuses_text_for_numbers():
     with pytest.raises(TypeError, match="mean: expected a list of numbers, got '123'"):
         Preprocessing.from_dict({**Preprocessing(8).to_dict(), "mean": "123"})
+
+
+def photo() -> Image.Image:
+    """An image with smooth areas and noise, as photos have them, of 640x480 pixels."""
+    return picture(16, 12).resize((640, 480), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_b0", "swin_t", "vit_b_16"])
+def test_computes_what_the_preset_of_torchvision_computes(name):
+    models = pytest.importorskip("torchvision.models")
+    for weights in models.get_model_weights(name):
+        preset = weights.transforms()
+        found = Preprocessing.from_torchvision(preset)
+        torch.testing.assert_close(found(photo()), preset(photo()), atol=1e-5, rtol=0)
+        assert Preprocessing.of(preset) == found
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "resnet50.a1_in1k",  # crop_pct 0.95, bicubic
+        "vit_base_patch16_224.augreg_in1k",  # 0.9, mean 0.5
+        "tf_efficientnet_lite0.in1k",
+        "convnext_base.clip_laion2b_augreg_ft_in12k_in1k_384",  # squash, 1.0
+    ],
+)
+def test_computes_what_timms_evaluation_transform_computes(name):
+    timm = pytest.importorskip("timm")
+    from timm.data import create_transform, resolve_data_config
+
+    config = resolve_data_config(pretrained_cfg=timm.get_pretrained_cfg(name).to_dict())
+    theirs = create_transform(**config, is_training=False)
+    found = Preprocessing.from_timm(config)
+    for image in (photo(), photo().rotate(90, expand=True)):
+        torch.testing.assert_close(found(image), theirs(image), atol=1e-5, rtol=0)
+    assert Preprocessing.of(config) == found
+
+
+TIMM = {"input_size": (3, 32, 32), "interpolation": "bicubic", "mean": (0.5,) * 3,
+        "std": (0.5,) * 3, "crop_pct": 0.9, "crop_mode": "center"}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "given, error, message",
+    [
+        (TIMM | {"crop_mode": "border"}, ValueError, "crop_mode: expected 'center', or 'squash'"),
+        (TIMM | {"crop_mode": "squash"}, ValueError, "got 'squash' and 0.9"),
+        (TIMM | {"input_size": (3, 32, 48)}, ValueError, "input_size: expected one size"),
+        (TIMM | {"interpolation": "random"}, ValueError, "interpolation: expected one of"),
+        ({"mean": 3}, TypeError, "config: expected what timm.data.resolve_model_data_config"),
+        (3, TypeError, "transform: expected a data.Preprocessing, the transforms"),
+    ],
+)
+def test_refuses_transforms_that_it_cannot_repeat(given, error, message):
+    with pytest.raises(error, match=message):
+        Preprocessing.of(given)

@@ -70,11 +70,11 @@ class _Evaluated(NamedTuple):
 def _evaluate(path: Path, policy: str | None, overrides: dict[str, str]) -> _Evaluated:
     """Evaluates weights that a run or the demo wrote."""
     from ..policy.artefact import nested, shown_thresholds
-    from ..runs import opening
+    from ..runs import description, opening
 
     weights, metadata = opening.read(path)
     network = metadata.get("network")
-    if network == opening.NETWORK:
+    if network == description.RUN:
         file = Path(policy) if policy not in (None, "none") else None
         if policy is None:
             file = opening.policy_beside(path)
@@ -83,9 +83,9 @@ def _evaluate(path: Path, policy: str | None, overrides: dict[str, str]) -> _Eva
         thresholds = f"{shown}{file or 'the weights'}"
         checkpoint = metadata.get("checkpoint", "")
         return _Evaluated(metadata["seed"], part, metrics, thresholds, checkpoint)
-    from ..demo import run as demo
+    if network == description.DEMO:
+        from ..demo import run as demo
 
-    if network == demo.NETWORK:
         given = {**overrides, **({} if policy in (None, "none") else {"policy": policy})}
         if given:
             name, folder = next(iter(given.items()))

@@ -9,16 +9,17 @@ import sys
 
 from .. import __version__
 from ..memory import is_lost_worker, is_out_of_memory
-from . import bench, calibrate, demo, doctor, evaluate, interrupts, train
+from . import bench, calibrate, demo, doctor, evaluate, interrupts, predict, train
 from .errors import Parser, UserError, fail
 
 #: Subcommands in the order of `elf-fast --help`.
-_COMMANDS = (demo, train, calibrate, evaluate, bench, doctor)
+_COMMANDS = (demo, train, calibrate, evaluate, predict, bench, doctor)
 #: By module, the packages of the `train` extra that the commands need.
 _EXTRA = {
-    "PIL": "pillow", "matplotlib": "matplotlib", "rich": "rich", "safetensors": "safetensors",
-    "scipy": "scipy", "sklearn": "scikit-learn", "tensorboard": "tensorboard", "timm": "timm",
-    "torchmetrics": "torchmetrics", "torchvision": "torchvision", "yaml": "pyyaml",
+    "PIL": "pillow", "huggingface_hub": "huggingface_hub", "matplotlib": "matplotlib",
+    "rich": "rich", "safetensors": "safetensors", "scipy": "scipy", "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard", "timm": "timm", "torchmetrics": "torchmetrics",
+    "torchvision": "torchvision", "yaml": "pyyaml",
 }  # fmt: skip
 
 

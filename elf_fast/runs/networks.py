@@ -54,12 +54,15 @@ def exit_loss(config: TrainConfig, class_counts: list[int]) -> LongTailLoss:
     return DeferredReweighting(loss, class_counts, start_epoch=config.drw_epoch, beta=config.beta)
 
 
-def network(config: TrainConfig, class_counts: list[int]) -> ELF:
+def network(config: TrainConfig, class_counts: list[int], *, check_training: bool = True) -> ELF:
     """The untrained network on the CPU; without exits, an ELF of one stage.
 
     The weights of the backbone follow from the seed and are the same with and without exits. A loss
     with margins (LDAM) gets cosine classifiers, temperatures that undo its scale, and its margins
     in the exit test of training: see `losses.LDAMLoss`.
+
+    Args:
+        check_training: see `from_backbone`.
 
     Raises:
         ValueError, TypeError: the settings make no network, or not one from images of this size to
@@ -85,6 +88,7 @@ def network(config: TrainConfig, class_counts: list[int]) -> ELF:
             C,
             example_input=torch.zeros(2, 3, size, size),
             conv=config.conv_heads,
+            check_training=check_training,
             thresholds=_one_or_many(config.thresholds, len(exits)),
             train_thresholds=_train_thresholds(config, loss, len(exits)),
             temperatures=1 / loss.scale,

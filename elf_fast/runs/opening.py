@@ -19,6 +19,7 @@ from ..groups import class_groups
 from ..memory import is_out_of_memory
 from ..modules import ELF
 from . import checkpoints, contents, files
+from .building import without_weights
 from .config import TrainConfig
 from .datasets import blank_image, load_splits, load_test
 from .evaluation import autocast, check_read, evaluate, evaluation_loader
@@ -26,19 +27,15 @@ from .files import CheckpointError
 from .networks import network
 from .plain import from_run
 
-#: The entry "network" in the metadata that `elf-fast train` writes beside its weights.
-NETWORK = "elf-fast train"
-#: Options of timm's networks that load weights and change nothing else.
-_PRETRAINED = ("pretrained", "checkpoint_path")
 CHECKPOINTS = "checkpoints"
 #: Settings that say where the data of a run are.
 FOLDERS = ("data_dir", "lists")
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights, metadata) of a folder or a file. metadata["network"] names the program that can
-    build the network: `NETWORK`, or another writer such as the demo. metadata["checkpoint"] names
-    the checkpoint that was read, if the weights are not those of a finished run.
+    """(weights, metadata) of a folder or a file. metadata["network"] says how the network is built:
+    see `description`. metadata["checkpoint"] names the checkpoint that was read, if the weights are
+    not those of a finished run.
 
     Args:
         path: a folder with weights, a run that has only checkpoints so far, one of its
@@ -141,7 +138,7 @@ def opened(
             raise
         device = checks.device(None)
     # The run's weights replace pretrained ones, which might have to be downloaded.
-    options = {k: v for k, v in config.model_kwargs.items() if k not in _PRETRAINED}
+    options = without_weights(config.model_kwargs)
     model = network(replace(config, model_kwargs=options), now["class_counts"])
     load_weights(model, weights, path)
     return Opened(config, part, images, now, model.to(device), device)

@@ -20,8 +20,9 @@ from ..policy.artefact import FILE, nested
 from ..policy.costs import flops_shares
 from ..policy.exit_table import ExitTable, exit_table
 from ..policy.measure import measured
-from ..runs import checkpoints, contents, files
+from ..runs import card, checkpoints, contents, files
 from ..runs.config import TrainConfig
+from ..runs.description import write_weights
 from ..runs.evaluation import autocast, check_read, evaluate, evaluation_loader
 from ..runs.plain import to_dict
 from .processes import Processes
@@ -167,7 +168,7 @@ def write_results(
     if is_first:
         # First, so that no policy of earlier weights lies beside new ones.
         (output / FILE).unlink(missing_ok=True)
-        files.save(output / checkpoints.WEIGHTS, model.state_dict(), metadata)
+        write_weights(output, model.state_dict(), metadata, checkpoints.WEIGHTS)
         if policy is not None and isinstance(policy.criterion, str):
             policy.save(output / FILE)
     test = evaluator.loader(splits.test)
@@ -177,4 +178,5 @@ def write_results(
     if is_first:
         described = json.dumps(results, indent=1, allow_nan=False) + "\n"
         files.write(output / RESULTS, described.encode())
+        card.write_for_run(output, model, metadata, results, evaluator.flops)
     return results

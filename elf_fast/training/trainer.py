@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .. import __version__, criteria, functional
+from .. import criteria, functional
 from ..console import LastingConsole, say
 from ..data import ImageLoader
 from ..flops import Flops, count_flops
@@ -27,9 +27,10 @@ from ..modules import ELF
 from ..policy import one_number
 from ..runs import contents
 from ..runs.config import TrainConfig
-from ..runs.datasets import blank_image, image_size, load_splits
+from ..runs.datasets import blank_image, image_size, load_splits, preprocessing
+from ..runs.description import RUN, Facts, entries
 from ..runs.networks import network
-from ..runs.opening import CHECKPOINTS, FOLDERS, NETWORK, located
+from ..runs.opening import CHECKPOINTS, FOLDERS, located
 from ..runs.plain import from_run, load_yaml, to_dict
 from . import resume, schedule
 from .folder import CONFIG, RunFolder
@@ -291,12 +292,13 @@ class Trainer:
 
     def metadata(self) -> dict[str, Any]:
         """The metadata of files of weights."""
+        names, counts = self.contents["class_names"], self.class_counts
         return {
-            "network": NETWORK,
+            "network": RUN,
             "config": to_dict(self.config),
+            **entries(Facts(tuple(names), tuple(counts), preprocessing(self.config))),
             **self.contents,
             "seed": self.config.seed,
-            "versions": {"elf_fast": __version__, "torch": torch.__version__},
         }
 
     # Training

@@ -13,12 +13,12 @@ from torch.nn.functional import avg_pool2d
 
 from elf_fast import ELFOutput
 from elf_fast.data import long_tailed_digits
-from elf_fast.demo import network
 from elf_fast.demo.loop import Schedule, train
 from elf_fast.policy import ExitTable, Monitor, Policy, Promise, drift
 from elf_fast.policy.exit_table import exit_table
 from elf_fast.policy.measure import measured
 from elf_fast.policy.monitor import _sums
+from elf_fast.runs import demo_network as network
 
 BATCH = 64
 
