@@ -56,8 +56,8 @@ def from_backbone(
         layout: what features with 3 or 4 dimensions hold, for all exits or by name: "NCL"
             ([N, D, T], of nn.Conv1d), "NLC" (tokens [N, T, D]), "NCHW" ([N, D, H, W]) or "NHWC"
             ([N, H, W, D], of Swin). Exits that are not named are found; see below.
-        check_training: compare gradients and logits in training mode with the backbone's, too. False
-            saves most of the time, for a network that only predicts.
+        check_training: compare gradients and logits in training mode with the backbone's, too.
+            False saves most of the time, for a network that only predicts.
         elf_options: keyword arguments of `ELF`: thresholds, criterion, exit_loss, drop_exited, ...
 
     Shape: features at an exit are vectors [N, D], sequences or maps. Heads average over all

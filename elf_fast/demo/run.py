@@ -30,7 +30,7 @@ from ..runs import demo_network as network
 from ..runs import files, opening
 from ..runs.checkpoints import WEIGHTS
 from ..runs.datasets import digit_preprocessing
-from ..runs.description import DEMO, Facts, entries, write_weights
+from ..runs.description import CONFIG, DEMO, Facts, entries, write_weights
 from . import page, plots, summary, throughput
 from .loop import EpochStats, Schedule, batches, predict, train
 
@@ -302,5 +302,5 @@ def _print(console: Console, output: Path, results: dict[str, Any]) -> None:
     for line in summary.sentences(results):
         console.print(f"- {line}", highlight=False)
     console.print(f"\nWritten in {results['seconds']:.0f} s:", highlight=False)
-    for name in ("report.html", "accuracy_flops.png", "results.json", "model.safetensors"):
+    for name in ("report.html", "accuracy_flops.png", "results.json", WEIGHTS, CONFIG):
         say(console, f"  {output / name}")

@@ -10,7 +10,7 @@ from run_cases import refused
 def test_demo_writes_its_files_and_prints_the_table(demo_output):
     folder, printed = demo_output
     assert {p.name for p in folder.iterdir()} == {
-        "report.html", "results.json", "accuracy_flops.png", "model.safetensors"
+        "report.html", "results.json", "accuracy_flops.png", "model.safetensors", "config.json"
     }  # fmt: skip
     for text in ("test accuracy", "few (", "FLOPs per image", "elf_fast", "reference", "seed 0"):
         assert text in printed
