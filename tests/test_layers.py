@@ -36,8 +36,9 @@ FLOORS = (
     ("classifiers", "models", "backbones"),
     ("inference",),
     ("",),
-    ("data", "bench"),
-    ("runs", "policy"),
+    ("data", "bench", "policy"),
+    ("runs",),
+    ("page",),
     ("training", "export", "serving", "demo"),
     ("cli",),
 )
@@ -55,7 +56,8 @@ INSIDE = {
                   ("compiling",), ("scheduler",), ("__init__",)),
     "policy": (("exit_table",), ("calibrate",)),
     "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
-             ("plain", "datasets"), ("networks", "evaluation", "contents"), ("opening",)),
+             ("plain", "datasets"), ("networks", "evaluation", "observation", "contents"),
+             ("opening",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),
                  ("resume", "results", "unreadable"), ("folder",), ("trainer", "config")),
 }  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,15 @@ class ExitTable(NamedTuple):
         )
 
 
+def every_exit(model: ELFBase, x: Tensor) -> Iterator[Tensor]:
+    """The logits [n, C] of every exit for a batch x [n, ...], also of exits that samples would not
+    reach. Read them before the next: the next stage may write into them."""
+    given = x
+    for e, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
+        x = stage(writable(x)) if e else apart_from(given, stage(x))
+        yield head(x)
+
+
 @torch.no_grad()  # inference mode would make tensors in a module's cache useless for training
 def exit_table(model: ELFBase, batches: Iterable[tuple[Tensor, Tensor]]) -> ExitTable:
     """Every exit's results for batches of images [n, ...] and targets [n]. Without batches (a
@@ -59,12 +68,9 @@ def exit_table(model: ELFBase, batches: Iterable[tuple[Tensor, Tensor]]) -> Exit
     found = [ExitTable(empty, empty.long(), empty[0].long(), criterion)]
     with mode(model, training=False):
         for x, y in batches:
-            given = x = x.to(device, non_blocking=True)
             statistics, predictions = [], []
-            parts = zip(model.stages, model.heads, temperatures, strict=True)
-            for e, (stage, head, T) in enumerate(parts):
-                x = stage(writable(x)) if e else apart_from(given, stage(x))
-                z = head(x)  # read now, because the next stage may write into it
+            logits = every_exit(model, x.to(device, non_blocking=True))
+            for z, T in zip(logits, temperatures, strict=True):
                 statistics.append(statistic(z, T, criterion))
                 predictions.append(z.argmax(1))
             columns = torch.stack(statistics).cpu(), torch.stack(predictions).cpu()

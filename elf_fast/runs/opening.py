@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .. import checks
-from ..flops import count_flops
+from ..data import ImageLoader
+from ..flops import Flops, count_flops
 from ..memory import is_out_of_memory
 from ..modules import ELF
 from . import checkpoints, contents, files
+from .config import TrainConfig
 from .datasets import blank_image, load_splits
 from .evaluation import evaluate, evaluation_loader
 from .files import CheckpointError
@@ -74,11 +76,23 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
             raise CheckpointError(f"{path}: expected finite weights, got NaN or infinity in {name}")
 
 
-def evaluate_run(
+class Evaluation(NamedTuple):
+    """A network of a run and the part of its data to evaluate it on."""
+
+    part: str  # "test", or "validation" if there is no test part
+    config: TrainConfig
+    model: ELF
+    batches: ImageLoader
+    class_names: list[str]  # [C]
+    class_counts: list[int]  # [C]
+    flops: Flops
+
+
+def evaluation(
     path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], **overrides: Any
-) -> tuple[str, dict[str, Any]]:
-    """("test" or "validation", metrics) of the weights and metadata that `read` returned for the
-    path of a run. The part is validation only if the data set has no test part.
+) -> Evaluation:
+    """What is needed to evaluate the weights and metadata that `read` returned for the path of a
+    run. The part is validation only if the data set has no test part.
 
     Args:
         overrides: settings that differ from the run's, such as data_dir. If they name another
@@ -114,4 +128,15 @@ def evaluate_run(
     model.to(device)
     flops = count_flops(model, blank_image(config, device))
     loader = evaluation_loader(config, images, device)
-    return part, evaluate(config, model, loader, splits.class_counts, flops)
+    names = splits.class_names
+    return Evaluation(part, config, model, loader, names, splits.class_counts, flops)
+
+
+def evaluate_run(
+    path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], **overrides: Any
+) -> tuple[str, dict[str, Any]]:
+    """(part, metrics) of what `evaluation` opens, as the run itself measured them."""
+    found = evaluation(path, weights, metadata, **overrides)
+    return found.part, evaluate(
+        found.config, found.model, found.batches, found.class_counts, found.flops
+    )
