@@ -20,10 +20,10 @@ ROOT = Path(__file__).resolve().parents[1]
 #: only. A name is a module or a folder of elf_fast/. "" is the package itself: what
 #: elf_fast/__init__.py exports may be used through it only above it.
 FLOORS = (
-    ("criteria", "memory", "modes", "timing", "weight_decay", "kernels"),
+    ("atomic", "criteria", "digests", "memory", "modes", "timing", "weight_decay", "kernels"),
     ("checks",),
     ("console",),
-    ("ranks", "exit_settings"),
+    ("ranks", "exit_settings", "groups"),
     ("base", "heads"),
     ("reference",),
     ("ops",),
@@ -45,7 +45,7 @@ FLOORS = (
 #: The same inside folders; modules that are not named stand on the highest floor of their folder.
 INSIDE = {
     "bench": (("workload",), ("inference", "training"), ("engines",), ("command",)),
-    "cli": (("errors", "metrics", "flags", "interrupts"),
+    "cli": (("errors", "metrics", "flags", "interrupts", "prior"),
             ("bench", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("preprocessing", "loader", "tree"), ("transforms",),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
@@ -54,7 +54,9 @@ INSIDE = {
                    "refill", "prometheus"),
                   ("code", "exits", "cache", "queues", "counters"), ("choice", "engine", "core"),
                   ("compiling",), ("scheduler",), ("__init__",)),
-    "policy": (("exit_table",), ("calibrate",)),
+    "page": (("markup", "estimates"), ("plots", "speed"), ("sections", "evaluated"),
+             ("tradeoff", "compare"), ("run",)),
+    "policy": (("logits", "reading"), ("artefact", "exit_table"), ("one_number", "measure")),
     "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
              ("plain", "datasets"), ("networks", "evaluation", "observation", "contents"),
              ("opening",)),

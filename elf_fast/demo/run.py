@@ -24,7 +24,7 @@ from ..flops import Flops, count_flops
 from ..losses import BalancedSoftmaxLoss
 from ..metrics import ELFMetrics
 from ..modules import ELF
-from ..policy import calibrate
+from ..policy import one_number
 from ..policy.exit_table import exit_table
 from ..runs import files, opening
 from . import network, page, plots, summary, throughput
@@ -153,8 +153,8 @@ def _assess(
     """Chooses the threshold on validation and evaluates both networks on the test set."""
     flops = count_flops(elf, data.test.images[:1])
     full = flops.without_exits
-    points = calibrate.sweep(exit_table(elf, batches(data.validation)), flops)
-    chosen = calibrate.choose(points)
+    points = one_number.sweep(exit_table(elf, batches(data.validation)), flops)
+    chosen = one_number.choose(points)
     test = {
         "without_exits": evaluate(
             without_exits, data, count_flops(without_exits, data.test.images[:1])
@@ -162,9 +162,9 @@ def _assess(
     }
     elf.thresholds.fill_(math.inf)
     test["never"] = evaluate(elf, data, flops)
-    calibrate.set_threshold(elf, chosen.threshold)
+    one_number.set_threshold(elf, chosen.threshold)
     test["elf"] = evaluate(elf, data, flops)
-    curve = calibrate.sweep(exit_table(elf, batches(data.test)), flops)
+    curve = one_number.sweep(exit_table(elf, batches(data.test)), flops)
     entry = {
         "seed": seed,
         "threshold": _finite(chosen.threshold),

@@ -17,7 +17,7 @@ class Html(str):
     __slots__ = ()
 
 
-def element(name: str, *children: Any, **attributes: Any) -> Html:
+def element(name: str, /, *children: Any, **attributes: Any) -> Html:
     """An element. In names of attributes, an underscore at the end is dropped and others become
     hyphens; an attribute that is None is left out."""
     given = "".join(

@@ -104,12 +104,12 @@ class Axes:
 
     def mark(self, mark: Mark) -> None:
         x, y = self.x(mark.x), self.y(mark.y)
-        style = {"style": f"stroke: {colour(mark.colour)}", "stroke_width": "1.6"}
+        stroke = f"stroke: {colour(mark.colour)}"
         for interval, vertical in ((mark.y_interval, True), (mark.x_interval, False)):
             if interval is not None:
                 low, high = (self.y(v) if vertical else self.x(v) for v in interval)
                 ends = (x, low, x, high) if vertical else (low, y, high, y)
-                self._line(*ends, **style)
+                self._line(*ends, style=stroke, stroke_width="1.6")
         self.parts.append(symbol(x, y, mark))
 
     def level(self, y: float, number: int) -> None:
@@ -150,7 +150,9 @@ def symbol(x: float, y: float, mark: Mark) -> Html:
     style = f"fill: {colour(mark.colour)}; stroke: var(--paper)"
     if not mark.is_whole:
         return element("circle", cx=_n(x), cy=_n(y), r="5.5", style=style)
-    corners = " ".join(f"{_n(x + dx)},{_n(y + dy)}" for dx, dy in ((0, -7), (7, 0), (0, 7), (-7, 0)))
+    corners = " ".join(
+        f"{_n(x + dx)},{_n(y + dy)}" for dx, dy in ((0, -7), (7, 0), (0, 7), (-7, 0))
+    )
     return element("polygon", points=corners, style=style)
 
 
@@ -197,17 +199,16 @@ def curves(
 def reliability(
     confidence: Sequence[float], accuracy: Sequence[float], share: Sequence[float], description: str
 ) -> Html:
-    """A reliability diagram: [B] bins with their mean confidence, accuracy and share of samples, all
-    in [0, 1]. The area of a dot is its share; on the diagonal, confidence equals accuracy."""
+    """A reliability diagram: [B] bins with their mean confidence, accuracy and share of samples,
+    all in [0, 1]. The area of a dot is its share; on the diagonal, confidence equals accuracy."""
     axes = Axes((0, 100), (0, 100), "confidence, %", "accuracy, %", size=(250, 240), most=4)
     ends = {"x1": axes.x(0), "y1": axes.y(0), "x2": axes.x(100), "y2": axes.y(100)}
     axes.parts.append(element("line", **{k: _n(v) for k, v in ends.items()}, class_="axis",
                               stroke_dasharray="2 4"))  # fmt: skip
     for c, a, n in zip(confidence, accuracy, share, strict=True):
-        axes.parts.append(
-            element("circle", cx=_n(axes.x(100 * c)), cy=_n(axes.y(100 * a)),
-                    r=_n(max(2.0, 16 * math.sqrt(n))), style=f"fill: {colour(0)}", fill_opacity=".6")
-        )  # fmt: skip
+        radius = max(2.0, 16 * math.sqrt(n))
+        at = {"cx": _n(axes.x(100 * c)), "cy": _n(axes.y(100 * a)), "r": _n(radius)}
+        axes.parts.append(element("circle", **at, style=f"fill: {colour(0)}", fill_opacity=".6"))
     return axes.svg(description)
 
 

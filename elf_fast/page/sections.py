@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from io import BytesIO
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from .estimates import Estimate
+from ..policy import Estimate
 from .markup import Html, details, element, table
 from .plots import reliability
 
@@ -46,7 +47,7 @@ class Headline(NamedTuple):
 
     label: str
     value: str
-    notes: tuple[str, ...]
+    notes: Sequence[str]
 
 
 def headlines(figures: Sequence[Headline]) -> Html:
@@ -82,7 +83,7 @@ def bars(
     edges = [round(i * len(order) / BARS) for i in range(BARS + 1)]
     groups = [[c] for c in order]
     if not is_single:
-        groups = [order[a:b] for a, b in zip(edges, edges[1:], strict=False)]
+        groups = [order[a:b] for a, b in pairwise(edges)]
     found = []
     for classes in groups:
         of_group = counts[:, classes].sum(1)

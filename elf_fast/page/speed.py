@@ -13,7 +13,7 @@ from .. import timing
 from ..base import apart_from, writable
 from ..modes import mode
 from ..modules import ELF
-from .estimates import Estimate
+from ..policy import Estimate
 
 
 class Speed(NamedTuple):
@@ -71,15 +71,15 @@ def measure(model: ELF, images: Tensor, batch: int, *, seconds: float = 1.0) -> 
     return Speed(
         size,
         [samples.time(f"stage {e}").median / 1e3 / size for e in range(len(model.stages))],
-        _estimate(samples.time("whole")).scaled(1e-3 / n),
-        _estimate(samples.time("exits")).scaled(1e-3 / n),
-        _estimate(samples.ratio("whole", "exits")),
+        _scaled(samples.time("whole"), 1e-3 / n),
+        _scaled(samples.time("exits"), 1e-3 / n),
+        _scaled(samples.ratio("whole", "exits"), 1),
         where if device.type == "cpu" else torch.cuda.get_device_name(device),
     )
 
 
-def _estimate(q: timing.Quartiles) -> Estimate:
-    return Estimate(q.median, q.low, q.high)
+def _scaled(q: timing.Quartiles, factor: float) -> Estimate:
+    return Estimate(factor * q.median, factor * q.low, factor * q.high)
 
 
 def _each(forward: Callable[[Tensor], Any], batches: list[Tensor]) -> None:

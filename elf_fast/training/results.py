@@ -13,7 +13,7 @@ from ..console import say
 from ..data import DataError, ImageLoader, LabelledImages, Splits
 from ..flops import Flops
 from ..modules import ELF
-from ..policy import calibrate
+from ..policy import one_number
 from ..policy.exit_table import ExitTable, exit_table
 from ..runs import checkpoints, files
 from ..runs.config import TrainConfig
@@ -72,10 +72,10 @@ class Evaluator:
         except DataError:
             self.name_skipped(validation)
             raise
-        points = calibrate.sweep(table, self.flops, thresholds=model.thresholds)
+        points = one_number.sweep(table, self.flops, thresholds=model.thresholds)
         share = math.inf if self.config.max_flops is None else self.config.max_flops
-        chosen = calibrate.choose(points, share * self.flops.without_exits)
-        calibrate.set_threshold(model, chosen.threshold)
+        chosen = one_number.choose(points, share * self.flops.without_exits)
+        one_number.set_threshold(model, chosen.threshold)
         return {
             "threshold": chosen.threshold if math.isfinite(chosen.threshold) else None,
             "accuracy": chosen.accuracy,
