@@ -55,7 +55,7 @@ INSIDE = {
                   ("code", "exits", "cache", "queues", "counters"), ("choice", "engine", "core"),
                   ("compiling",), ("scheduler",), ("__init__",)),
     "page": (("markup", "estimates"), ("plots", "speed"), ("sections", "evaluated"),
-             ("tradeoff", "compare"), ("run",)),
+             ("tradeoff", "compare", "evaluating"), ("run",)),
     "policy": (("logits", "reading"), ("artefact", "exit_table"), ("one_number", "measure")),
     "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
              ("plain", "datasets"), ("networks", "evaluation", "observation", "contents"),

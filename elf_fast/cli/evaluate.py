@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
+import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from . import prior
 from .errors import UserError, check_path
 from .metrics import show
+
+if TYPE_CHECKING:
+    from ..page.evaluated import Evaluated
+    from ..runs.opening import Evaluation
+
+#: Images that enter together when a report measures milliseconds, unless --batch says otherwise.
+_BATCH = 32
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         "eval",
         help="evaluate a run, the demo or a checkpoint on its test set",
-        description="Prints accuracy, exit shares and the share of FLOPs on the test part, or on "
-        "validation if there is none. They equal those that the run wrote into metrics.json, or "
-        "the demo into results.json.",
+        description="Prints accuracy, F1, calibration, exit shares and the share of FLOPs on the "
+        "test part, or on validation if there is none. They equal those that the run wrote into "
+        "metrics.json, or the demo into results.json. docs/evaluation.md has their formulas.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN",
                         help="folder of a run or of the demo, a run's checkpoint, or a weights "
@@ -28,37 +38,123 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="folder of the images, if they moved or to evaluate on others",
     )
     parser.add_argument("--lists", metavar="FOLDER", help="folder of the lists, if they moved")
+    parser.add_argument("--report", type=Path, metavar="FILE",
+                        help="write a page (HTML) with plots and examples")  # fmt: skip
+    parser.add_argument("--batch", type=_positive, metavar="N",
+                        help="images that enter together when the report measures milliseconds "
+                        f"(default: {_BATCH})")  # fmt: skip
+    parser.add_argument("--compare", type=Path, nargs="+", default=[], metavar="RUN",
+                        help="other runs on the same classes, to show beside this one")  # fmt: skip
+    parser.add_argument(
+        prior.FLAG,
+        metavar="PRIOR",
+        help="weigh the classes as they will occur: uniform, training, or a file of lines "
+        "class,weight",
+    )
     parser.add_argument("--json", action="store_true", help="print all metrics as JSON")
     return parser
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path = arguments.checkpoint
-    named = (("RUN", path), ("--data-dir", arguments.data_dir), ("--lists", arguments.lists))
+    paths = [arguments.checkpoint, *arguments.compare]
+    named = [("RUN", arguments.checkpoint), *(("--compare", path) for path in arguments.compare)]
+    named += [("--data-dir", arguments.data_dir), ("--lists", arguments.lists)]
     for name, given in named:
         if given is not None:
             check_path(name, given)
+    if arguments.batch is not None and arguments.report is None:
+        raise UserError(f"--batch: expected only with --report, got {arguments.batch}")
+    if arguments.report is not None:
+        _check_report(arguments.report)
     moved = {"data_dir": arguments.data_dir, "lists": arguments.lists}
     overrides = {name: folder for name, folder in moved.items() if folder is not None}
+    batch = None if arguments.report is None else arguments.batch or _BATCH
     try:
-        metadata, part, metrics = _evaluate(path, overrides)
+        opened = [_open(path, overrides) for path in paths]
+        first = opened[0]
+        for path, other in zip(paths[1:], opened[1:], strict=True):
+            _check_same_classes(path, other, first)
+        weights = None
+        if arguments.test_prior is not None:
+            weights = prior.read(arguments.test_prior, first.class_names, first.class_counts)
+        runs = _evaluated(paths, opened, weights, batch)
+        if arguments.report is not None:
+            from ..atomic import write
+            from ..page import run as page
+
+            command = shlex.join(["elf-fast", *arguments.given])
+            write(arguments.report, page.html(runs, command).encode())
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    if arguments.json:
-        print(json.dumps(metrics, indent=1))
-    else:
-        show(f"{path}: seed {metadata['seed']}, {part} set", metrics)
+    _print(runs, first.seed, arguments)
     return 0
 
 
-def _evaluate(path: Path, overrides: dict[str, str]) -> tuple[dict[str, Any], str, dict[str, Any]]:
-    """(metadata, part, metrics) of weights that a run or the demo wrote."""
+def _evaluated(
+    paths: list[Path], opened: list[Evaluation], weights: list[float] | None, batch: int | None
+) -> list[Evaluated]:
+    from ..page.evaluating import evaluate
+
+    return [
+        evaluate(str(path), one, prior=weights, batch=batch)
+        for path, one in zip(paths, opened, strict=True)
+    ]
+
+
+def _print(runs: list[Evaluated], seed: int, arguments: argparse.Namespace) -> None:
+    first = runs[0]
+    if arguments.json:
+        found = [run.observed.metrics for run in runs]
+        by_run = {run.name: metrics for run, metrics in zip(runs, found, strict=True)}
+        print(json.dumps(by_run if arguments.compare else found[0], indent=1))
+    elif arguments.compare:
+        from ..page.compare import rows
+
+        shown = [[f"{first.part} set", *(run.name for run in runs)], *rows(runs)]
+        widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+        for label, *cells in shown:
+            line = [label.ljust(widths[0])]
+            line += [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+            print("  ".join(line).rstrip())
+    else:
+        heading = f"{first.name}: seed {seed}, {first.part} set"
+        show(heading, first.observed.metrics, first.class_names)
+    if arguments.test_prior is not None:
+        _say_left_out(first)
+    if arguments.report is not None:
+        print(f"wrote {arguments.report}", file=sys.stderr if arguments.json else sys.stdout)
+
+
+def _say_left_out(run: Evaluated) -> None:
+    assert run.prior is not None
+    per_class = run.observed.metrics["per_class"]
+    without = [c for c, accuracy in enumerate(per_class) if accuracy is None]
+    if without:
+        weight = 100 * float(run.prior[without].sum() / run.prior.sum())
+        print(
+            f"{prior.FLAG}: {len(without):,} of {len(per_class):,} classes have no images here and "
+            f"are left out; they hold {weight:.1f}% of the prior",
+            file=sys.stderr,
+        )
+
+
+def _check_report(path: Path) -> None:
+    """Fails before the evaluation if the page cannot be written after it."""
+    check_path("--report", path)
+    if path.is_dir():
+        raise UserError(f"--report: expected a file, got the folder {path}")
+    if not path.parent.is_dir():
+        raise UserError(f"--report: expected a file in a folder that exists, got {path}")
+
+
+def _open(path: Path, overrides: dict[str, str]) -> Evaluation:
+    """Weights that a run or the demo wrote, and their data."""
     from ..runs import opening
 
     weights, metadata = opening.read(path)
     network = metadata.get("network")
     if network == opening.NETWORK:
-        return metadata, *opening.evaluate_run(path, weights, metadata, **overrides)
+        return opening.evaluation(path, weights, metadata, **overrides)
     from ..demo import run as demo
 
     if network == demo.NETWORK:
@@ -66,7 +162,33 @@ def _evaluate(path: Path, overrides: dict[str, str]) -> tuple[dict[str, Any], st
             name, folder = next(iter(overrides.items()))
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: expected none with weights of the demo, got {folder}")
-        return metadata, *demo.evaluate_saved(path, weights, metadata)
+        return demo.evaluation(path, weights, metadata)
     raise UserError(
         f"{path}: expected weights of elf-fast train or of the demo, got network {network!r}"
     )
+
+
+def _check_same_classes(path: Path, opened: Evaluation, first: Evaluation) -> None:
+    if opened.class_names != first.class_names:
+        ours, theirs = first.class_names, opened.class_names
+        differ = next(
+            (pair for pair in zip(ours, theirs, strict=False) if len(set(pair)) > 1), None
+        )
+        how = "" if differ is None else f", among them {differ[1]} in place of {differ[0]}"
+        raise UserError(
+            f"--compare: expected runs on the same {len(ours):,} classes in the same order, got "
+            f"{path} with {len(theirs):,}{how}"
+        )
+    if (opened.part, opened.images.targets.tolist()) != (first.part, first.images.targets.tolist()):
+        raise UserError(
+            f"--compare: expected runs with the same {first.part} images, "
+            f"{len(first.images):,}, got {path} with others in its {opened.part} part, "
+            f"{len(opened.images):,}; --data-dir names one folder for all"
+        )
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value

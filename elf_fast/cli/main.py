@@ -16,8 +16,8 @@ from .errors import UserError
 _COMMANDS = (demo, train, evaluate, bench, doctor)
 #: Modules of the `train` extra that the commands need.
 _EXTRA = {
-    "PIL", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "timm", "torchmetrics",
-    "torchvision", "yaml",
+    "PIL", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "timm",
+    "torchmetrics", "torchvision", "yaml",
 }  # fmt: skip
 
 
@@ -26,7 +26,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may be none of its encoding
             stream.reconfigure(errors="backslashreplace")
-    arguments = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(given, argparse.Namespace(given=given))
     try:
         with interrupts.second_ends_at_once():
             return arguments.run(arguments)

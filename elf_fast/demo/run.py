@@ -190,11 +190,11 @@ def evaluate(model: ELF, data: DigitSplits, flops: Flops) -> dict[str, Any]:
     return metrics.compute()
 
 
-@one_thread()
-def evaluate_saved(
+def evaluation(
     path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """("test", metrics) of weights and metadata that the demo wrote and `opening.read` returned.
+) -> opening.Evaluation:
+    """What is needed to evaluate the weights and metadata that the demo wrote and `opening.read`
+    returned.
 
     Raises:
         files.CheckpointError: weights or metadata do not fit this version's network or split.
@@ -213,7 +213,15 @@ def evaluate_saved(
         )
     model = build("elf", data.class_counts)
     opening.load_weights(model, weights, path)
-    return "test", evaluate(model, data, count_flops(model, data.test.images[:1]))
+    return assessed(model, data, metadata["seed"])
+
+
+def assessed(model: ELF, data: DigitSplits, seed: int) -> opening.Evaluation:
+    """A network of the demo and the test set."""
+    return opening.Evaluation(
+        "test", seed, model, data.test, batches(data.test), data.class_names, data.class_counts,
+        count_flops(model, data.test.images[:1]), one_thread(),
+    )  # fmt: skip
 
 
 def _finite(value: float) -> float | None:

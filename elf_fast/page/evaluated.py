@@ -16,6 +16,9 @@ from ..runs.observation import Observed
 from . import estimates
 from .speed import Speed
 
+#: How many of the images that left early and wrong are kept and shown.
+SHOWN = 24
+
 
 @dataclass(frozen=True)
 class Evaluated:

@@ -14,13 +14,10 @@ from ..groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
 from ..metrics import CALIBRATION_BINS
 from . import estimates, sections
 from .compare import comparison
-from .evaluated import Evaluated
+from .evaluated import SHOWN, Evaluated
 from .markup import Html, document, element, table
 from .sections import Headline, interval, percent, points
 from .tradeoff import against_flops, against_time
-
-#: How many of the images that left early and wrong are shown.
-SHOWN = 24
 
 
 def html(runs: Sequence[Evaluated], command: str) -> str:

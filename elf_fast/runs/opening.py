@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +12,13 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .. import checks
-from ..data import ImageLoader
+from ..data import ImageLoader, LabelledImages
 from ..flops import Flops, count_flops
 from ..memory import is_out_of_memory
 from ..modules import ELF
 from . import checkpoints, contents, files
-from .config import TrainConfig
 from .datasets import blank_image, load_splits
-from .evaluation import evaluate, evaluation_loader
+from .evaluation import autocast, evaluate, evaluation_loader
 from .files import CheckpointError
 from .networks import network
 from .plain import from_run
@@ -77,15 +78,17 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
 
 
 class Evaluation(NamedTuple):
-    """A network of a run and the part of its data to evaluate it on."""
+    """A network and the data to evaluate it on."""
 
     part: str  # "test", or "validation" if there is no test part
-    config: TrainConfig
+    seed: int
     model: ELF
-    batches: ImageLoader
+    images: LabelledImages
+    batches: Iterable[tuple[Tensor, Tensor]]  # of `images`
     class_names: list[str]  # [C]
-    class_counts: list[int]  # [C]
+    class_counts: list[int]  # [C] training images
     flops: Flops
+    precision: AbstractContextManager  # entered once, around all batches
 
 
 def evaluation(
@@ -128,15 +131,17 @@ def evaluation(
     model.to(device)
     flops = count_flops(model, blank_image(config, device))
     loader = evaluation_loader(config, images, device)
-    names = splits.class_names
-    return Evaluation(part, config, model, loader, names, splits.class_counts, flops)
+    return Evaluation(
+        part, metadata["seed"], model, images, loader, splits.class_names, splits.class_counts,
+        flops, autocast(config, device),
+    )  # fmt: skip
 
 
 def evaluate_run(
     path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], **overrides: Any
 ) -> tuple[str, dict[str, Any]]:
-    """(part, metrics) of what `evaluation` opens, as the run itself measured them."""
+    """(part, metrics) of what `evaluation` opens, as the run itself measures them."""
     found = evaluation(path, weights, metadata, **overrides)
-    return found.part, evaluate(
-        found.config, found.model, found.batches, found.class_counts, found.flops
-    )
+    assert isinstance(found.batches, ImageLoader)
+    config = from_run(metadata["config"], **overrides)
+    return found.part, evaluate(config, found.model, found.batches, found.class_counts, found.flops)
