@@ -220,7 +220,7 @@ def assessed(model: ELF, data: DigitSplits, seed: int) -> opening.Evaluation:
     """A network of the demo and the test set."""
     return opening.Evaluation(
         "test", seed, model, data.test, batches(data.test), data.class_names, data.class_counts,
-        count_flops(model, data.test.images[:1]), one_thread(),
+        count_flops(model, data.test.images[:1]), one_thread,
     )  # fmt: skip
 
 

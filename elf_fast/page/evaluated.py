@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,15 @@ from .speed import Speed
 
 #: How many of the images that left early and wrong are kept and shown.
 SHOWN = 24
+TIMED = 6  # settings of thresholds
+
+
+class Setting(NamedTuple):
+    """Thresholds, and what they give."""
+
+    thresholds: Tensor  # [E-1] or [E-1, C]
+    accuracy: float
+    flops: float  # per sample
 
 
 @dataclass(frozen=True)
@@ -97,20 +107,34 @@ class Evaluated:
         return Estimate(*(value / self.flops.without_exits for value in self.flops_per_sample))
 
     @cached_property
-    def sweep(self) -> list[tuple[float, list[float]]]:
-        """(accuracy, shares [E] that leave at each exit) while one number moves all thresholds."""
-        table = self.observed.table
+    def sweep(self) -> list[Setting]:
+        """While one number moves all thresholds, from the least cautious."""
         if self.exits == 1:
             return []
-        total = self.weight.sum()
+        table, total = self.observed.table, self.weight.sum()
         found = []
         for value in table.criterion.candidates(table.statistic[:-1]):
-            moved = moved_to(value, self.thresholds.cpu(), table.criterion)
+            moved = moved_to(value, self.thresholds, table.criterion)
             taken = table.exit_index(moved)
             right = table.correct.gather(0, taken[None])[0]
-            shares = torch.bincount(taken, self.weight, self.exits) / total
-            found.append((float((self.weight * right).sum() / total), shares.tolist()))
+            flops = (self.weight * self.costs[taken]).sum() / total
+            accuracy = (self.weight * right).sum() / total
+            found.append(Setting(moved, float(accuracy), float(flops)))
         return found
+
+    @cached_property
+    def timed(self) -> list[Setting]:
+        """The settings of the sweep that are timed: evenly spread over FLOPs."""
+        if not self.sweep:
+            return []
+        by_flops = sorted(self.sweep, key=lambda setting: setting.flops)
+        low, high = by_flops[0].flops, by_flops[-1].flops
+        nearest = []
+        for i in range(TIMED):
+            wanted = low + (high - low) * i / (TIMED - 1)
+            distances = [abs(setting.flops - wanted) for setting in by_flops]
+            nearest.append(by_flops[distances.index(min(distances))])
+        return list({id(setting): setting for setting in nearest}.values())
 
     def counts(self) -> Tensor:
         """[E, C, 2] samples by exit, class, and wrong or right; unweighted."""

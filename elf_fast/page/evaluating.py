@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from ..data import ImageLoader, Preprocessing
@@ -34,15 +36,10 @@ def evaluate(
     generator = torch.Generator().manual_seed(0)
     most = 0 if batch is None else max(batch, _TIMED)
     chosen = torch.randperm(len(images), generator=generator)[:most].tolist()
-    with opened.precision:
+    with opened.precision():
         observed = observe(
             model, opened.batches, metrics, wrong=SHOWN if batch else 0, images=set(chosen)
         )
-        measured = None
-        if batch is not None and len(observed.images):
-            # The data may be sorted by class, and images of one class tend to leave together.
-            order = torch.randperm(len(observed.images), generator=generator)
-            measured = speed.measure(model, observed.images[order], batch)
     files = getattr(images, "paths", None)
     if isinstance(opened.batches, ImageLoader):
         read = observed.metrics["samples"]
@@ -53,7 +50,7 @@ def evaluate(
     transform = getattr(images, "transform", None)
     if not isinstance(transform, Preprocessing):  # digits, whose pixels are in [-1, 1]
         transform = Preprocessing(images[0][0].shape[-1], "exact", mean=(0.5,), std=(0.5,))
-    return Evaluated(
+    found = Evaluated(
         name=name,
         part=opened.part,
         class_names=opened.class_names,
@@ -65,5 +62,12 @@ def evaluate(
         std=transform.std,
         files=files,
         prior=weights,
-        speed=measured,
+        speed=None,
     )
+    if batch is None or not len(observed.images):
+        return found
+    # The data may be sorted by class, and images of one class tend to leave together.
+    mixed = observed.images[torch.randperm(len(observed.images), generator=generator)]
+    settings = [setting.thresholds for setting in found.timed]
+    with opened.precision():
+        return replace(found, speed=speed.measure(model, mixed, batch, settings))

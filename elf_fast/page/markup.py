@@ -112,8 +112,10 @@ th, td { padding: .28rem 1.1rem .28rem 0; text-align: right; font-weight: 400;
   border-bottom: 1px solid var(--rule); vertical-align: baseline; white-space: nowrap; }
 thead th { color: var(--soft); border-bottom-color: var(--soft); vertical-align: bottom;
   white-space: normal; }
-th:first-child { text-align: left; } tbody th:first-child { white-space: normal; min-width: 6rem; }
-.bar { display: flex; width: clamp(8rem, 30vw, 24rem); height: .85rem; }
+th:first-child { text-align: left; }
+tbody th:first-child { white-space: normal; min-width: 3rem; overflow-wrap: anywhere; }
+.bar { display: flex; width: clamp(5.5rem, 28vw, 24rem); height: .85rem; }
+th:has(> .bar-of) { text-align: left; }
 .bar span, .legend .box { background: color-mix(in oklab, var(--last) var(--at), var(--first)); }
 td:has(> .bar) { padding-top: .4rem; vertical-align: middle; }
 .thumbs { display: grid; grid-template-columns: repeat(auto-fill, minmax(8.5rem, 1fr));
@@ -121,6 +123,7 @@ td:has(> .bar) { padding-top: .4rem; vertical-align: middle; }
 .thumbs img { display: block; width: 6rem; height: 6rem; object-fit: contain;
   object-position: left; margin-bottom: .3rem; }
 .thumbs img.pixels { image-rendering: pixelated; }
+@media (max-width: 44rem) { th, td { padding-right: .75rem; } .interval { display: block; } }
 details { margin: .6rem 0; } summary { cursor: pointer; }
 pre { overflow-x: auto; font-size: .875rem; padding: .7rem 0; border-top: 1px solid var(--rule);
   border-bottom: 1px solid var(--rule); max-width: 42rem; }

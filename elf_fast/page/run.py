@@ -17,7 +17,7 @@ from .compare import comparison
 from .evaluated import SHOWN, Evaluated
 from .markup import Html, document, element, table
 from .sections import Headline, interval, percent, points
-from .tradeoff import against_flops, against_time
+from .tradeoff import against_flops, against_time, numbers
 
 
 def html(runs: Sequence[Evaluated], command: str) -> str:
@@ -39,6 +39,7 @@ def html(runs: Sequence[Evaluated], command: str) -> str:
         element("p", f"Evaluated on the {run.part} part, {images}.", class_="soft"),
         sections.headlines(_headlines(run)),
         element("div", against_flops(runs), against_time(runs) or "", class_="plots"),
+        *([numbers(run)] if run.exits > 1 else []),
         element("p", " ".join(_sentences(run))),
     ]
     if len(runs) > 1:
@@ -111,7 +112,7 @@ def _sentences(run: Evaluated) -> list[str]:
         ratio = run.speed.ratio
         found.append(
             "It is also faster here." if ratio.low > 1 else
-            "It is slower here: the heads cost more than the exits save."
+            "It is slower here: the exits cost more time than they save."
             if ratio.high < 1 else "It is about as fast here."
         )  # fmt: skip
     by_exit = run.observed.metrics["exit_shares"]
@@ -126,7 +127,7 @@ def _groups(run: Evaluated) -> Html:
     limits = {"many": f"over {MANY_ABOVE}", "medium": f"{FEW_BELOW} to {MANY_ABOVE}",
               "few": f"under {FEW_BELOW}"}  # fmt: skip
     has_exits = run.exits > 1
-    headings = ["classes with so many training images", "classes", "images"]
+    headings = ["training images of a class", "classes", "images"]
     if has_exits:
         headings += ["whole network, %", "with exits, %", "difference, points",
                      "left at each exit, %"]  # fmt: skip
@@ -140,17 +141,24 @@ def _groups(run: Evaluated) -> Html:
         weight = run.weight[inside]
         row = [f"{name} ({limits[name]})" if name in limits else name, f"{len(classes):,}",
                f"{int(inside.sum()):,}"]  # fmt: skip
-        after = interval(estimates.share(run.correct[inside], weight))
+        after = _with_interval(interval(estimates.share(run.correct[inside], weight)))
         if has_exits:
             before = interval(estimates.share(run.correct_at_end[inside], weight))
+            gain = points(estimates.mean(gained[inside], weight))
             m = run.observed.metrics
             shares = m["exit_shares"] if name == "all" else m["exit_shares_by_group"][name]
             shown = "none" if shares is None else " / ".join(percent(s, 0) for s in shares)
-            row += [before, after, points(estimates.mean(gained[inside], weight)), shown]
+            row += [_with_interval(before), after, _with_interval(gain), shown]
         else:
             row.append(after)
         rows.append(row)
     return table(headings, rows, "Accuracy with 95% intervals")
+
+
+def _with_interval(text: str) -> Html:
+    """Puts the interval below its value on small screens."""
+    value, bracket, rest = text.partition(" [")
+    return element("span", f"{value} ", element("span", bracket.strip() + rest, class_="interval"))
 
 
 def _early_wrong(run: Evaluated) -> list[Html]:
@@ -164,7 +172,7 @@ def _early_wrong(run: Evaluated) -> list[Html]:
     if not shown:
         return [*found, element("p", "No image left early with a wrong answer.")]
     count = f"The {len(shown)} surest" if len(shown) > 1 else "The only one"
-    found.append(element("p", f"{count}, as the network saw it.", class_="soft"))
+    found.append(element("p", f"{count}, in the network's input size.", class_="soft"))
     thumbs = []
     for w in shown:
         end = "the last exit is right" if w.final_prediction == w.target else (
@@ -231,10 +239,10 @@ def _notes(run: Evaluated) -> list[Html]:
         )
     if run.speed is not None:
         found.append(
-            f"Milliseconds were measured here with plain PyTorch, {run.speed.batch} images at a "
-            f"time, on {run.speed.where}. The dot and the diamond are the networks end to end, "
-            "with quartiles over the repetitions; the curve adds up the times of the stages on "
-            "full batches."
+            f"Milliseconds were measured here end to end, with plain PyTorch and the kernels of "
+            f"the exits, on {run.speed.where}: {run.speed.images} images, {run.speed.batch} at a "
+            "time, medians with quartiles over the repetitions. The curve joins "
+            f"{len(run.timed)} settings of the thresholds."
         )
     if run.prior is not None:
         found.append(

@@ -119,7 +119,12 @@ def exits_by_class(found: Sequence[Bar], exits: int) -> Html:
         element("li", element("span", class_="box", style=f"--at: {_at(e, exits)}"), name)
         for e, name in enumerate(names)
     )
-    headings = ["class", "training images", "left at", "accuracy, %"]
+    headings = [
+        "class",
+        "training images",
+        element("span", "left at", class_="bar-of"),
+        "accuracy, %",
+    ]
     return Html(element("ul", *keys, class_="legend") + table(headings, rows))
 
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from ..policy import Estimate
 from .evaluated import Evaluated
-from .markup import Html
+from .markup import Html, details, table
 from .plots import Mark, Series, curves
+from .sections import percent
 
-#: From shares [E] that leave at each exit to a cost per image.
-_Cost = Callable[[list[float]], float]
 _POWERS = ((1e9, "billion FLOPs"), (1e6, "million FLOPs"), (1e3, "thousand FLOPs"), (1, "FLOPs"))
 
 
@@ -21,15 +20,10 @@ def against_flops(runs: Sequence[Evaluated]) -> Html:
     if any(run.flops.without_exits != most for run in runs):
         unit, name = next((unit, name) for unit, name in _POWERS if most >= unit)
         label = f"{name} per image"
-
-    def cost(run: Evaluated) -> _Cost:
-        costs = (run.costs / unit).tolist()
-        return lambda shares: sum(s * c for s, c in zip(shares, costs, strict=True))
-
     return _plot(
         label,
         runs,
-        [cost(run) for run in runs],
+        [[(s.flops / unit, s.accuracy) for s in run.sweep] for run in runs],
         [Estimate(*(value / unit for value in run.flops_per_sample)) for run in runs],
         [run.flops.without_exits / unit for run in runs],
     )
@@ -44,7 +38,10 @@ def against_time(runs: Sequence[Evaluated]) -> Html | None:
     return _plot(
         f"milliseconds per image, batches of {sizes}",
         runs,
-        [speed.leaving for speed in speeds],
+        [
+            [(ms, s.accuracy) for ms, s in zip(speed.settings, run.timed, strict=True)]
+            for run, speed in zip(runs, speeds, strict=True)
+        ],
         [speed.exits for speed in speeds],
         [speed.whole.value for speed in speeds],
     )
@@ -53,18 +50,18 @@ def against_time(runs: Sequence[Evaluated]) -> Html | None:
 def _plot(
     label: str,
     runs: Sequence[Evaluated],
-    costs: Sequence[_Cost],
+    curve: Sequence[Sequence[tuple[float, float]]],
     chosen: Sequence[Estimate],
     whole: Sequence[float],
 ) -> Html:
-    """Args: costs, chosen, whole: by run, those of a point of the curve, of the thresholds that are
-    set, and of the whole network."""
+    """Args, by run: curve, (cost, accuracy) of other thresholds; chosen, whole: costs of the
+    thresholds that are set, and of the whole network."""
     series, marks = [], []
     for i, run in enumerate(runs):
         prefix = f"{run.name}: " if len(runs) > 1 else ""
         if run.exits > 1:
-            xs = [costs[i](shares) for _, shares in run.sweep]
-            ys = [100 * accuracy for accuracy, _ in run.sweep]
+            xs = [x for x, _ in curve[i]]
+            ys = [100 * y for _, y in curve[i]]
             series.append(Series(f"{prefix}thresholds moved together", xs, ys, colour=i))
             accuracy = Estimate(*(100 * value for value in run.accuracy))
             marks.append(
@@ -83,3 +80,17 @@ def _plot(
         )  # fmt: skip
     said = "; ".join(f"{mark.name} at {mark.x:.3g}, {mark.y:.1f}%" for mark in marks)
     return curves(series, marks, label, "accuracy, %", f"Accuracy against {label}: {said}.")
+
+
+def numbers(run: Evaluated) -> Html:
+    """Points of the curves of one run, for who cannot see them."""
+    ms = [None] * len(run.timed) if run.speed is None else run.speed.settings
+    rows = [
+        [percent(setting.flops / run.flops.without_exits), *([f"{t:.3g}"] if t else []),
+         percent(setting.accuracy)]
+        for setting, t in zip(run.timed, ms, strict=True)
+    ]  # fmt: skip
+    headings = ["FLOPs, % of the whole network", "accuracy, %"]
+    if run.speed is not None:
+        headings.insert(1, "milliseconds per image")
+    return details("The numbers of these curves", table(headings, rows))

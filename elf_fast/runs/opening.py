@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -88,7 +89,7 @@ class Evaluation(NamedTuple):
     class_names: list[str]  # [C]
     class_counts: list[int]  # [C] training images
     flops: Flops
-    precision: AbstractContextManager  # entered once, around all batches
+    precision: Callable[[], AbstractContextManager]  # in which the network runs
 
 
 def evaluation(
@@ -133,7 +134,7 @@ def evaluation(
     loader = evaluation_loader(config, images, device)
     return Evaluation(
         part, metadata["seed"], model, images, loader, splits.class_names, splits.class_counts,
-        flops, autocast(config, device),
+        flops, partial(autocast, config, device),
     )  # fmt: skip
 
 
