@@ -49,7 +49,7 @@ INSIDE = {
             ("bench", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("preprocessing", "loader", "tree"), ("transforms",),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
-    "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),
+    "demo": (("network", "loop", "summary", "throughput"), ("page",), ("run",)),
     "inference": (("folding", "packing", "parts", "frozen", "report", "request", "stage_times",
                    "refill", "prometheus"),
                   ("code", "exits", "cache", "queues", "counters"), ("choice", "engine", "core"),

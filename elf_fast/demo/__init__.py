@@ -1,5 +1,5 @@
 """`elf-fast demo`: long-tailed digits, with exits and without, from training to a report.
 
 `run` puts it together: `network` and `loop` train, `throughput` times, `summary` turns results into
-a table and sentences, `plots` and `page` draw them.
+a table and sentences, and `page` puts them on a page.
 """

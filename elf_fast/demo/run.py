@@ -24,10 +24,11 @@ from ..flops import Flops, count_flops
 from ..losses import BalancedSoftmaxLoss
 from ..metrics import ELFMetrics
 from ..modules import ELF
+from ..page.evaluating import evaluate as evaluate_for_page
 from ..policy import one_number
 from ..policy.exit_table import exit_table
 from ..runs import files, opening
-from . import network, page, plots, summary, throughput
+from . import network, page, summary, throughput
 from .loop import EpochStats, Schedule, batches, predict, train
 
 #: The entry "network" in the metadata of the demo's weights.
@@ -81,8 +82,8 @@ def build(kind: str, class_counts: list[int]) -> ELF:
 
 @one_thread()
 def run(output: Path, *, seeds: int = 3, epochs: int = 40, console: Console | None = None) -> dict:
-    """Trains, evaluates and writes report.html, results.json, accuracy_flops.png and
-    model.safetensors (ELF of the first seed) into `output`; returns the results."""
+    """Trains, evaluates and writes report.html, results.json and model.safetensors (ELF of the
+    first seed) into `output`; returns the results."""
     console = console or LastingConsole()
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
@@ -242,60 +243,11 @@ def _write(output: Path, results: dict[str, Any], first: Trained, data: DigitSpl
             "versions": results["versions"],
         },
     )
-    curve = plots.accuracy_against_flops(results)
-    (output / "accuracy_flops.png").write_bytes(plots.png(curve))
-    written = page.html(
-        results,
-        [
-            (
-                "Accuracy against FLOPs",
-                "Test accuracy as one threshold for all exits moves from 0.2 (left) to never "
-                "leaving (right); mean over seeds, band and bars: one standard deviation. The "
-                "marked threshold was chosen on validation, not on this curve.",
-                curve,
-            ),
-            (
-                "Where each class leaves",
-                "Share of the test images of each class that leave at each exit, mean over seeds.",
-                plots.exit_shares_by_class(results),
-            ),
-            *_example_figures(first.elf, data),
-        ],
-    )
-    (output / "report.html").write_text(written, encoding="utf-8")
+    evaluated = evaluate_for_page("ELF", assessed(first.elf, data, first.entry["seed"]))
+    (output / "report.html").write_text(page.html(results, evaluated), encoding="utf-8")
     (output / "results.json").write_text(
         json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-
-
-def _example_figures(model: ELF, data: DigitSplits) -> list[tuple[str, str, Any]]:
-    out = predict(model, data.test.images)
-    last = len(model.stages) - 1
-    order = out.confidence.argsort(descending=True)
-    left_first = order[out.exit_index[order] == 0][:10]
-    left_last = order.flip(0)
-    left_last = left_last[out.exit_index[left_last] == last][:10]
-    return [
-        (
-            heading,
-            caption,
-            plots.examples(data.test.images[rows], data.test.targets[rows], out.prediction[rows]),
-        )
-        for heading, caption, rows in (
-            (
-                "Left first",
-                "The most confident images of exit 1 (first seed), each with its digit.",
-                left_first,
-            ),
-            (
-                "Left last",
-                "The least confident images of the last exit (first seed); wrong predictions in "
-                "orange.",
-                left_last,
-            ),
-        )
-        if len(rows)
-    ]
 
 
 def _print(console: Console, output: Path, results: dict[str, Any]) -> None:
@@ -311,5 +263,5 @@ def _print(console: Console, output: Path, results: dict[str, Any]) -> None:
     for line in summary.sentences(results):
         console.print(f"- {line}", highlight=False)
     console.print(f"\nWritten in {results['seconds']:.0f} s:", highlight=False)
-    for name in ("report.html", "accuracy_flops.png", "results.json", "model.safetensors"):
+    for name in ("report.html", "results.json", "model.safetensors"):
         say(console, f"  {output / name}")

@@ -18,14 +18,19 @@ _TIMED = 256
 
 
 def evaluate(
-    name: str, opened: Evaluation, *, prior: list[float] | None = None, batch: int | None = None
+    name: str,
+    opened: Evaluation,
+    *,
+    prior: list[float] | None = None,
+    batch: int | None = None,
+    seconds: float = 1.0,
 ) -> Evaluated:
     """Evaluates, and runs every image through all exits, too.
 
     Args:
         name: how the page calls it.
         prior: [C] weights of the classes.
-        batch: also times batches of so many images and keeps images to show. None: neither.
+        batch: also times batches of so many images, for at least so many seconds.
 
     Raises:
         DataError: more than half of the images cannot be read.
@@ -37,9 +42,7 @@ def evaluate(
     most = 0 if batch is None else max(batch, _TIMED)
     chosen = torch.randperm(len(images), generator=generator)[:most].tolist()
     with opened.precision():
-        observed = observe(
-            model, opened.batches, metrics, wrong=SHOWN if batch else 0, images=set(chosen)
-        )
+        observed = observe(model, opened.batches, metrics, wrong=SHOWN, images=set(chosen))
     files = getattr(images, "paths", None)
     if isinstance(opened.batches, ImageLoader):
         read = observed.metrics["samples"]
@@ -70,4 +73,4 @@ def evaluate(
     mixed = observed.images[torch.randperm(len(observed.images), generator=generator)]
     settings = [setting.thresholds for setting in found.timed]
     with opened.precision():
-        return replace(found, speed=speed.measure(model, mixed, batch, settings))
+        return replace(found, speed=speed.measure(model, mixed, batch, settings, seconds=seconds))

@@ -113,7 +113,7 @@ th, td { padding: .28rem 1.1rem .28rem 0; text-align: right; font-weight: 400;
 thead th { color: var(--soft); border-bottom-color: var(--soft); vertical-align: bottom;
   white-space: normal; }
 th:first-child { text-align: left; }
-tbody th:first-child { white-space: normal; min-width: 3rem; overflow-wrap: anywhere; }
+tbody th:first-child { white-space: normal; min-width: 4.5rem; overflow-wrap: anywhere; }
 .bar { display: flex; width: clamp(5.5rem, 28vw, 24rem); height: .85rem; }
 th:has(> .bar-of) { text-align: left; }
 .bar span, .legend .box { background: color-mix(in oklab, var(--last) var(--at), var(--first)); }

@@ -53,13 +53,13 @@ def html(runs: Sequence[Evaluated], command: str) -> str:
                     + ("" if is_single else " Each row holds neighbours."), class_="soft"),
             sections.exits_by_class(bars, run.exits),
             element("h2", "Who leaves early and wrong"),
-            *_early_wrong(run),
+            *early_wrong(run),
         ]  # fmt: skip
     body += [
         element("h2", "The most frequent confusions"),
         confusions(run.observed.metrics["confusions"], run.class_names),
         element("h2", "How sure and how right each exit is"),
-        *_exits(run),
+        *exits(run),
         element("footer", *_notes(run), element("pre", command)),
     ]
     return document(title, *body)
@@ -158,10 +158,12 @@ def _groups(run: Evaluated) -> Html:
 def _with_interval(text: str) -> Html:
     """Puts the interval below its value on small screens."""
     value, bracket, rest = text.partition(" [")
-    return element("span", f"{value} ", element("span", bracket.strip() + rest, class_="interval"))
+    tail = element("span", bracket + rest, class_="interval") if rest else ""
+    return element("span", value, tail)
 
 
-def _early_wrong(run: Evaluated) -> list[Html]:
+def early_wrong(run: Evaluated) -> list[Html]:
+    """How many leave early and wrong, and the surest of them as pictures."""
     m, names = run.observed.metrics, run.class_names
     shown = run.observed.early_wrong[:SHOWN]
     rows = [
@@ -197,7 +199,8 @@ def confusions(pairs: Sequence[dict[str, Any]], names: Sequence[str]) -> Html:
     return table(["class", "taken for", "images", "% of the class"], rows)
 
 
-def _exits(run: Evaluated) -> list[Html]:
+def exits(run: Evaluated) -> list[Html]:
+    """Accuracy and calibration of every exit."""
     m, observed = run.observed.metrics, run.observed
     rows = []
     for e in range(run.exits):
