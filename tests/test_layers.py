@@ -45,7 +45,7 @@ FLOORS = (
 #: The same inside folders; modules that are not named stand on the highest floor of their folder.
 INSIDE = {
     "bench": (("workload",), ("inference", "training"), ("engines",), ("command",)),
-    "cli": (("errors", "metrics", "flags", "interrupts", "prior"),
+    "cli": (("errors", "metrics", "flags", "interrupts"), ("prior",),
             ("bench", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("preprocessing", "loader", "tree"), ("transforms",),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),

@@ -36,9 +36,7 @@ def read(given: str, class_names: Sequence[str], class_counts: Sequence[int]) ->
         with open(given, encoding="utf-8-sig", newline="") as file:
             rows = [(reader.line_num, row) for reader in [csv.reader(file)] for row in reader]
     except (UnicodeDecodeError, csv.Error) as error:
-        raise UserError(
-            f"{FLAG}: {given}: expected lines class,weight in UTF-8 ({error})"
-        ) from error
+        raise UserError(f"{FLAG}: {given}: expected text in UTF-8 ({error})") from error
     return _weights(given, rows, class_names)
 
 
