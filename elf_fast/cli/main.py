@@ -16,7 +16,7 @@ from .errors import UserError
 _COMMANDS = (demo, train, evaluate, bench, doctor)
 #: Modules of the `train` extra that the commands need.
 _EXTRA = {
-    "PIL", "matplotlib", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "timm",
+    "PIL", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "timm",
     "torchmetrics", "torchvision", "yaml",
 }  # fmt: skip
 
