@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
-__all__ = ["partial", "sync_folder", "write"]
+__all__ = ["partial", "sync_folder", "write", "writing"]
 
 
 def write(path: Path, content: bytes) -> None:
-    """Writes a file completely or not at all: under another name beside `path`, flushed to disk and
-    then renamed."""
+    """Writes a file completely or not at all: see `writing`."""
+    with writing(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write `path` into, completely or not at all: it has another name beside `path`, and
+    is flushed to disk and renamed if the context ends without an error."""
     written = partial(path)
     try:
         with open(written, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             _sync(file.fileno())
         os.replace(written, path)
     except OSError as error:
-        error.filename = str(path)  # the error of a full disk names no file
+        if error.filename in (None, str(written)):  # the error of a full disk names no file
+            error.filename = str(path)
         raise
     finally:
         written.unlink(missing_ok=True)

@@ -107,6 +107,15 @@ class ELFBase(nn.Module):
     _evaluates_by_batch = False  # for models pickled without it
     #: Names of parameters that a network cut by `models.from_backbone` excludes from weight decay.
     undecayed: frozenset[str] = frozenset()
+    #: What `elf_fast.load` sets: the names [C] and training images [C] of the classes, the
+    #: `data.Preprocessing` of images, and the `policy.Policy` in force.
+    class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    transform: Any = None
+    policy: Any = None
+    #: How the network was built, in plain values. `from_backbone` and `elf_fast.load` note it for
+    #: `elf_fast.save`. None: by other code.
+    origin: dict[str, Any] | None = None
 
     def __init__(
         self,

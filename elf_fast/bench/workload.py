@@ -8,6 +8,7 @@ the confidences of two samples. Neither changes the cost of an exit.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,9 +33,9 @@ class TrainingWork(NamedTuple):
     stage_inputs: list[Tensor]  # as for inference
 
 
-def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
+def inference_work(model: ELF, images: Tensor, share: float | Sequence[float]) -> InferenceWork:
     """Work with a copy of `model` that lets `share` in [0, 1] of the samples at each exit go on,
-    rounded to whole samples. A share of 1 switches the exits off."""
+    rounded to whole samples. A share of 1 switches the exits off. share: one, or [E-1]."""
     model = copy.deepcopy(model).eval()
     alive = torch.arange(len(images), device=images.device)
     exit_index = torch.full_like(alive, len(model.stages) - 1)
@@ -45,7 +46,7 @@ def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
             x = stage(x)
             if e == len(model.stages) - 1:
                 break
-            goes_on, _ = _decide(model, model.thresholds, e, head(x), share)
+            goes_on, _ = _decide(model, model.thresholds, e, head(x), _at(share, e))
             exit_index[alive[~goes_on]] = e
             alive = alive[goes_on]
             x = _select(x, goes_on)
@@ -54,7 +55,7 @@ def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
     return InferenceWork(model, images, exit_index, inputs)
 
 
-def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
+def training_work(model: ELF, images: Tensor, share: float | Sequence[float]) -> TrainingWork:
     """`inference_work` for a training step. The target of a sample that leaves is the prediction of
     its exit; the other targets are arbitrary classes. The running statistics of BatchNorm are those
     of `model`."""
@@ -71,13 +72,17 @@ def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
             if e == len(scratch.stages) - 1:
                 break
             logits = head(x) if model.drops_exited else head(x)[alive]
-            goes_on, target[alive] = _decide(model, thresholds, e, logits, share)
+            goes_on, target[alive] = _decide(model, thresholds, e, logits, _at(share, e))
             alive = alive[goes_on]
             if not len(alive):
                 break
             if model.drops_exited:
                 x = _select(x, goes_on)
     return TrainingWork(model, images, target, inputs)
+
+
+def _at(share: float | Sequence[float], e: int) -> float:
+    return share if isinstance(share, float | int) else share[e]
 
 
 def _decide(

@@ -149,15 +149,15 @@ def _check_report(path: Path) -> None:
 
 def _open(path: Path, overrides: dict[str, str]) -> Evaluation:
     """Weights that a run or the demo wrote, and their data."""
-    from ..runs import opening
+    from ..runs import description, opening
 
     weights, metadata = opening.read(path)
     network = metadata.get("network")
-    if network == opening.NETWORK:
+    if network == description.RUN:
         return opening.evaluation(path, weights, metadata, **overrides)
-    from ..demo import run as demo
+    if network == description.DEMO:
+        from ..demo import run as demo
 
-    if network == demo.NETWORK:
         if overrides:
             name, folder = next(iter(overrides.items()))
             flag = "--" + name.replace("_", "-")

@@ -27,12 +27,14 @@ from ..modules import ELF
 from ..page.evaluating import evaluate as evaluate_for_page
 from ..policy import one_number
 from ..policy.exit_table import exit_table
+from ..runs import demo_network as network
 from ..runs import files, opening
-from . import network, page, summary, throughput
+from ..runs.checkpoints import WEIGHTS
+from ..runs.datasets import digit_preprocessing
+from ..runs.description import DEMO, Facts, entries, write_weights
+from . import page, summary, throughput
 from .loop import EpochStats, Schedule, batches, predict, train
 
-#: The entry "network" in the metadata of the demo's weights.
-NETWORK = "digits"
 IMBALANCE = 50.0
 SPLIT_SEED = 0
 TRAIN_THRESHOLD = 0.9
@@ -230,21 +232,18 @@ def _finite(value: float) -> float | None:
 
 
 def _write(output: Path, results: dict[str, Any], first: Trained, data: DigitSplits) -> None:
-    files.save(
-        output / "model.safetensors",
-        first.elf.state_dict(),
-        {
-            "network": NETWORK,
-            "class_counts": data.class_counts,
-            "imbalance": IMBALANCE,
-            "split_seed": SPLIT_SEED,
-            "seed": first.entry["seed"],
-            "loss_name": LOSS,
-            "versions": results["versions"],
-        },
-    )
+    names, counts = tuple(data.class_names), tuple(data.class_counts)
+    metadata = {
+        "network": DEMO,
+        **entries(Facts(names, counts, digit_preprocessing(channels=1))),
+        "imbalance": IMBALANCE,
+        "split_seed": SPLIT_SEED,
+        "seed": first.entry["seed"],
+        "loss_name": LOSS,
+    }
+    write_weights(output, first.elf.state_dict(), metadata, WEIGHTS)
     evaluated = evaluate_for_page("ELF", assessed(first.elf, data, first.entry["seed"]))
-    (output / "report.html").write_text(page.html(results, evaluated), encoding="utf-8")
+    files.write(output / "report.html", page.html(results, evaluated).encode())
     (output / "results.json").write_text(
         json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )

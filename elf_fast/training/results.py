@@ -15,8 +15,9 @@ from ..flops import Flops
 from ..modules import ELF
 from ..policy import one_number
 from ..policy.exit_table import ExitTable, exit_table
-from ..runs import checkpoints, files
+from ..runs import card, checkpoints, files
 from ..runs.config import TrainConfig
+from ..runs.description import write_weights
 from ..runs.evaluation import autocast, check_read, evaluate, evaluation_loader
 from ..runs.plain import to_dict
 from .processes import Processes
@@ -120,7 +121,7 @@ def write_results(
             results["calibration"] = evaluator.calibrate(model, validation)
         results["validation"] = evaluator.metrics(model, validation)
     if is_first:
-        files.save(output / checkpoints.WEIGHTS, model.state_dict(), metadata)
+        write_weights(output, model.state_dict(), metadata, checkpoints.WEIGHTS)
     test = evaluator.loader(splits.test)
     if test is not None:
         results["test"] = evaluator.metrics(model, test)
@@ -128,4 +129,5 @@ def write_results(
     if is_first:
         described = json.dumps(results, indent=1, allow_nan=False) + "\n"
         files.write(output / RESULTS, described.encode())
+        card.write_for_run(output, model, metadata, results, evaluator.flops)
     return results

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from elf_fast import ELF, criteria
-from elf_fast.demo import network
 from elf_fast.demo.loop import batches, predict
 from elf_fast.policy.exit_table import ExitTable, exit_table
+from elf_fast.runs import demo_network as network
 
 
 def length(logits: torch.Tensor) -> torch.Tensor:
