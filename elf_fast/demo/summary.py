@@ -112,22 +112,17 @@ def sentences(results: dict[str, Any]) -> list[str]:
 def _accuracy(results: dict[str, Any]) -> str:
     overall = differences(results, "overall") or []
     share = statistics.fmean(over_seeds(results, "elf", "flops_share") or [])
-    cost = f"at {100 * share:.0f}% of its FLOPs"
+    says = f"At {100 * share:.0f}% of the FLOPs of the network without exits, ELF "
     estimate, mean = t_interval(overall), statistics.fmean(overall)
     if estimate is None:
         return (
-            f"With one seed ELF differs from the network without exits by {100 * mean:+.1f} points "
-            f"{cost}, which is weak evidence, because accuracy varies by points between seeds."
+            f"{says}differs from it by {100 * mean:+.1f} points of accuracy; with one seed this is "
+            "weak evidence, because accuracy varies by points between seeds."
         )
+    by = f"{points(estimate)} points of accuracy over {len(overall)} seeds"
     if estimate.low <= 0 <= estimate.high:
-        return (
-            "ELF is as accurate as the network without exits, within the interval of "
-            f"{points(estimate)} points over {len(overall)} seeds, {cost}."
-        )
-    return (
-        f"ELF is {'more' if mean > 0 else 'less'} accurate than the network without exits, by "
-        f"{points(estimate)} points over {len(overall)} seeds, {cost}."
-    )
+        return f"{says}differs from it by {by}, which may be chance."
+    return f"{says}is {'more' if mean > 0 else 'less'} accurate, by {by}."
 
 
 def _groups(results: dict[str, Any]) -> list[str]:

@@ -97,17 +97,13 @@ def _sentences(run: Evaluated) -> list[str]:
     """At most three, in plain words."""
     if run.exits == 1:
         return ["This network has no exits, so every image costs the same."]
-    gain = run.gain
-    if gain.low > 0:
-        verdict = "more accurate than"
-    elif gain.high < 0:
-        verdict = "less accurate than"
+    share, gain = percent(run.flops_share.value, 0), run.gain
+    if gain.low <= 0 <= gain.high:
+        verdict = f"differs from it by {points(gain)} points of accuracy, which may be chance"
     else:
-        verdict = "as accurate, within the interval, as"
-    found = [
-        f"With its exits the network is {verdict} the whole network and needs "
-        f"{percent(run.flops_share.value, 0)}% of its FLOPs."
-    ]
+        more = "more" if gain.value > 0 else "less"
+        verdict = f"is {more} accurate, by {points(gain)} points"
+    found = [f"At {share}% of the FLOPs of the whole network, the network with exits {verdict}."]
     if run.speed is not None:
         ratio = run.speed.ratio
         found.append(
