@@ -11,7 +11,7 @@ from run_cases import parsed, refused
 def test_demo_writes_its_files_and_prints_the_table(demo_output):
     folder, printed = demo_output
     written = {path.name for path in folder.iterdir()}
-    assert written == {"report.html", "results.json", "model.safetensors"}
+    assert written == {"report.html", "results.json", "config.json", "model.safetensors"}
     for text in ("test accuracy", "few (", "FLOPs per image", "elf_fast", "reference", "seed 0"):
         assert text in printed
 
@@ -26,11 +26,9 @@ def test_the_report_opens_with_three_figures_and_ends_with_a_command(demo_output
     (run,) = json.loads((folder / "results.json").read_text())["runs"]
     assert f"accuracy{100 * run['test']['elf']['overall']:.1f}%95% interval" in page.text
     assert "quartiles" in page.text
-    command = page.text.rstrip().splitlines()[-3:]
-    assert command[0].endswith("--model resnet18 \\") and command[2].startswith(
-        "elf-fast eval runs"
-    )
-    parsed(*" ".join(command[:2]).replace("\\", "").split()[2:])  # flags that exist
+    train, evaluate = page.text.replace("\\\n", "").split("elf-fast ")[-2:]
+    assert parsed(*train.split()[1:]).conv_heads  # its flags exist
+    assert evaluate.startswith("eval runs/photos --report")
     # the other numbers are those of the first seed
     rows = page.table("exit", "FLOPs, % of the whole network")
     assert rows[0][2] == f"{100 * run['test']['elf']['exit_shares'][0]:.1f}"
