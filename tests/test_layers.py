@@ -55,7 +55,7 @@ INSIDE = {
                   ("compiling",), ("scheduler",), ("__init__",)),
     "policy": (("logits", "reading", "guarantee"), ("artefact", "exit_table"),
                ("one_number", "measure", "search", "shares", "temperatures", "cells", "costs"),
-               ("calibration",), ("__init__",)),
+               ("wanted",), ("certify",), ("calibration",), ("__init__",)),
     "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
              ("plain", "datasets"), ("networks", "evaluation", "contents"), ("opening",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),

@@ -23,8 +23,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "calibrate",
         help="choose the thresholds of a run for a budget, with a guarantee if you like",
         description="Chooses thresholds and temperatures in one pass over the validation part of a "
-        "run, and writes them into policy.json beside the weights, which stay as they are. Without a "
-        "limit: the most accurate thresholds. docs/policy.md says which option when.",
+        "run, and writes them into policy.json beside the weights, which stay as they are. "
+        "Without a limit: the most accurate thresholds. docs/policy.md says which option when.",
     )
     parser.add_argument(
         "run_path",

@@ -1,10 +1,9 @@
 """Searches thresholds for all exits jointly, with the exact effect of earlier exits.
 
 If all thresholds but those of one exit are fixed, the best cut of that exit is exact: sort its
-samples by how sure it is of them, and add up what each of those that reach the exit gains by leaving
-here instead of at the later exit that it would take. `improve` repeats this over the exits, first
-for accuracy less a price times cost (for many prices), then under the limits themselves. Neither
-step can make a solution worse, so the result is at least as good as every start that was given.
+samples by how sure it is of them, and add up what each of those that reach the exit gains by
+leaving here instead of later. `_climb` repeats this over the exits for accuracy less a price times
+cost, for many prices; `improve` does so under the limits. No step makes a solution worse, so the result is at least as good as every start that was given.
 
 Shapes: E exits, N samples, K cells of an exit. A cell is a set of predicted classes that share a
 threshold: all classes, one class or a group of them.
