@@ -45,7 +45,8 @@ FLOORS = (
 INSIDE = {
     "bench": (("workload",), ("inference", "training"), ("engines",), ("command",)),
     "cli": (("errors", "metrics", "flags", "interrupts"),
-            ("bench", "calibrate", "demo", "doctor", "evaluate", "train"), ("main",), ("__init__", "__main__")),
+            ("bench", "calibrate", "demo", "doctor", "evaluate", "train"), ("main",),
+            ("__init__", "__main__")),
     "data": (("splits", "images", "longtail"), ("preprocessing", "loader", "tree"), ("transforms",),
              ("cifar", "digits", "folder", "lists"), ("__init__",)),
     "demo": (("network", "loop", "summary", "throughput"), ("plots",), ("page",), ("run",)),

@@ -182,7 +182,7 @@ def rows(results: dict[str, Any]) -> list[str]:
 
 
 def earlyon_rows(results: dict[str, Any]) -> list[str]:
-    """The lines of the table on earlyon. Ours has the cost of earlyon's thresholds as its budget."""
+    """The lines of the table on earlyon. Our budget is what earlyon's thresholds cost."""
     names = (OURS, "earlyon")
     lines = _heading("network, loss, imbalance", "earlyon was asked for", *names)
     limits = dict.fromkeys(r["limit"] for r in results["records"] if "earlyon" in r["limit"])

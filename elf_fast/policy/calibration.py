@@ -86,8 +86,8 @@ def choose(
             the message says what can.
     """
     wanted = checked(
-        table, flops, max_flops, max_ms, max_drop, exit_shares, few_drop, guarantee, per, groups, ms,
-        batch, device,
+        table, flops, max_flops, max_ms, max_drop, exit_shares, few_drop, guarantee, per, groups,
+        ms, batch, device,
     )  # fmt: skip
     tried = _tables(table, criterion)
     if guarantee is None:

@@ -38,8 +38,8 @@ def check_enough(wanted: Wanted, target: Tensor) -> None:
 
 
 def path_to(table: ExitTable, thresholds: Tensor, wanted: Wanted) -> list[Tensor]:
-    """Thresholds from exits off to those given: in equal steps of the share that would leave at each
-    exit, in each cell, if it were the first."""
+    """Thresholds from exits off to those given: in equal steps of the share that would leave at
+    each exit, in each cell, if it were the first."""
     problem, _ = problem_of(table, wanted)
     target = problem.of_tensor(thresholds)
     found = []

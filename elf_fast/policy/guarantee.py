@@ -7,7 +7,7 @@ last candidate that passed drops more than allowed with a probability of at most
 
 The loss of a sample is 1 if only the last exit is right ("harm"), -1 if only the exit that it takes
 is right ("gain"), else 0; its mean is the drop. The bounds of Hoeffding and Bentkus, which those
-papers use, need losses in [0, 1]. `p_value` conditions on how many samples have another loss than 0.
+papers use, need losses in [0, 1], so `p_value` is another: see there.
 """
 
 from __future__ import annotations

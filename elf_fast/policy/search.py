@@ -3,7 +3,8 @@
 If all thresholds but those of one exit are fixed, the best cut of that exit is exact: sort its
 samples by how sure it is of them, and add up what each of those that reach the exit gains by
 leaving here instead of later. `_climb` repeats this over the exits for accuracy less a price times
-cost, for many prices; `improve` does so under the limits. No step makes a solution worse, so the result is at least as good as every start that was given.
+cost, for many prices; `improve` does so under the limits. No step makes a solution worse, so the
+result is at least as good as every start that was given.
 
 Shapes: E exits, N samples, K cells of an exit. A cell is a set of predicted classes that share a
 threshold: all classes, one class or a group of them.
