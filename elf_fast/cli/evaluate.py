@@ -51,6 +51,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="weigh the classes as they will occur: uniform, training, or a file of lines "
         "class,weight",
     )
+    parser.add_argument("--policy", metavar="FILE", help="thresholds and temperatures as "
+                        "`elf-fast calibrate` wrote them, or none for those in the weights; by "
+                        "default policy.json beside the weights, if it is there")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print all metrics as JSON")
     return parser
 
@@ -58,7 +61,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
 def run(arguments: argparse.Namespace) -> int:
     paths = [arguments.checkpoint, *arguments.compare]
     named = [("RUN", arguments.checkpoint), *(("--compare", path) for path in arguments.compare)]
-    named += [("--data-dir", arguments.data_dir), ("--lists", arguments.lists)]
+    named += [("--data-dir", arguments.data_dir), ("--lists", arguments.lists),
+              ("--policy", arguments.policy)]  # fmt: skip
     for name, given in named:
         if given is not None:
             check_path(name, given)
@@ -70,7 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
     overrides = {name: folder for name, folder in moved.items() if folder is not None}
     batch = None if arguments.report is None else arguments.batch or _BATCH
     try:
-        opened = [_open(path, overrides) for path in paths]
+        # A file is for the first run; the others have the policies beside their weights.
+        others = "none" if arguments.policy == "none" else None
+        opened = [
+            _open(path, others if i else arguments.policy, overrides)
+            for i, path in enumerate(paths)
+        ]
         first = opened[0]
         for path, other in zip(paths[1:], opened[1:], strict=True):
             _check_same_classes(path, other, first)
@@ -86,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
             write(arguments.report, page.html(runs, command).encode())
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
-    _print(runs, first.seed, arguments)
+    _print(runs, first, arguments)
     return 0
 
 
@@ -101,7 +110,9 @@ def _evaluated(
     ]
 
 
-def _print(runs: list[Evaluated], seed: int, arguments: argparse.Namespace) -> None:
+def _print(runs: list[Evaluated], opened: Evaluation, arguments: argparse.Namespace) -> None:
+    from ..policy.artefact import nested, shown_thresholds
+
     first = runs[0]
     if arguments.json:
         found = [run.observed.metrics for run in runs]
@@ -117,8 +128,10 @@ def _print(runs: list[Evaluated], seed: int, arguments: argparse.Namespace) -> N
             line += [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
             print("  ".join(line).rstrip())
     else:
-        heading = f"{first.name}: seed {seed}, {first.part} set"
+        heading = f"{first.name}: seed {opened.seed}, {first.part} set"
         show(heading, first.observed.metrics, first.class_names)
+        thresholds = shown_thresholds(nested(first.thresholds))
+        print(f"  thresholds {thresholds}, from {opened.policy or 'the weights'}")
     if arguments.test_prior is not None:
         _say_left_out(first)
     if arguments.report is not None:
@@ -147,19 +160,27 @@ def _check_report(path: Path) -> None:
         raise UserError(f"--report: expected a file in a folder that exists, got {path}")
 
 
-def _open(path: Path, overrides: dict[str, str]) -> Evaluation:
-    """Weights that a run or the demo wrote, and their data."""
+def _open(path: Path, policy: str | None, overrides: dict[str, str]) -> Evaluation:
+    """Weights that a run or the demo wrote, and their data.
+
+    Args:
+        policy: a file, "none", or None for the one beside the weights, if there is one.
+    """
     from ..runs import description, opening
 
     weights, metadata = opening.read(path)
     network = metadata.get("network")
     if network == description.RUN:
-        return opening.evaluation(path, weights, metadata, **overrides)
+        file = Path(policy) if policy not in (None, "none") else None
+        if policy is None:
+            file = opening.policy_beside(path)
+        return opening.evaluation(path, weights, metadata, file, **overrides)
     if network == description.DEMO:
         from ..demo import run as demo
 
-        if overrides:
-            name, folder = next(iter(overrides.items()))
+        given = {**overrides, **({} if policy in (None, "none") else {"policy": policy})}
+        if given:
+            name, folder = next(iter(given.items()))
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}: expected none with weights of the demo, got {folder}")
         return demo.evaluation(path, weights, metadata)

@@ -9,11 +9,11 @@ import sys
 
 from .. import checks
 from ..memory import is_lost_worker, is_out_of_memory
-from . import bench, demo, doctor, evaluate, interrupts, predict, train
+from . import bench, calibrate, demo, doctor, evaluate, interrupts, predict, train
 from .errors import UserError
 
 #: Subcommands in the order of `elf-fast --help`.
-_COMMANDS = (demo, train, evaluate, predict, bench, doctor)
+_COMMANDS = (demo, train, calibrate, evaluate, predict, bench, doctor)
 #: Modules of the `train` extra that the commands need.
 _EXTRA = {
     "PIL", "huggingface_hub", "rich", "safetensors", "scipy", "sklearn", "tensorboard", "timm",

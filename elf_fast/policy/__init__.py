@@ -1,19 +1,28 @@
 """Chooses the exits' thresholds on validation data.
 
-`exit_table` stores the result of every exit for every sample; everything else is arithmetic on that
-table. `Policy` holds what was chosen, and its file.
+`calibrate` runs a network once over validation data and chooses a `Policy`; `choose` does the same
+for an `ExitTable` of anyone's own logits. docs/policy.md says which option when.
 """
 
-from .artefact import Estimate, Exit, Group, Measured, Policy, PolicyError, Promise
+from .artefact import FILE, Estimate, Exit, Group, Measured, Policy, PolicyError, Promise, Tried
+from .calibration import Observed, calibrate, choose, observe
 from .exit_table import ExitTable
+from .measure import measured
 
 __all__ = [
+    "FILE",
     "Estimate",
     "Exit",
     "ExitTable",
     "Group",
     "Measured",
+    "Observed",
     "Policy",
     "PolicyError",
     "Promise",
+    "Tried",
+    "calibrate",
+    "choose",
+    "measured",
+    "observe",
 ]

@@ -13,13 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from .. import __version__, checks, criteria
 from ..atomic import write
 from ..criteria import Score
 from .reading import PolicyError, Reader
 
 __all__ = ["FILE", "FORMAT", "Estimate", "Exit", "Group", "Measured", "Policy", "PolicyError",
-           "Promise"]  # fmt: skip
+           "Promise", "Tried", "nested"]  # fmt: skip
 
 #: The name of a policy's file beside the weights.
 FILE = "policy.json"
@@ -51,6 +53,30 @@ class Promise:
     batch: int | None = None
     device: str | None = None
 
+    def sentence(self) -> str:
+        """What the thresholds are, for people."""
+        limit = "" if self.limit is None else f"{self.limit:g}"
+        if self.aim == "max_flops":
+            return f"the most accurate within {limit} of the FLOPs without exits"
+        if self.aim == "max_ms":
+            images = f"{self.batch} image" + ("s" if self.batch != 1 else "")
+            return f"the most accurate within {limit} ms per batch of {images} on {self.device}"
+        if self.aim == "exit_shares":
+            return "those at which the wanted shares of the samples leave"
+        if self.aim != "max_drop":
+            return "the most accurate, and the cheapest of equals"
+        few = (
+            ""
+            if self.few_drop is None
+            else f", and for few-shot classes by at most {self.few_drop:g}"
+        )
+        if self.guarantee is None:
+            return f"the cheapest whose accuracy on these samples drops by at most {limit}{few}"
+        return (
+            f"the accuracy drops by at most {limit}{few}, with probability {self.guarantee:g}, on "
+            "new data of the same kind"
+        )
+
 
 @dataclass(frozen=True)
 class Exit:
@@ -75,7 +101,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the policy gave on its calibration data. With a guarantee: on the half that tested it."""
+    """What the policy gave on its calibration data; with a guarantee, on the testing half."""
 
     samples: int
     accuracy: Estimate
@@ -89,6 +115,15 @@ class Measured:
     def drop(self) -> float:
         """Accuracy with all exits off less the policy's; negative for a gain."""
         return self.accuracy_exits_off.value - self.accuracy.value
+
+
+@dataclass(frozen=True)
+class Tried:
+    """What a criterion gave, when several were compared."""
+
+    criterion: str
+    accuracy: float
+    cost: float  # in units of `Promise.limit`, or a share of FLOPs
 
 
 @dataclass(frozen=True)
@@ -107,6 +142,7 @@ class Policy:
     data_digest: str  # of the calibration data
     weights_digest: str | None = None  # `digests.of_weights`; None: fits any network of E exits
     version: str = __version__
+    tried: tuple[Tried, ...] = ()  # empty if there was no choice of criteria
 
     def __post_init__(self) -> None:
         _check(self)
@@ -155,6 +191,35 @@ class Policy:
     def exits(self) -> int:
         """E."""
         return len(self.temperatures) + 1
+
+    @property
+    def is_off(self) -> bool:
+        """Whether no sample leaves early."""
+        rows = (t if isinstance(t, tuple) else (t,) for t in self.thresholds)
+        off = criteria.find(self.criterion).off
+        return all(t == off for row in rows for t in row)
+
+    def shown_thresholds(self) -> str:
+        return shown_thresholds(self.thresholds)
+
+
+def shown_thresholds(thresholds: Any) -> str:
+    """The threshold of each exit but the last, for people: "0.93 / off"; of thresholds per class
+    the lowest and highest. thresholds: as `Policy` holds them."""
+    return " / ".join(_shown(t) for t in thresholds) or "none"
+
+
+def nested(thresholds: Tensor) -> Any:
+    """Thresholds [E-1] or [E-1, C] as `Policy` holds them."""
+    rows = thresholds.tolist()
+    return tuple(tuple(row) if isinstance(row, list) else row for row in rows)
+
+
+def _shown(threshold: float | tuple[float, ...]) -> str:
+    if not isinstance(threshold, tuple):
+        return f"{threshold:.3g}" if math.isfinite(threshold) else "off"
+    low, high = (_shown(end) for end in (min(threshold), max(threshold)))
+    return low if low == high else f"{low}..{high}"
 
 
 def _without_infinity(values: Any) -> Any:
@@ -230,8 +295,13 @@ def _parsed(held: Any) -> Policy:
         data_digest=top.digest("data_digest"),
         weights_digest=top.digest("weights_digest", none=True),
         version=top.text("version"),
+        tried=tuple(map(_tried, top.inners("tried"))),
     )
     return policy
+
+
+def _tried(found: Reader) -> Tried:
+    return Tried(found.text("criterion"), found.share("accuracy"), found.number("cost"))
 
 
 def _exit(found: Reader) -> Exit:

@@ -93,17 +93,36 @@ def sweep(
     return points
 
 
+def candidates_of(table: ExitTable) -> list[Tensor]:
+    """Thresholds [E-1] that are equal at all exits, for each value of `Criterion.candidates`."""
+    exits = len(table.statistic) - 1
+    values = table.criterion.candidates(table.statistic[:-1])
+    return [torch.full((exits,), value, device="cpu") for value in values]
+
+
 def choose(points: Sequence[OperatingPoint], max_flops: float = math.inf) -> OperatingPoint:
     """The most accurate point of at most `max_flops` per sample. Of equally accurate points: the
-    one with the fewest FLOPs, and then the last, the most cautious one of a `sweep`. A limit below
-    the first exit's FLOPs is raised to them."""
+    one with the fewest FLOPs, and then the last, the most cautious one of a `sweep`.
+
+    Raises:
+        ValueError: no point is within the limit.
+    """
     if not points or math.isnan(max_flops):
         raise ValueError(
             f"points, max_flops: expected points and a number, got {len(points)} and {max_flops}"
         )
-    limit = max(max_flops, min(p.flops for p in points))
-    affordable = (p for p in reversed(points) if p.flops <= limit)
+    least = min(p.flops for p in points)
+    if max_flops < least:
+        raise ValueError(f"max_flops: expected at least {least:g} per sample, got {max_flops:g}")
+    affordable = (p for p in reversed(points) if p.flops <= max_flops)
     return max(affordable, key=lambda p: (p.accuracy, -p.flops))
+
+
+def least_flops(flops: Flops, thresholds: Tensor) -> int:
+    """FLOPs of a sample that leaves at the first exit that is on in thresholds [E-1] or [E-1, C]:
+    no position of the thresholds costs less. If all are off, `moved_to` moves all."""
+    on = thresholds.isfinite().reshape(len(thresholds), -1).any(1)
+    return flops.leaving_at(int(on.int().argmax()) if len(on) else 0)
 
 
 def set_threshold(model: ELFBase, value: float) -> None:

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from .. import checks
-from ..data import ImageLoader, LabelledImages
+from .. import checks, policy
+from ..data import LabelledImages, Splits
 from ..flops import Flops, count_flops
+from ..groups import class_groups
 from ..memory import is_out_of_memory
 from ..modules import ELF
 from . import checkpoints, contents, files
 from .building import without_weights
+from .config import TrainConfig
 from .datasets import blank_image, load_splits
-from .evaluation import autocast, evaluate, evaluation_loader
+from .evaluation import autocast, check_read, evaluate, evaluation_loader
 from .files import CheckpointError
 from .networks import network
 from .plain import from_run
@@ -75,25 +78,29 @@ def load_weights(model: ELF, weights: dict[str, Tensor], path: Path) -> None:
             raise CheckpointError(f"{path}: expected finite weights, got NaN or infinity in {name}")
 
 
-class Evaluation(NamedTuple):
-    """A network and the data to evaluate it on."""
+class Opened(NamedTuple):
+    """A run with its data and its network, on its device and in the run's weights."""
 
-    part: str  # "test", or "validation" if there is no test part
-    seed: int
+    config: TrainConfig
+    splits: Splits
     model: ELF
-    images: LabelledImages
-    batches: Iterable[tuple[Tensor, Tensor]]  # of `images`
-    class_names: list[str]  # [C]
-    class_counts: list[int]  # [C] training images
-    flops: Flops
-    precision: Callable[[], AbstractContextManager]  # in which the network runs
+    device: torch.device
+    part: str  # of the splits, the one that was asked for
+
+    @property
+    def images(self) -> LabelledImages:
+        return getattr(self.splits, self.part)
 
 
-def evaluation(
-    path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], **overrides: Any
-) -> Evaluation:
-    """What is needed to evaluate the weights and metadata that `read` returned for the path of a
-    run. The part is validation only if the data set has no test part.
+def opened(
+    path: Path,
+    weights: dict[str, Tensor],
+    metadata: dict[str, Any],
+    parts: Sequence[str],
+    **overrides: Any,
+) -> Opened:
+    """The run whose weights and metadata `read` returned, with the first of the `parts` that its
+    data have.
 
     Args:
         overrides: settings that differ from the run's, such as data_dir. If they name another
@@ -110,10 +117,11 @@ def evaluation(
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: {error}") from error
     splits = load_splits(config)
-    part = "validation" if splits.test is None else "test"
-    images = getattr(splits, part)
-    if images is None:
-        raise CheckpointError(f"{path}: expected a test or validation part in its data, got none")
+    found = [part for part in parts if getattr(splits, part) is not None]
+    if not found:
+        wanted = " or ".join(parts)
+        raise CheckpointError(f"{path}: expected a {wanted} part in its data, got none")
+    part = found[0]
     named = not {"data_dir", "lists"}.isdisjoint(overrides)
     now = contents.describe(splits)
     for text in contents.check_evaluated(path, metadata, now, config, part, on_purpose=named):
@@ -121,25 +129,130 @@ def evaluation(
     try:
         device = checks.device(config.device)
     except ValueError:  # this machine lacks the device of the training
+        if "device" in overrides:
+            raise
         device = checks.device(None)
     # The run's weights replace pretrained ones, which might have to be downloaded.
     options = without_weights(config.model_kwargs)
     model = network(replace(config, model_kwargs=options), splits.class_counts)
     load_weights(model, weights, path)
-    model.to(device)
-    flops = count_flops(model, blank_image(config, device))
-    loader = evaluation_loader(config, images, device)
+    return Opened(config, splits, model.to(device), device, part)
+
+
+def policy_beside(path: Path) -> Path | None:
+    """The file of the policy beside the weights that `read` reads from `path`, if there is one."""
+    file = (path if path.is_dir() else path.parent) / policy.FILE
+    is_for_these = path.is_dir() or path.name == checkpoints.WEIGHTS
+    return file if is_for_these and file.is_file() else None
+
+
+def apply_policy(model: ELF, file: Path) -> policy.Policy:
+    """Sets the policy of a file and returns it.
+
+    Raises:
+        ValueError: it is damaged, or made for another network; the message names the file.
+    """
+    found = policy.Policy.load(file)
+    try:
+        model.apply_policy(found)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return found
+
+
+class Evaluation(NamedTuple):
+    """A network and the data to evaluate it on."""
+
+    part: str  # "test", or "validation" if there is no test part
+    seed: int
+    model: ELF
+    images: LabelledImages
+    batches: Iterable[tuple[Tensor, Tensor]]  # of `images`
+    class_names: list[str]  # [C]
+    class_counts: list[int]  # [C] training images
+    flops: Flops
+    precision: Callable[[], AbstractContextManager]  # in which the network runs
+    policy: Path | None = None  # the file whose thresholds are set; None: those of the weights
+
+
+def evaluation(
+    path: Path,
+    weights: dict[str, Tensor],
+    metadata: dict[str, Any],
+    policy_file: Path | None = None,
+    **overrides: Any,
+) -> Evaluation:
+    """What is needed to evaluate a run. The part is validation only if the data set has no test
+    part.
+
+    Args:
+        policy_file: a policy to apply; None: the thresholds that the weights hold.
+        overrides: as for `opened`, which also says what is raised.
+    """
+    run = opened(path, weights, metadata, ("test", "validation"), **overrides)
+    if policy_file is not None:
+        apply_policy(run.model, policy_file)
     return Evaluation(
-        part, metadata["seed"], model, images, loader, splits.class_names, splits.class_counts,
-        flops, partial(autocast, config, device),
+        run.part, metadata["seed"], run.model, run.images,
+        evaluation_loader(run.config, run.images, run.device),
+        run.splits.class_names, run.splits.class_counts,
+        count_flops(run.model, blank_image(run.config, run.device)),
+        partial(autocast, run.config, run.device), policy_file,
     )  # fmt: skip
 
 
 def evaluate_run(
-    path: Path, weights: dict[str, Tensor], metadata: dict[str, Any], **overrides: Any
-) -> tuple[str, dict[str, Any]]:
-    """(part, metrics) of what `evaluation` opens, as the run itself measures them."""
-    found = evaluation(path, weights, metadata, **overrides)
-    assert isinstance(found.batches, ImageLoader)
-    config = from_run(metadata["config"], **overrides)
-    return found.part, evaluate(config, found.model, found.batches, found.class_counts, found.flops)
+    path: Path,
+    weights: dict[str, Tensor],
+    metadata: dict[str, Any],
+    policy_file: Path | None = None,
+    **overrides: Any,
+) -> tuple[str, dict[str, Any], ELF]:
+    """("test" or "validation", metrics, the network) of a run. The part is validation only if the
+    data set has no test part.
+
+    Args:
+        policy_file: a policy to apply; None: the thresholds that the weights hold.
+        overrides: as for `opened`, which also says what is raised.
+    """
+    run = opened(path, weights, metadata, ("test", "validation"), **overrides)
+    if policy_file is not None:
+        apply_policy(run.model, policy_file)
+    flops = count_flops(run.model, blank_image(run.config, run.device))
+    loader = evaluation_loader(run.config, run.images, run.device)
+    metrics = evaluate(run.config, run.model, loader, run.splits.class_counts, flops)
+    return run.part, metrics, run.model
+
+
+def calibrate_run(
+    path: Path,
+    weights: dict[str, Tensor],
+    metadata: dict[str, Any],
+    *,
+    batch: int = 1,
+    options: Mapping[str, Any],
+    **overrides: Any,
+) -> tuple[policy.Measured, policy.Policy]:
+    """What the thresholds in the weights of a run give on its validation part, and a policy chosen
+    there.
+
+    Args:
+        batch, options: of `policy.calibrate`.
+        overrides: as for `opened`.
+
+    Raises:
+        DataError: more than half of the images cannot be read.
+        others: see `opened` and `policy.calibrate`.
+    """
+    run = opened(path, weights, metadata, ("validation",), **overrides)
+    model, groups = run.model, class_groups(run.splits.class_counts)
+    digest = contents.fingerprint(contents.describe(run.splits)["data"]["validation"])
+    loader = evaluation_loader(run.config, run.images, run.device)
+    with autocast(run.config, run.device):
+        seen = policy.observe(model, loader, batch)
+        check_read(loader, len(seen.table.target))
+        chosen = policy.calibrate(
+            model, seen, batch=batch, groups=groups, data_digest=digest, **options
+        )
+    before = policy.measured(seen.table, model.thresholds.cpu(), seen.flops, groups=groups)
+    return before, chosen

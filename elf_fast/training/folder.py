@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from ..policy.artefact import FILE as POLICY
 from ..runs import card, description, files
 from ..runs.checkpoints import WEIGHTS
 from ..runs.config import TrainConfig
@@ -66,7 +67,8 @@ class RunFolder:
             kept = files.previous(settings)
             if settings.exists() and not kept.exists():  # it may be the user's own
                 os.replace(settings, kept)
-        files.remove_partial(self.path, (CONFIG, RESULTS, WEIGHTS, description.CONFIG, card.NAME))
+        written = (CONFIG, RESULTS, WEIGHTS, POLICY, description.CONFIG, card.NAME)
+        files.remove_partial(self.path, written)
         (self.path / CHECKPOINTS).mkdir(exist_ok=True)  # by both a folder is known as that of a run
         files.write(settings, to_yaml(config).encode())
 

@@ -9,13 +9,18 @@ from typing import Any
 
 from rich.console import Console
 
+from .. import digests
 from ..console import say
 from ..data import DataError, ImageLoader, LabelledImages, Splits
 from ..flops import Flops
+from ..groups import class_groups
 from ..modules import ELF
-from ..policy import one_number
+from ..policy import Policy, Promise, one_number
+from ..policy.artefact import FILE, nested
+from ..policy.costs import flops_shares
 from ..policy.exit_table import ExitTable, exit_table
-from ..runs import card, checkpoints, files
+from ..policy.measure import measured
+from ..runs import card, checkpoints, contents, files
 from ..runs.config import TrainConfig
 from ..runs.description import write_weights
 from ..runs.evaluation import autocast, check_read, evaluate, evaluation_loader
@@ -60,8 +65,11 @@ class Evaluator:
         self.name_skipped(loader)
         return found
 
-    def calibrate(self, model: ELF, validation: ImageLoader) -> dict[str, Any]:
-        """Chooses the exits' thresholds on validation; returns their accuracy and FLOPs there."""
+    def calibrate(
+        self, model: ELF, validation: ImageLoader, data_digest: str
+    ) -> tuple[dict[str, Any], Policy]:
+        """Chooses the exits' thresholds on validation. Returns their accuracy and FLOPs there, and
+        the same as a policy."""
         self.processes.share_buffers(model)
         with autocast(self.config, self.processes.device):
             own = exit_table(model, self.stop.watched(validation))
@@ -74,15 +82,50 @@ class Evaluator:
             self.name_skipped(validation)
             raise
         points = one_number.sweep(table, self.flops, thresholds=model.thresholds)
-        share = math.inf if self.config.max_flops is None else self.config.max_flops
-        chosen = one_number.choose(points, share * self.flops.without_exits)
+        chosen = one_number.choose(points, self._limit(points))
         one_number.set_threshold(model, chosen.threshold)
-        return {
+        share = chosen.flops / self.flops.without_exits
+        policy = self._policy(model, table, data_digest)
+        say(
+            self.console,
+            f"thresholds {policy.shown_thresholds()}: {policy.promise.sentence()} on "
+            f"{len(table.target):,} validation images ({100 * chosen.accuracy:.1f}% right, exits "
+            f"off {100 * points[-1].accuracy:.1f}%, {100 * share:.1f}% of the FLOPs)",
+        )
+        found = {
             "threshold": chosen.threshold if math.isfinite(chosen.threshold) else None,
             "accuracy": chosen.accuracy,
             "accuracy_exits_off": points[-1].accuracy,
-            "flops_share": chosen.flops / self.flops.without_exits,
+            "flops_share": share,
         }
+        return found, policy
+
+    def _limit(self, points: list[one_number.OperatingPoint]) -> float:
+        """The most FLOPs per sample. It is raised, and said so, if a finished training could
+        otherwise not be used: where samples without a finite confidence cannot leave early."""
+        if self.config.max_flops is None:
+            return math.inf
+        full, least = self.flops.without_exits, min(p.flops for p in points)
+        limit = self.config.max_flops * full
+        if limit < least:
+            say(self.console, f"max_flops: no threshold costs at most {self.config.max_flops:g} of "
+                f"the FLOPs; the cheapest costs {least / full:.3f}")  # fmt: skip
+        return max(limit, least)
+
+    def _policy(self, model: ELF, table: ExitTable, data_digest: str) -> Policy:
+        thresholds = model.thresholds.cpu()
+        limit = self.config.max_flops
+        return Policy(
+            criterion=model.criterion,
+            thresholds=nested(thresholds),
+            temperatures=tuple(model.temperatures.tolist()),
+            promise=Promise("accuracy" if limit is None else "max_flops", limit),
+            measured=measured(
+                table, thresholds, flops_shares(self.flops), groups=class_groups(self.class_counts)
+            ),
+            data_digest=data_digest,
+            weights_digest=digests.of_weights(model.state_dict()),
+        )
 
     def name_skipped(self, loader: ImageLoader) -> None:
         """Shows the files that any process could not read, each once."""
@@ -103,8 +146,8 @@ def write_results(
     history: list[dict[str, Any]],
     metadata: dict[str, Any],
 ) -> dict[str, Any]:
-    """Calibrates on validation, evaluates once on test, and writes weights and results into the
-    run's folder. Returns the results."""
+    """Calibrates on validation, evaluates once on test, and writes weights, policy and results into
+    the run's folder. Returns the results."""
     config, is_first = evaluator.config, evaluator.processes.is_first
     output = Path(config.output)
     results: dict[str, Any] = {
@@ -116,12 +159,18 @@ def write_results(
             for name in ("train", "validation", "test")
         },
     }
+    policy: Policy | None = None
     if validation is not None:
         if config.calibrate and len(model.stages) > 1:
-            results["calibration"] = evaluator.calibrate(model, validation)
+            digest = contents.fingerprint(metadata["data"]["validation"])
+            results["calibration"], policy = evaluator.calibrate(model, validation, digest)
         results["validation"] = evaluator.metrics(model, validation)
     if is_first:
+        # First, so that no policy of earlier weights lies beside new ones.
+        (output / FILE).unlink(missing_ok=True)
         write_weights(output, model.state_dict(), metadata, checkpoints.WEIGHTS)
+        if policy is not None and isinstance(policy.criterion, str):
+            policy.save(output / FILE)
     test = evaluator.loader(splits.test)
     if test is not None:
         results["test"] = evaluator.metrics(model, test)

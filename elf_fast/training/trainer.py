@@ -19,9 +19,10 @@ from torch import Tensor
 from .. import criteria, functional
 from ..console import LastingConsole, say
 from ..data import ImageLoader
-from ..flops import count_flops
+from ..flops import Flops, count_flops
 from ..memory import is_out_of_memory
 from ..modules import ELF
+from ..policy import one_number
 from ..runs import contents
 from ..runs.config import TrainConfig
 from ..runs.datasets import blank_image, image_size, load_splits, preprocessing
@@ -106,6 +107,7 @@ class Trainer:
         self.learner = Learner(config, network(config, self.class_counts), processes)
         self._check_criterion()
         flops = count_flops(self.model, blank_image(config, processes.device))
+        self._check_max_flops(flops)
         # Every process has its own seed for augmentation and for random layers such as dropout.
         seed = (config.seed * processes.world_size + processes.rank) % 2**64
         self.loader = self._training_loader(seed)
@@ -159,6 +161,18 @@ class Trainer:
                 f"criterion: expected one that the kernels for {device} compute, got "
                 f"{criterion!r} ({error})"
             ) from error
+
+    def _check_max_flops(self, flops: Flops) -> None:
+        """Fails now, not after training, if no threshold can be so cheap."""
+        limit, thresholds = self.config.max_flops, self.model.thresholds
+        if limit is None or not len(thresholds):
+            return
+        least = one_number.least_flops(flops, thresholds) / flops.without_exits
+        if limit < least:
+            raise ValueError(
+                f"max_flops: expected at least {math.ceil(1000 * least) / 1000:g} (all leave at "
+                f"the first exit), got {limit:g}"
+            )
 
     def _training_loader(self, seed: int) -> ImageLoader:
         config = self.config

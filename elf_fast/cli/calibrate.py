@@ -1,0 +1,198 @@
+"""`elf-fast calibrate`"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .errors import UserError, check_path
+
+if TYPE_CHECKING:
+    from ..policy import Measured, Policy
+
+_PATHS = ("data_dir", "lists", "output")
+#: Flags that are arguments of `policy.calibrate`.
+_OPTIONS = (
+    "max_flops", "max_ms", "max_drop", "exit_shares", "guarantee", "few_drop", "per", "criterion",
+)  # fmt: skip
+
+
+def add(commands: Any) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        "calibrate",
+        help="choose the thresholds of a run for a budget, with a guarantee if you like",
+        description="Chooses thresholds and temperatures in one pass over the validation part of a "
+        "run, and writes them into policy.json beside the weights, which stay as they are. "
+        "Without a limit: the most accurate thresholds. docs/policy.md says which option when.",
+    )
+    parser.add_argument(
+        "run_path",
+        type=Path,
+        metavar="RUN",
+        help="folder of a run, a run's checkpoint, or a weights file",
+    )
+    limits = parser.add_argument_group("limits, at most one")
+    limits.add_argument(
+        "--max-flops",
+        type=float,
+        metavar="X",
+        help="largest share of the FLOPs of the network without exits",
+    )
+    limits.add_argument(
+        "--max-ms",
+        type=float,
+        metavar="X",
+        help="largest mean time of a batch in milliseconds, as measured here",
+    )
+    limits.add_argument(
+        "--max-drop",
+        type=float,
+        metavar="X",
+        help="largest drop in accuracy against exits off; 0.01 is one point",
+    )
+    limits.add_argument(
+        "--exit-shares",
+        type=float,
+        nargs="+",
+        metavar="X",
+        help="share of the images that leave at each exit, the last included",
+    )
+    more = parser.add_argument_group("choices")
+    more.add_argument(
+        "--guarantee",
+        type=float,
+        metavar="P",
+        help="the drops hold on new data of the same kind with this probability",
+    )
+    more.add_argument(
+        "--few-drop",
+        type=float,
+        metavar="X",
+        help="beside --max-drop, largest drop of classes with few images",
+    )
+    more.add_argument(
+        "--per",
+        choices=("exit", "class", "group"),
+        default="exit",
+        help="what has a threshold of its own at each exit (default: %(default)s)",
+    )
+    more.add_argument(
+        "--criterion",
+        nargs="+",
+        metavar="NAME",
+        help="criteria to choose from, or auto for all; the run's if not given",
+    )
+    more.add_argument(
+        "--batch",
+        type=int,
+        default=1,
+        metavar="N",
+        help="images per batch of --max-ms (default: %(default)s)",
+    )
+    more.add_argument("--device", metavar="NAME", help="the run's, or what this machine has")
+    more.add_argument("--data-dir", metavar="FOLDER", help="folder of the images, if they moved")
+    more.add_argument("--lists", metavar="FOLDER", help="folder of the lists, if they moved")
+    parser.add_argument(
+        "--output",
+        metavar="FILE",
+        help="the policy's file; policy.json beside the weights if not given",
+    )
+    parser.add_argument("--json", action="store_true", help="print the policy as JSON")
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..data import DataError
+    from ..policy import FILE
+
+    path: Path = arguments.run_path
+    check_path("RUN", path)
+    for name in _PATHS:
+        given = getattr(arguments, name)
+        if given is not None:
+            check_path(f"--{name.replace('_', '-')}", given)
+    output = (path if path.is_dir() else path.parent) / FILE
+    if arguments.output is not None:
+        output = Path(arguments.output)
+    if not output.parent.is_dir():
+        raise UserError(f"--output: expected a file in a folder that exists, got {output}")
+    try:
+        before, policy = _calibrate(path, arguments)
+    except (TypeError, ValueError, DataError) as error:
+        raise UserError(_with_flags(str(error))) from error
+    policy.save(output)
+    if arguments.json:
+        print(output.read_text(encoding="utf-8"), end="")
+    else:
+        _show(path, output, before, policy)
+    return 0
+
+
+def _calibrate(path: Path, arguments: argparse.Namespace) -> tuple[Measured, Policy]:
+    from ..runs import opening
+
+    weights, metadata = opening.read(path)
+    if metadata.get("network") != opening.NETWORK:
+        raise UserError(
+            f"{path}: expected weights of elf-fast train, got network {metadata.get('network')!r}"
+        )
+    options = {name: getattr(arguments, name) for name in _OPTIONS}
+    if options["criterion"] == ["auto"]:
+        options["criterion"] = "auto"
+    named = {name: getattr(arguments, name) for name in ("data_dir", "lists", "device")}
+    return opening.calibrate_run(
+        path,
+        weights,
+        metadata,
+        batch=arguments.batch,
+        options={name: value for name, value in options.items() if value is not None},
+        **{name: value for name, value in named.items() if value is not None},
+    )
+
+
+def _with_flags(message: str) -> str:
+    """The message with the flag in place of the argument that it begins with."""
+    name, colon, rest = message.partition(":")
+    known = (*_OPTIONS, "batch", "device")
+    return f"--{name.replace('_', '-')}{colon}{rest}" if name in known else message
+
+
+def _show(path: Path, output: Path, before: Measured, policy: Policy) -> None:
+    after = policy.measured
+    print(f"{path}: {before.samples:,} validation images")
+    print(f"  {'':26}{'before':>10}{'after':>10}{'exits off':>12}")
+    off = after.accuracy_exits_off.value
+    print(_row("accuracy, %", before.accuracy.value, after.accuracy.value, off))
+    print(_row("FLOPs, % of without exits", before.flops_share, after.flops_share))
+    for name in after.groups:
+        was = before.groups[name].accuracy.value
+        now, last = after.groups[name].accuracy, after.groups[name].accuracy_exits_off
+        print(_row(f"accuracy {name}, %", was, now.value, last.value))
+    for e, exits in enumerate(zip(before.exits, after.exits, strict=True), start=1):
+        print(_row(f"left at exit {e}, %", *(x.share.value for x in exits)))
+        there = [None if x.accuracy is None else x.accuracy.value for x in exits]
+        print(_row(f"accuracy at exit {e}, %", *there))
+    if after.ms is not None:
+        print(f"  {'ms per batch':26}{'':>10}{after.ms:>10.2f}")
+    for tried in policy.tried:
+        print(f"  by {tried.criterion}: {100 * tried.accuracy:.1f}% right at cost {tried.cost:.3f}")
+    if policy.promise.guarantee is not None:
+        print(f"  measured after: on the {after.samples:,} images that tested the guarantee")
+    print(f"  criterion {policy.criterion}, thresholds {policy.shown_thresholds()}, temperatures "
+          + " / ".join(f"{T:.3g}" for T in policy.temperatures))  # fmt: skip
+    print(f"  chosen: {_promise(policy)}")
+    print(f"  written: {output}")
+
+
+def _promise(policy: Policy) -> str:
+    sentence = policy.promise.sentence()
+    if policy.promise.guarantee is not None and policy.is_off:
+        return f"exits off, because no thresholds could be certified so that {sentence}"
+    return sentence
+
+
+def _row(label: str, *shares: float | None) -> str:
+    widths = (10, 10, 12)
+    cells = ("none" if x is None else f"{100 * x:.1f}" for x in shares)
+    return f"  {label:26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=False))
