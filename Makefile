@@ -1,12 +1,12 @@
-# `make demo`, `make test`, `make bench` and `make lint` set up .venv themselves.
+# The targets set up .venv themselves.
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.cu' -o -name '*.h' -o -name '*.cuh' -o -name '*.inl')
 PACKAGES := elf_fast kernels
-FORMATTED := $(PACKAGES) benchmarks tests setup.py
+FORMATTED := $(PACKAGES) benchmarks docs/*.py tests setup.py
 
-.PHONY: demo test bench bench-full gpu-check lint format clean
+.PHONY: demo test bench bench-full gpu-check docs lint format clean
 
 demo: .venv/native
 	$(BIN)/elf-fast demo
@@ -31,6 +31,11 @@ gpu-check:
 	$(PYTHON) -m benchmarks.gpu.check --out $(or $(OUT),$(error OUT: name a folder for the results)) \
 	  --parts $(PARTS)
 
+# Links, anchors and names that do not resolve are errors. The variable switches off an advertisement.
+docs: .venv/docs
+	PATH=$(CURDIR)/$(BIN):$$PATH NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q
+	@echo "To read: $(BIN)/python -m http.server -d build/site, then http://localhost:8000"
+
 lint: .venv/deps
 	$(BIN)/ruff check $(FORMATTED)
 	$(BIN)/ruff format --check $(FORMATTED)
@@ -54,6 +59,10 @@ clean:
 	$(PYTHON) -m venv .venv
 	$(PIP) setuptools ninja pybind11
 	ELF_FAST_BUILD=none $(PIP) --no-build-isolation -e ".[train,bench,serve,dev]"
+	touch $@
+
+.venv/docs: .venv/deps
+	ELF_FAST_BUILD=none $(PIP) --no-build-isolation -e ".[docs]"
 	touch $@
 
 .venv/native: .venv/deps setup.py $(SOURCES)

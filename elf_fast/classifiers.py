@@ -343,7 +343,8 @@ class LogitAdjustment(nn.Module):
     `nn.Sequential(head, LogitAdjustment(...))`, it also adjusts the logits of the exit test.
 
     Args:
-        class_counts: [C] training samples of every class. tau: >= 0.
+        class_counts: [C] training samples of every class.
+        tau: at least 0.
     """
 
     shift: Tensor

@@ -80,6 +80,7 @@ class Criterion:
         return (*(found if self.larger_is_surer else reversed(list(found))), self.off)
 
 
+#: The criteria by name.
 TABLE = {
     criterion.name: criterion
     for criterion in (

@@ -35,7 +35,7 @@ def exit_gate(
         logits: [N, C] float32, float64, bfloat16 or float16; arithmetic is float32 (float64).
         threshold: in [0, 1], or inf (entropy: -inf) for never; a scalar or [C], one per predicted
             class.
-        temperature: > 0, divides the logits. It gets no gradient.
+        temperature: a number above 0 that divides the logits. It gets no gradient.
         criterion: "confidence" (max probability), "margin" (top-1 minus top-2) or "entropy"
             (normalised; a sample leaves at or below the threshold).
         target: [N] int64; a sample then leaves only if its prediction is right.
@@ -47,7 +47,7 @@ def exit_gate(
     Raises:
         ValueError, TypeError: naming the argument.
 
-    Example:
+    Examples:
         >>> gate = exit_gate(torch.tensor([[9.0, 0.0], [0.1, 0.0]]), 0.9)
         >>> gate.survivors
         tensor([1])
@@ -82,7 +82,8 @@ def exit_head(
 
     Args:
         features: [N, D, H, W] in any memory format, tokens [N, T, D] or vectors [N, D].
-        weight: [C, D]. bias: [C] or None.
+        weight: [C, D].
+        bias: [C] or None.
         threshold, temperature, criterion, target: as for `exit_gate`.
         return_logits: False returns no logits; a fused kernel then need not write them.
 
@@ -116,7 +117,8 @@ def compact(features: Tensor, survivors: Tensor) -> Tensor:
     """The survivors' rows of a batch, as a dense batch in the same memory format.
 
     Args:
-        features: [N, ...], any dtype. survivors: [n] int64, ascending, in [0, N).
+        features: [N, ...], any dtype.
+        survivors: [n] int64, ascending, in [0, N).
 
     Returns:
         [n, ...]; differentiable in the features.
@@ -140,7 +142,8 @@ def compact_(features: Tensor, survivors: Tensor) -> Tensor:
     not changed.
 
     Args:
-        features: [N, ...] without a gradient, every sample dense in memory. survivors: as above.
+        features: [N, ...] without a gradient, every sample dense in memory.
+        survivors: [n] int64, ascending, in [0, N).
 
     Returns:
         order [n] int64: row j now holds what was row order[j].
@@ -183,9 +186,12 @@ def exit_loss(
         loss = weight_y (1 - p)^gamma [(1 - eps) (-log p) + eps mean_c(-log q_c)]
 
     Args:
-        logits: [N, C] as for `exit_gate`. target: [N] int64.
+        logits: [N, C] as for `exit_gate`.
+        target: [N] int64.
         weight, margins, bias: [C] or None. They and the settings carry no gradient.
-        gamma: >= 0. scale: > 0. label_smoothing: eps in [0, 1].
+        gamma: at least 0.
+        scale: above 0.
+        label_smoothing: eps in [0, 1].
         threshold: None (no sample leaves), or as for `exit_gate`, with `temperature`, `criterion`;
             the gate reads the logits, not x, and a sample leaves only if its prediction is right.
 

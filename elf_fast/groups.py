@@ -10,8 +10,11 @@ from . import checks
 
 __all__ = ["FEW_BELOW", "GROUPS", "MANY_ABOVE", "class_groups"]
 
-MANY_ABOVE = 100  # training samples; the usual long-tail groups (Liu et al., arXiv 1904.05160)
+#: Classes with more training samples are "many" (Liu et al., arXiv 1904.05160).
+MANY_ABOVE = 100
+#: Classes with fewer training samples are "few", those between "medium".
 FEW_BELOW = 20
+#: Names of the groups, from head to tail.
 GROUPS = ("many", "medium", "few")
 
 

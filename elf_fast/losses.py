@@ -33,7 +33,10 @@ class LongTailLoss(nn.Module):
     """weight_y (1 - p)^gamma CE(scale (z - margins_y e_y) + bias, y); see `functional.exit_loss`.
 
     Args:
-        weight, margins, bias: [C] or None. gamma >= 0, scale > 0, label_smoothing in [0, 1].
+        weight, margins, bias: [C] or None.
+        gamma: at least 0.
+        scale: above 0.
+        label_smoothing: in [0, 1].
         reduction: "mean" (over samples, not over weights) or "none".
 
     Shape: logits [N, C], target [N] int64 -> [] or, with reduction="none", [N]; float32.

@@ -76,7 +76,7 @@ def from_backbone(
             under torch.no_grad(), autocast or gradient checkpointing; the stages give other logits
             or gradients than the backbone.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.ReLU(),
         ...                     nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
         >>> x = torch.randn(4, 3, 8, 8)
@@ -132,7 +132,7 @@ def split(backbone: nn.Module, exits: Sequence[str]) -> list[nn.Module]:
     module right after a cut (`nn.ReLU(inplace=True)`), the stage overwrites its input;
     `from_backbone` makes it work on a copy instead.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> first, second = split(net, ["1"])
         >>> second.get_parameter("2.weight") is net[2].weight

@@ -75,7 +75,7 @@ class ELF(ELFBase):
     torch.compile breaks the graph at every exit, where the number of survivors is read.
     torch.export and torch.jit.trace need one graph and fail there.
 
-    Example:
+    Examples:
         >>> model = ELF([nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)],
         ...             [ExitHead(8, 10), ExitHead(8, 10)], thresholds=0.9)
         >>> out = model.eval()(torch.randn(4, 3, 8, 8))

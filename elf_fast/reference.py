@@ -45,12 +45,16 @@ __all__ = [
 
 
 class ExitGate(NamedTuple):
+    """What `exit_gate` returns."""
+
     confidence: Tensor  # [N] the criterion's statistic, float32 (float64 for float64 logits)
     prediction: Tensor  # [N] int64
     survivors: Tensor  # [n] int64, ascending: the samples that go on
 
 
 class ExitHeadOutput(NamedTuple):
+    """What `exit_head` returns."""
+
     logits: Tensor | None  # [N, C]; None where they were not asked for
     confidence: Tensor  # [N]
     prediction: Tensor  # [N] int64
@@ -58,6 +62,8 @@ class ExitHeadOutput(NamedTuple):
 
 
 class ExitLoss(NamedTuple):
+    """What `exit_loss` returns."""
+
     loss: Tensor  # [N] per sample, float32 (float64 for float64 logits)
     confidence: Tensor  # [N]
     prediction: Tensor  # [N] int64

@@ -1,4 +1,5 @@
-"""Files and options named in README.md and docs/ exist, and the examples run."""
+"""Files and options named in README.md and docs/ exist, and the examples run. Other commands and
+code on the pages: test_code_blocks.py."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ import torch
 from run_cases import parsed
 from torch import nn
 
-from elf_fast import ELF, ExitHead, cli
+from elf_fast import ELF, ELFOutput, ExitHead, cli
+from elf_fast.policy import ExitTable, Policy, Promise
+from elf_fast.policy.measure import measured
 from elf_fast.runs import networks
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,19 +63,6 @@ def test_the_guarantees_of_distributed_training_name_their_tests():
 
 
 # docs/training.md
-
-
-def test_the_documented_commands_name_settings_that_exist():
-    text = read(DOCS / "training.md").replace("\\\n", "")
-    commands = re.findall(r"(?:elf-fast|elf_fast\.cli) train ([^`\n]+)", text)
-    assert len(commands) >= 7
-    for command in commands:
-        flags = [
-            flag for flag in command.partition("#")[0].split() if flag not in ("...", "--help")
-        ]
-        if flags[:1] == ["--resume"]:
-            del flags[:2]
-        parsed("--data-dir", "any", *flags)
 
 
 def test_every_flag_on_the_page_of_training_exists(capsys):
@@ -140,6 +130,23 @@ def test_the_examples_of_serving_run(one_thread, capsys):
     expected = names["model"](names["images"])
     assert torch.equal(names["predictions"], expected.prediction)
     assert "'answered': 1" in capsys.readouterr().out
+
+
+def test_the_example_of_drift_runs():
+    """With a network whose exits and confidences are those of the policy."""
+    page = read(DOCS / "drift.md")
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    torch.manual_seed(0)
+    table = ExitTable.from_logits(3 * torch.randn(2, 500, 4), torch.randint(0, 4, (500,)))
+    policy = Policy("confidence", (0.9,), (1.0,), Promise("accuracy"),
+                    measured(table, torch.tensor([0.9])), table.digest())  # fmt: skip
+    exit_index = table.exit_index(torch.tensor([0.9]))
+    confidence = table.statistic.gather(0, exit_index[None])[0]
+    out = ELFOutput(table.logits[0], exit_index, confidence, exit_index, None)
+    names = {"policy": policy, "model": lambda images: out, "batches": range(4)}
+    exec(block, names)
+    shown = {name.partition("{")[0] for name in names["monitor"].metrics()}
+    assert set(re.findall(r"`(elf_fast_drift_\w+)", page)) == shown and len(shown) == 9
 
 
 def test_the_documented_metrics_exist(one_thread):

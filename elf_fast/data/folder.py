@@ -25,8 +25,8 @@ def image_folder(
     transforms: Transforms | None = None,
     exif_orientation: bool = True,
 ) -> Splits:
-    """The images in root/train/<class>/, root/val/<class>/ and root/test/<class>/. The last two are
-    optional. If root has no part, the images in root/<class>/ are for training.
+    """The images in `root/train/<class>/`, `root/val/<class>/` and `root/test/<class>/`. The last
+    two are optional. If root has no part, the images in `root/<class>/` are for training.
 
     A part may have any of the names in `tree.PART_NAMES`, in upper or lower case. Images are the
     regular files with an extension of `tree.EXTENSIONS`; `Splits.left_out` tells what else was

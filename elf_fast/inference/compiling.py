@@ -64,7 +64,7 @@ def compile(
         RuntimeError: "inductor" cannot compile the model. "auto" then runs eagerly, and
             `report()` says why.
 
-    Example:
+    Examples:
         >>> engine = compile(model, torch.randn(8, 3, 224, 224))
         >>> engine(images).prediction  # [N]
         >>> print(engine.report())

@@ -40,7 +40,7 @@ class SchedulerCore:
     when an idle one must be called again. Not safe to call from several threads at once, except
     that `run` may go on while the other methods are called.
 
-    Example:
+    Examples:
         >>> core = SchedulerCore(engine)
         >>> core.add(Request(images))
         >>> while core.waiting:

@@ -58,7 +58,7 @@ class Scheduler:
     Raises:
         TypeError, ValueError: naming the argument.
 
-    Example:
+    Examples:
         >>> with Scheduler(engine, max_batch=64, max_wait_ms=5) as scheduler:
         ...     future = scheduler.submit(images)  # [k, 3, 224, 224]
         ...     future.result().prediction  # [k]

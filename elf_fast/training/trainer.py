@@ -51,7 +51,7 @@ class NonFiniteError(ArithmeticError):
 def train(
     config: TrainConfig, *, resume: bool = False, console: Console | None = None
 ) -> dict[str, Any]:
-    """Trains as the settings say, and returns what it writes to <output>/metrics.json.
+    """Trains as the settings say, and returns what it writes to `metrics.json`.
 
     Args:
         resume: continue the run in config.output from its newest good checkpoint.
