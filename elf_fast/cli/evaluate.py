@@ -87,12 +87,16 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.test_prior is not None:
             weights = prior.read(arguments.test_prior, first.class_names, first.class_counts)
         runs = _evaluated(paths, opened, weights, batch)
+        for one in runs if arguments.compare else ():
+            one.check()
         if arguments.report is not None:
             from ..atomic import write
             from ..page import run as page
 
             command = shlex.join(["elf-fast", *arguments.given])
-            write(arguments.report, page.html(runs, command).encode())
+            # Names of folders may hold bytes that are no UTF-8.
+            made = page.html(runs, command).encode(errors="backslashreplace")
+            write(arguments.report, made)
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     _print(runs, first, arguments)

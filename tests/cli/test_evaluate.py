@@ -158,6 +158,22 @@ def test_eval_prints_every_metric_and_the_worst_confusions(run, mislabelled, cap
     assert f"if all left there, %     {anytime}\n" in said
 
 
+def test_the_report_shows_names_that_are_no_utf8(run, mislabelled, tmp_path, monkeypatch):
+    """Folders may be called anything; Python reads other bytes as surrogates."""
+    from elf_fast.runs import opening
+
+    opened = opening.evaluation
+
+    def renamed(*given, **options):
+        return opened(*given, **options)._replace(class_names=["caf\udce9", "class1", "class2"])
+
+    monkeypatch.setattr(opening, "evaluation", renamed)
+    report = tmp_path / "report.html"
+    given = ["eval", str(run), "--data-dir", str(mislabelled), "--report", str(report)]
+    assert cli.main(given) == 0
+    assert "caf\\udce9" in Page(report.read_text()).text
+
+
 def test_the_report_of_a_run_names_files_and_its_command(run, mislabelled, tmp_path, capsys):
     report = tmp_path / "report.html"
     given = ["eval", str(run), "--data-dir", str(mislabelled), "--report", str(report), "--json",
@@ -221,6 +237,19 @@ def test_classes_without_images_are_said(run, folder, tmp_path, capsys):
     assert (
         "--test-prior: 1 of 3 classes have no images here and are left out; they hold 10.6%" in said
     )
+
+
+def test_a_prior_of_classes_without_images_leaves_nothing_to_compare(run, folder, tmp_path, capsys):
+    copy = shutil.copytree(folder, tmp_path / "images")
+    for image in (copy / "test" / "class2").iterdir():
+        image.unlink()
+    file = tmp_path / "prior.csv"
+    file.write_text("class0,0\nclass1,0\nclass2,1\n")
+    given = ("eval", run, "--data-dir", copy, "--test-prior", file)
+    assert json.loads(printed(capsys, *given, "--json"))["overall"] is None
+    for option in (["--compare", run], ["--report", tmp_path / "r.html"]):
+        assert cli.main([str(a) for a in (*given, *option)]) == 2
+        assert "expected at least one image that counts, got none" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
