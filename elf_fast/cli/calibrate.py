@@ -130,10 +130,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _calibrate(path: Path, arguments: argparse.Namespace) -> tuple[Measured, Policy]:
-    from ..runs import opening
+    from ..runs import description, opening
 
     weights, metadata = opening.read(path)
-    if metadata.get("network") != opening.NETWORK:
+    if metadata.get("network") != description.RUN:
         raise UserError(
             f"{path}: expected weights of elf-fast train, got network {metadata.get('network')!r}"
         )
