@@ -207,8 +207,8 @@ def evaluate_run(
     metadata: dict[str, Any],
     policy_file: Path | None = None,
     **overrides: Any,
-) -> tuple[str, dict[str, Any], ELF]:
-    """("test" or "validation", metrics, the network) of a run. The part is validation only if the
+) -> tuple[str, dict[str, Any]]:
+    """("test" or "validation", metrics) of a run. The part is validation only if the
     data set has no test part.
 
     Args:
@@ -221,7 +221,7 @@ def evaluate_run(
     flops = count_flops(run.model, blank_image(run.config, run.device))
     loader = evaluation_loader(run.config, run.images, run.device)
     metrics = evaluate(run.config, run.model, loader, run.splits.class_counts, flops)
-    return run.part, metrics, run.model
+    return run.part, metrics
 
 
 def calibrate_run(
