@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import argparse
 import io
 import os
 import sys
@@ -16,8 +17,8 @@ from .errors import Parser, UserError, fail
 _COMMANDS = (demo, train, calibrate, evaluate, predict, bench, doctor)
 #: By module, the packages of the `train` extra that the commands need.
 _EXTRA = {
-    "PIL": "pillow", "huggingface_hub": "huggingface_hub", "matplotlib": "matplotlib",
-    "rich": "rich", "safetensors": "safetensors", "scipy": "scipy", "sklearn": "scikit-learn",
+    "PIL": "pillow", "huggingface_hub": "huggingface_hub", "rich": "rich",
+    "safetensors": "safetensors", "scipy": "scipy", "sklearn": "scikit-learn",
     "tensorboard": "tensorboard", "timm": "timm", "torchmetrics": "torchmetrics",
     "torchvision": "torchvision", "yaml": "pyyaml",
 }  # fmt: skip
@@ -28,7 +29,8 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may be none of its encoding
             stream.reconfigure(errors="backslashreplace")
-    arguments = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(given, argparse.Namespace(given=given))
     try:
         with interrupts.second_ends_at_once():
             return arguments.run(arguments)

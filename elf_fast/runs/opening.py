@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from .. import checks, policy
 from ..data import DataError, LabelledImages
-from ..flops import count_flops
+from ..flops import Flops, count_flops
 from ..groups import class_groups
 from ..memory import is_out_of_memory
 from ..modules import ELF
@@ -214,14 +216,56 @@ def apply_policy(model: ELF, file: Path) -> policy.Policy:
     return found
 
 
+class Evaluation(NamedTuple):
+    """A network and the data to evaluate it on."""
+
+    part: str  # "test", or "validation" if there is no test part
+    seed: int
+    model: ELF
+    images: LabelledImages
+    batches: Iterable[tuple[Tensor, Tensor]]  # of `images`
+    class_names: list[str]  # [C]
+    class_counts: list[int]  # [C] training images
+    flops: Flops
+    precision: Callable[[], AbstractContextManager]  # in which the network runs
+    policy: Path | None = None  # the file whose thresholds are set; None: those of the weights
+    checkpoint: str = ""  # which, if the weights are not those of a finished run
+
+
+def evaluation(
+    path: Path,
+    weights: dict[str, Tensor],
+    metadata: dict[str, Any],
+    policy_file: Path | None = None,
+    **overrides: Any,
+) -> Evaluation:
+    """What is needed to evaluate a run. The part is validation only if the data set has no test
+    part.
+
+    Args:
+        policy_file: a policy to apply; None: the thresholds that the weights hold.
+        overrides: as for `opened`, which also says what is raised.
+    """
+    run = opened(path, weights, metadata, ("test", "validation"), **overrides)
+    if policy_file is not None:
+        apply_policy(run.model, policy_file)
+    return Evaluation(
+        run.part, metadata["seed"], run.model, run.images,
+        evaluation_loader(run.config, run.images, run.device),
+        run.data["class_names"], run.data["class_counts"],
+        count_flops(run.model, blank_image(run.config, run.device)),
+        partial(autocast, run.config, run.device), policy_file, metadata.get("checkpoint", ""),
+    )  # fmt: skip
+
+
 def evaluate_run(
     path: Path,
     weights: dict[str, Tensor],
     metadata: dict[str, Any],
     policy_file: Path | None = None,
     **overrides: Any,
-) -> tuple[str, dict[str, Any], ELF]:
-    """("test" or "validation", metrics, the network) of a run. The part is validation only if the
+) -> tuple[str, dict[str, Any]]:
+    """("test" or "validation", metrics) of a run. The part is validation only if the
     data set has no test part.
 
     Args:
@@ -234,7 +278,7 @@ def evaluate_run(
     flops = count_flops(run.model, blank_image(run.config, run.device))
     loader = evaluation_loader(run.config, run.images, run.device)
     metrics = evaluate(run.config, run.model, loader, run.data["class_counts"], flops)
-    return run.part, metrics, run.model
+    return run.part, metrics
 
 
 def calibrate_run(
