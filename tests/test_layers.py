@@ -62,12 +62,13 @@ INSIDE = {
                ("one_number", "measure", "search", "shares", "temperatures", "cells", "costs",
                 "drift"),
                ("wanted",), ("certify",), ("calibration", "monitor"), ("__init__",)),
-    "runs": (("strict_yaml", "lock", "demo_network"), ("values", "files"),
-             ("config", "checkpoints", "description"), ("plain", "datasets"),
+    "runs": (("strict_yaml", "lock", "demo_network", "class_weights"), ("values", "files"),
+             ("config", "checkpoints", "description"), ("plain", "datasets", "freezing"),
              ("networks", "evaluation", "observation", "contents"), ("building", "card"),
-             ("opening", "saving", "predict", "measured"), ("loading",)),
-    "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),
-                 ("resume", "results", "unreadable"), ("folder",), ("trainer", "config")),
+             ("opening", "saving", "predict", "measured"), ("loading", "initial")),
+    "training": (("processes", "ema", "schedule", "log", "mixing"),
+                 ("progress", "learner", "stopping"), ("resume", "results", "unreadable"),
+                 ("folder",), ("trainer", "config")),
 }  # fmt: skip
 DATA_MAY_IMPORT = {"checks", "criteria", "data", "memory"}
 KERNELS_MAY_IMPORT = {"torch", "triton", *sys.stdlib_module_names}
