@@ -53,7 +53,7 @@ INSIDE = {
                    "refill", "prometheus"),
                   ("code", "exits", "cache", "queues", "counters"), ("choice", "engine", "core"),
                   ("compiling",), ("scheduler",), ("__init__",)),
-    "policy": (("exit_table",), ("calibrate",)),
+    "policy": (("exit_table",), ("calibrate", "advise")),
     "runs": (("strict_yaml", "lock"), ("values", "files"), ("config", "checkpoints"),
              ("plain", "datasets"), ("networks", "evaluation", "contents"), ("opening",)),
     "training": (("processes", "ema", "schedule", "log"), ("progress", "learner", "stopping"),

@@ -8,6 +8,7 @@ the confidences of two samples. Neither changes the cost of an exit.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,10 +33,12 @@ class TrainingWork(NamedTuple):
     stage_inputs: list[Tensor]  # as for inference
 
 
-def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
-    """Work with a copy of `model` that lets `share` in [0, 1] of the samples at each exit go on,
-    rounded to whole samples. A share of 1 switches the exits off."""
+def inference_work(model: ELF, images: Tensor, share: float | Sequence[float]) -> InferenceWork:
+    """Work with a copy of `model` that lets `share` in [0, 1] of the samples at each exit, or a
+    share for each of the E-1 exits, go on, rounded to whole samples. A share of 1 switches an exit
+    off."""
     model = copy.deepcopy(model).eval()
+    shares = [share] * (len(model.stages) - 1) if isinstance(share, float | int) else share
     alive = torch.arange(len(images), device=images.device)
     exit_index = torch.full_like(alive, len(model.stages) - 1)
     x, inputs = images, []
@@ -45,7 +48,7 @@ def inference_work(model: ELF, images: Tensor, share: float) -> InferenceWork:
             x = stage(x)
             if e == len(model.stages) - 1:
                 break
-            goes_on, _ = _decide(model, model.thresholds, e, head(x), share)
+            goes_on, _ = _decide(model, model.thresholds, e, head(x), shares[e])
             exit_index[alive[~goes_on]] = e
             alive = alive[goes_on]
             x = _select(x, goes_on)
