@@ -2,10 +2,10 @@
 
     python -m benchmarks.cpu.advice [--network N ...] [--engine eager] [--output FILE]
 
-For each network, thresholds are set on one stream of images, the exit shares are counted on a second
-one, `advise` predicts from them, and an engine then runs a third stream, in batches of which any
-number may leave anywhere. The networks are untrained and the images noise; `inference_work` sets
-temperatures with which their confidences differ.
+For each network, thresholds are set on one stream of images, the exit shares are counted on a
+second one, `advise` predicts from them, and an engine then runs a third stream, in batches of which
+any number may leave anywhere. The networks are untrained and the images noise; `inference_work`
+sets temperatures with which their confidences differ.
 """
 
 from __future__ import annotations

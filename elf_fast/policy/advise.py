@@ -1,14 +1,14 @@
 """Whether early exits pay on this machine: a network with exits timed beside its alternatives.
 
 The exit shares come from calibration. The times are those of an engine of `inference.compile` on
-batches of which that share leaves at each exit. A batch of N images is made up at random, image by
-image, as a stream of unsorted images makes it up.
+a short stream of images of which that share leaves at each exit, shuffled and cut into batches, so
+the number that leaves differs from batch to batch, as it does for unsorted images.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import accumulate
@@ -26,9 +26,8 @@ from ..timing import Quartiles, sample
 __all__ = ["Advice", "Rival", "Row", "Verdict", "advise"]
 
 EXITS, WHOLE = "the exits", "the whole network"
-#: Images of which batches are made up, and batches that are made up for a batch size. Exits of less
-#: than one image in POOL are not among them.
-POOL, DRAWS = 64, 8
+#: Different images that the stream is made of, images in the stream, and batches in it at least.
+POOL, STREAM, BATCHES = 64, 64, 2
 #: A network is called faster than another one if it saves at least this share of the time.
 WORTH = 0.05
 
@@ -107,8 +106,7 @@ def advise(
         example_input: [N, ...], a sample's shape and dtype, on the model's device. Values are not
             used.
         exit_shares: [E] share of the samples that leave at each exit, as `Policy` holds them.
-        batches: batch sizes. At 1 the time is the mean over exits, else over batches made up at
-            random.
+        batches: batch sizes.
         engine: of `inference.compile`, for all networks.
         accuracy: of the model with its exits, in [0, 1], to compare rivals with.
         rivals: other networks by name.
@@ -135,8 +133,8 @@ def advise(
     }
     rows, verdicts = [], []
     for N in batches:
-        draws = _draws(by_exit, exit_shares, N, generator)
-        found = _measure(engines, pool, draws, seconds)
+        images = [pool[batch] for batch in _stream(by_exit, exit_shares, N, generator)]
+        found = _measure(engines, images, seconds)
         rows += [Row(N, name, ms, 1e3 * N / ms.median) for name, ms in found.items()]
         verdicts.append(_verdict(N, found, accuracy, rivals))
     for each in engines.values():
@@ -147,55 +145,38 @@ def advise(
     )  # fmt: skip
 
 
-class _Draw(NamedTuple):
-    weight: float
-    images: Tensor  # [N] indices into the pool
-
-
-def _draws(
+def _stream(
     by_exit: Sequence[Tensor], shares: Sequence[float], N: int, generator: torch.Generator
-) -> list[_Draw]:
-    """Batches of N images whose exits follow `shares`. by_exit: for each exit, the images of the
-    pool that leave there; an exit without any is left out."""
+) -> list[Tensor]:
+    """Batches [N] of indices into the pool, whose exits together follow `shares` as nearly as
+    whole images can. by_exit: for each exit, the images of the pool that leave there; an exit
+    without any, or that less than half an image of the stream takes, is not among them."""
+    M = N * max(BATCHES, math.ceil(STREAM / N))
     present = [e for e, images in enumerate(by_exit) if len(images)]
-    weights = torch.tensor([shares[e] for e in present], dtype=torch.float64, device="cpu")
-    weights = weights / weights.sum() if weights.sum() > 0 else torch.ones_like(weights)
-    if N == 1:
-        weighted = zip(weights.tolist(), present, strict=True)
-        return [_Draw(w, by_exit[e][:1]) for w, e in weighted if w > 0]
-    found = []
-    for _ in range(DRAWS):
-        exits = torch.multinomial(weights, N, replacement=True, generator=generator)
-        rank = torch.randint(POOL, (N,), generator=generator)
-        picked = [
-            by_exit[present[e]][r % len(by_exit[present[e]])]
-            for e, r in zip(exits.tolist(), rank.tolist(), strict=True)
-        ]
-        found.append(_Draw(1 / DRAWS, torch.stack(picked)))
-    return found
+    ends = torch.tensor([shares[e] for e in present], dtype=torch.float64, device="cpu").cumsum(0)
+    if float(ends[-1]) <= 0:
+        ends = torch.ones_like(ends)
+    middles = (torch.arange(M, dtype=torch.float64, device="cpu") + 0.5) / M * ends[-1]
+    exits = torch.searchsorted(ends, middles)[torch.randperm(M, generator=generator)]
+    images = [by_exit[present[e]] for e in exits.tolist()]
+    picked = torch.stack([own[i % len(own)] for i, own in enumerate(images)])
+    return list(picked.split(N))
 
 
 def _measure(
-    engines: Mapping[str, inference.Engine], pool: Tensor, draws: Sequence[_Draw], seconds: float
+    engines: Mapping[str, inference.Engine], batches: Sequence[Tensor], seconds: float
 ) -> dict[str, Quartiles]:
-    """Milliseconds per batch of each engine. Those without exits run the first draw only, because
-    every draw takes them the same time."""
-    candidates: dict[str, Callable[[], Any]] = {}
-    images = [pool[draw.images] for draw in draws]
-    for name, engine in engines.items():
-        for i, x in enumerate(images if name == EXITS else images[:1]):
-            candidates[f"{name} {i}"] = partial(engine, x)
+    """Milliseconds per batch of each engine. An engine runs all batches before the next engine has
+    its turn, so that its weights are in the caches, as they are when it serves."""
+
+    def run(engine: inference.Engine) -> None:
+        for x in batches:
+            engine(x)
+
+    candidates = {name: partial(run, engine) for name, engine in engines.items()}
     samples = sample(candidates, seconds=seconds)
-    found = {}
-    for name in engines:
-        mixed = draws if name == EXITS else [_Draw(1.0, draws[0].images)]
-        columns = [samples[f"{name} {i}"] for i in range(len(mixed))]
-        per_repetition = [
-            sum(draw.weight * us for draw, us in zip(mixed, row, strict=True)) / 1e3
-            for row in zip(*columns, strict=True)
-        ]
-        found[name] = Quartiles.of(per_repetition)
-    return found
+    scale = 1e3 * len(batches)
+    return {name: Quartiles(*(us / scale for us in samples.time(name))) for name in engines}
 
 
 def _verdict(
