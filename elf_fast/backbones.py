@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 
-__all__ = ["CifarResNet", "create", "default_exits"]
+__all__ = ["CifarResNet", "create", "default_exits", "find"]
 
 #: Attributes in which networks of timm and torchvision hold their stages or blocks: numbered ones
 #: (layer1 in ResNet, s1 in timm's RegNet), or one container.
@@ -111,6 +113,37 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
         "name: expected a network of timm or torchvision, or cifar_resnet32, "
         f"got {name!r}{f'; near names: {near}' if near else ''}"
     )
+
+
+def find(
+    made_by: str, architecture: str | None, num_classes: int, tensors: Mapping[str, Size]
+) -> str | None:
+    """The name under which `create` makes a network that has these tensors, or None.
+
+    Args:
+        made_by: the network's class, as "module.Class".
+        architecture: the name that timm gave it, if timm made it.
+        tensors: shapes of its parameters and buffers by name; a network with more of them fits, if
+            none has fewer.
+    """
+    if architecture is not None:
+        return f"timm/{architecture}"
+    names: list[str] = []
+    if made_by == f"{CifarResNet.__module__}.{CifarResNet.__qualname__}":
+        names = [f"cifar_resnet{depth}" for depth in range(8, 117, 6)]
+    elif made_by.startswith("torchvision.models.") and importlib.util.find_spec("torchvision"):
+        from torchvision import models
+
+        module = made_by.rpartition(".")[0]
+        builders = {name: models.get_model_builder(name) for name in models.list_models()}
+        names = [f"torchvision/{n}" for n, make in builders.items() if make.__module__ == module]
+    more = {}  # tensors that it has beside these
+    for name in names:
+        with torch.device("meta"):
+            shapes = {n: value.shape for n, value in create(name, num_classes).state_dict().items()}
+        if all(shapes.get(n) == shape for n, shape in tensors.items()):
+            more[name] = len(shapes) - len(tensors)
+    return min(more, key=more.__getitem__, default=None)
 
 
 def default_exits(backbone: nn.Module) -> list[str]:

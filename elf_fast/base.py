@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import checks, criteria, exit_settings, ranks
+from . import checks, criteria, digests, exit_settings, ranks
 from .criteria import Criterion, Score
 from .weight_decay import undecayed
 
@@ -107,6 +107,15 @@ class ELFBase(nn.Module):
     _evaluates_by_batch = False  # for models pickled without it
     #: Names of parameters that a network cut by `models.from_backbone` excludes from weight decay.
     undecayed: frozenset[str] = frozenset()
+    #: What `elf_fast.load` sets: the names [C] and training images [C] of the classes, the
+    #: `data.Preprocessing` of images, and the `policy.Policy` in force.
+    class_names: tuple[str, ...] = ()
+    class_counts: tuple[int, ...] = ()
+    transform: Any = None
+    policy: Any = None
+    #: How the network was built, in plain values. `from_backbone` and `elf_fast.load` note it for
+    #: `elf_fast.save`. None: by other code.
+    origin: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -249,6 +258,39 @@ class ELFBase(nn.Module):
         self._modules.pop("criterion", None)  # one that was a module
         super().__setattr__("criterion", value)  # type: ignore[arg-type]
         self._buffers.update(changed)
+
+    def apply_policy(self, policy: Any) -> None:
+        """Sets criterion, thresholds and temperatures to those of a `policy.Policy`. The weights
+        stay, and so do `train_thresholds`, which the new criterion then reads.
+
+        Raises:
+            TypeError: it is no policy.
+            ValueError: it was made for other weights, or for another number of exits or classes;
+                the model is left as it was.
+        """
+        wanted = ("criterion", "thresholds", "temperatures", "weights_digest")
+        if not all(hasattr(policy, name) for name in wanted):
+            raise TypeError(f"policy: expected a Policy, got {checks.describe(policy)}")
+        criterion, exits = criteria.find(policy.criterion), len(self.stages) - 1
+        classes = exit_settings.classes_of(self.heads)
+        thresholds = exit_settings.thresholds(
+            "policy.thresholds", policy.thresholds, exits, criterion, classes
+        )
+        temperatures = exit_settings.temperatures(policy.temperatures, exits)
+        own = digests.of_weights(self.state_dict())
+        if policy.weights_digest not in (None, own):
+            raise ValueError(
+                f"policy: expected one for these weights ({own[:12]}), got one for others "
+                f"({policy.weights_digest[:12]}): calibrate again"
+            )
+        before = self.thresholds.clone()
+        self.thresholds = torch.full_like(before, self._active_criterion().off)
+        try:
+            self.criterion = policy.criterion
+        except ValueError:  # train_thresholds do not fit the criterion
+            self.thresholds = before
+            raise
+        self.thresholds, self.temperatures = thresholds, temperatures
 
     def _load_from_state_dict(
         self,

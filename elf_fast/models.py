@@ -100,6 +100,18 @@ def from_backbone(
         for name, value in by_exit.items()
     ]
     model = ELF(stages, [*heads, nn.Identity()], **elf_options)
+    model.origin = {
+        "network": "from_backbone",
+        "class": f"{type(backbone).__module__}.{type(backbone).__qualname__}",
+        "architecture": _timm_name(backbone),
+        "build": {
+            "exits": list(exits),
+            "num_classes": num_classes,
+            "input_shape": list(example_input.shape[1:]),
+            "conv": conv,
+            "layout": dict(layout) if isinstance(layout, Mapping) else layout,
+        },
+    }
     left_out = set(map(id, undecayed(backbone).values()))
     model.undecayed = frozenset(
         name for name, p in model.named_parameters(remove_duplicate=False) if id(p) in left_out
@@ -130,6 +142,13 @@ def split(backbone: nn.Module, exits: Sequence[str]) -> list[nn.Module]:
         raise TypeError(f"backbone: expected an nn.Module, got {checks.describe(backbone)}")
     exits = _check_names(backbone, exits)
     return list(cut(backbone, exits))
+
+
+def _timm_name(backbone: nn.Module) -> str | None:
+    """The name under which timm made the network, if it did."""
+    about = getattr(backbone, "pretrained_cfg", None)
+    name = about.get("architecture") if isinstance(about, Mapping) else None
+    return name if isinstance(name, str) else None
 
 
 def _check_names(backbone: nn.Module, exits: Any) -> list[str]:

@@ -15,7 +15,7 @@ from elf_fast import ELF, ExitHead, checks, criteria, functional, ops, reference
 from elf_fast.bench import workload
 from elf_fast.cli.main import parser
 from elf_fast.flops import Flops
-from elf_fast.policy import calibrate
+from elf_fast.policy import one_number
 from elf_fast.policy.exit_table import ExitTable, exit_table
 from elf_fast.runs.config import TrainConfig
 
@@ -122,7 +122,7 @@ def test_code_that_needs_only_the_row_accepts_it(newcomer):
         target=torch.tensor([0, 0, 1]),
         criterion=newcomer,
     )
-    points = calibrate.sweep(table, Flops((1, 1), (0, 0)))
+    points = one_number.sweep(table, Flops((1, 1), (0, 0)))
     assert (points[0].threshold, points[0].flops) == (2.0, 1.0)
     assert (points[-1].threshold, points[-1].flops) == (-math.inf, 2.0)
-    assert calibrate.choose(points).accuracy == 1.0
+    assert one_number.choose(points).accuracy == 1.0

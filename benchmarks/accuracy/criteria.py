@@ -20,7 +20,7 @@ from elf_fast import ELF, criteria
 from elf_fast.data.digits import DigitSplits
 from elf_fast.demo.loop import Schedule, batches, train
 from elf_fast.flops import Flops, count_flops
-from elf_fast.policy import calibrate
+from elf_fast.policy import one_number
 from elf_fast.policy.exit_table import exit_table
 
 from . import trial
@@ -51,10 +51,10 @@ def accuracies(
     model.criterion = criterion
     validation, test = (exit_table(model, batches(part)) for part in (data.validation, data.test))
     values = validation.criterion.candidates(validation.statistic[:-1])
-    points = calibrate.sweep(validation, flops, values)
-    on_test = {p.threshold: p.accuracy for p in calibrate.sweep(test, flops, values)}
+    points = one_number.sweep(validation, flops, values)
+    on_test = {p.threshold: p.accuracy for p in one_number.sweep(test, flops, values)}
     limits = (share * flops.without_exits for share in LIMITS)
-    chosen = [calibrate.choose(points, limit).threshold for limit in limits]
+    chosen = [one_number.choose(points, limit).threshold for limit in limits]
     return [(threshold, on_test[threshold]) for threshold in chosen]
 
 

@@ -19,9 +19,9 @@ from elf_fast.demo import network
 from elf_fast.demo.loop import EpochStats, Schedule, batches, predict, train
 from elf_fast.flops import Flops, count_flops
 from elf_fast.metrics import ELFMetrics
-from elf_fast.policy import calibrate
-from elf_fast.policy.calibrate import OperatingPoint
+from elf_fast.policy import one_number
 from elf_fast.policy.exit_table import exit_table
+from elf_fast.policy.one_number import OperatingPoint
 
 from ..environment import environment
 from .runs import CONVOLUTIONS, VARIANTS, Exits, Run
@@ -195,8 +195,8 @@ def perform(run: Run, schedule: Schedule = SCHEDULE) -> dict[str, Any]:
 def _operating_points(model: ELF, data: DigitSplits, flops: Flops) -> dict[str, OperatingPoint]:
     table = exit_table(model, batches(data.validation))
     if len(model.stages) == 1:
-        return {"full": calibrate.sweep(table, flops, [math.inf])[0]}
-    points = calibrate.sweep(table, flops)
+        return {"full": one_number.sweep(table, flops, [math.inf])[0]}
+    points = one_number.sweep(table, flops)
     affordable = [p for p in points if p.flops <= FLOPS_LIMIT * flops.without_exits]
     return {
         "full": points[-1],

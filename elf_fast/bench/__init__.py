@@ -5,3 +5,6 @@ share goes on after each exit.
 batches of the oracle, `inference` and `training` define the candidates, and `command` prints the
 results.
 """
+
+#: What `elf-fast bench` times if nothing is named: a network, the side of images, and classes.
+MODEL, SIZE, CLASSES = "torchvision/resnet18", 224, 1000

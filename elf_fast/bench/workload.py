@@ -8,6 +8,7 @@ the confidences of two samples. Neither changes the cost of an exit.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,11 +35,9 @@ class TrainingWork(NamedTuple):
 
 
 def inference_work(model: ELF, images: Tensor, share: float | Sequence[float]) -> InferenceWork:
-    """Work with a copy of `model` that lets `share` in [0, 1] of the samples at each exit, or a
-    share for each of the E-1 exits, go on, rounded to whole samples. A share of 1 switches an exit
-    off."""
+    """Work with a copy of `model` that lets `share` in [0, 1] of the samples at each exit go on,
+    rounded to whole samples. A share of 1 switches the exits off. share: one, or [E-1]."""
     model = copy.deepcopy(model).eval()
-    shares = [share] * (len(model.stages) - 1) if isinstance(share, float | int) else share
     alive = torch.arange(len(images), device=images.device)
     exit_index = torch.full_like(alive, len(model.stages) - 1)
     x, inputs = images, []
@@ -48,7 +47,7 @@ def inference_work(model: ELF, images: Tensor, share: float | Sequence[float]) -
             x = stage(x)
             if e == len(model.stages) - 1:
                 break
-            goes_on, _ = _decide(model, model.thresholds, e, head(x), shares[e])
+            goes_on, _ = _decide(model, model.thresholds, e, head(x), _at(share, e))
             exit_index[alive[~goes_on]] = e
             alive = alive[goes_on]
             x = _select(x, goes_on)
@@ -57,7 +56,7 @@ def inference_work(model: ELF, images: Tensor, share: float | Sequence[float]) -
     return InferenceWork(model, images, exit_index, inputs)
 
 
-def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
+def training_work(model: ELF, images: Tensor, share: float | Sequence[float]) -> TrainingWork:
     """`inference_work` for a training step. The target of a sample that leaves is the prediction of
     its exit; the other targets are arbitrary classes. The running statistics of BatchNorm are those
     of `model`."""
@@ -74,13 +73,24 @@ def training_work(model: ELF, images: Tensor, share: float) -> TrainingWork:
             if e == len(scratch.stages) - 1:
                 break
             logits = head(x) if model.drops_exited else head(x)[alive]
-            goes_on, target[alive] = _decide(model, thresholds, e, logits, share)
+            goes_on, target[alive] = _decide(model, thresholds, e, logits, _at(share, e))
             alive = alive[goes_on]
             if not len(alive):
                 break
             if model.drops_exited:
                 x = _select(x, goes_on)
     return TrainingWork(model, images, target, inputs)
+
+
+def _at(share: float | Sequence[float], e: int) -> float:
+    return share if isinstance(share, float | int) else share[e]
+
+
+def going_on(exit_shares: Sequence[float]) -> list[float]:
+    """[E-1] the share of those that reach each exit that goes on, from the shares [E] that leave
+    there."""
+    reaching = [sum(exit_shares[e:]) for e in range(len(exit_shares))]
+    return [after / before if before > 0 else 1.0 for before, after in itertools.pairwise(reaching)]
 
 
 def _decide(

@@ -53,15 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _evaluate(path: Path, overrides: dict[str, str]) -> tuple[dict[str, Any], str, dict[str, Any]]:
     """(metadata, part, metrics) of weights that a run or the demo wrote."""
-    from ..runs import opening
+    from ..runs import description, opening
 
     weights, metadata = opening.read(path)
     network = metadata.get("network")
-    if network == opening.NETWORK:
+    if network == description.RUN:
         return metadata, *opening.evaluate_run(path, weights, metadata, **overrides)
-    from ..demo import run as demo
+    if network == description.DEMO:
+        from ..demo import run as demo
 
-    if network == demo.NETWORK:
         if overrides:
             name, folder = next(iter(overrides.items()))
             flag = "--" + name.replace("_", "-")

@@ -9,15 +9,15 @@ import sys
 
 from .. import checks
 from ..memory import is_lost_worker, is_out_of_memory
-from . import bench, demo, doctor, evaluate, interrupts, train
+from . import advise, bench, demo, doctor, evaluate, interrupts, predict, train
 from .errors import UserError
 
 #: Subcommands in the order of `elf-fast --help`.
-_COMMANDS = (demo, train, evaluate, bench, doctor)
+_COMMANDS = (demo, train, evaluate, predict, advise, bench, doctor)
 #: Modules of the `train` extra that the commands need.
 _EXTRA = {
-    "PIL", "matplotlib", "rich", "safetensors", "sklearn", "tensorboard", "timm", "torchmetrics",
-    "torchvision", "yaml",
+    "PIL", "huggingface_hub", "matplotlib", "rich", "safetensors", "scipy", "sklearn",
+    "tensorboard", "timm", "torchmetrics", "torchvision", "yaml",
 }  # fmt: skip
 
 

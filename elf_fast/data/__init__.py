@@ -9,6 +9,7 @@ from .cifar import cifar_lt
 from .digits import long_tailed_digits
 from .folder import image_folder
 from .images import DecodeError
+from .inputs import image_paths
 from .lists import PUBLISHED, from_lists, published
 from .loader import ImageLoader, WorkerError
 from .longtail import long_tailed_counts, long_tailed_subset
@@ -29,6 +30,7 @@ __all__ = [
     "cifar_lt",
     "from_lists",
     "image_folder",
+    "image_paths",
     "image_transforms",
     "long_tailed_counts",
     "long_tailed_digits",

@@ -12,7 +12,7 @@ import sys
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from multiprocessing.process import BaseProcess
 from types import TracebackType
@@ -56,6 +56,7 @@ class ImageLoader:
         drop_last, pin_memory: as in torch's DataLoader.
         skip_errors: leave out images that cannot be read, and count them in `skipped`. Otherwise
             the first one raises `DecodeError`.
+        named: called with the message for every image that is left out, batch by batch.
         image_shape: (3, H, W). If given, a batch without a readable image is yielded with n = 0, so
             that all ranks run equally many steps. If None, the batch is left out.
 
@@ -77,12 +78,13 @@ class ImageLoader:
         channels_last: bool = False,
         pin_memory: bool = False,
         skip_errors: bool = False,
+        named: Callable[[str], None] | None = None,
         image_shape: Sequence[int] | None = None,
     ) -> None:
         checks.at_least("seed", seed, 0)
         self.dataset = dataset
         self.sampler = SequentialSampler(dataset) if sampler is None else sampler
-        self.skip_errors = skip_errors
+        self.skip_errors, self.named = skip_errors, named
         self.image_shape = image_shape
         self.position = 0
         self.skipped: Counter[str] = Counter()
@@ -145,6 +147,9 @@ class ImageLoader:
             if batch.unreadable and not self.skip_errors:
                 raise DecodeError(*batch.unreadable[0])
             self.skipped.update(path for _, path in batch.unreadable)
+            if self.named is not None:
+                for message, _ in batch.unreadable:
+                    self.named(message)
             if len(batch.targets):
                 yield batch.images, batch.targets
             elif self.image_shape is not None:

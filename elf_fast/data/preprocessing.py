@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -122,6 +123,78 @@ class Preprocessing:
             scale = [Exactly(self.size)]
         return v2.Compose([*scale, *normalise(self.mean, self.std)])
 
+    @classmethod
+    def from_torchvision(cls, preset: Any) -> Preprocessing:
+        """The preprocessing of torchvision's pretrained weights, `weights.transforms()`.
+
+        Raises:
+            TypeError: it is no preset for classification.
+            ValueError: it crops more than it scales to.
+        """
+        names = ("crop_size", "resize_size", "interpolation", "mean", "std")
+        if not all(hasattr(preset, name) for name in names):
+            raise TypeError(
+                "preset: expected the transforms() of torchvision's weights for classification, "
+                f"got {checks.describe(preset)}"
+            )
+        return cls(
+            _one("crop_size", preset.crop_size),
+            resize=_one("resize_size", preset.resize_size),
+            interpolation=preset.interpolation.value,
+            mean=tuple(preset.mean),
+            std=tuple(preset.std),
+        )
+
+    @classmethod
+    def from_timm(cls, config: Mapping[str, Any]) -> Preprocessing:
+        """The evaluation transform of timm's network, from
+        `timm.data.resolve_model_data_config(model)`.
+
+        Raises:
+            TypeError: it is no dict with these entries.
+            ValueError: an image that is not square, or another crop_mode than "center", or
+                "squash" with a crop_pct of 1.
+        """
+        names = ("input_size", "interpolation", "mean", "std", "crop_pct")
+        if not isinstance(config, Mapping) or not set(names) <= set(config):
+            raise TypeError(
+                "config: expected what timm.data.resolve_model_data_config(model) returns, got "
+                f"{checks.describe(config)}"
+            )
+        size = _one("input_size", config["input_size"][1:])
+        pct, mode = config["crop_pct"] or 0.875, config.get("crop_mode") or "center"
+        if mode not in ("center", "squash") or (mode == "squash" and pct != 1):
+            raise ValueError(
+                "crop_mode: expected 'center', or 'squash' with a crop_pct of 1, got "
+                f"{mode!r} and {pct}"
+            )
+        return cls(
+            size,
+            "squash" if mode == "squash" else "crop",
+            resize=None if mode == "squash" else math.floor(size / pct),
+            interpolation=config["interpolation"],
+            mean=tuple(config["mean"]),
+            std=tuple(config["std"]),
+        )
+
+    @classmethod
+    def of(cls, transform: Any) -> Preprocessing:
+        """A preprocessing as it is, one from a preset of torchvision, or from a config of timm.
+
+        Raises:
+            TypeError, ValueError: it is none of these.
+        """
+        if isinstance(transform, Preprocessing):
+            return transform
+        if isinstance(transform, Mapping):
+            return cls.from_timm(transform)
+        if hasattr(transform, "crop_size"):
+            return cls.from_torchvision(transform)
+        raise TypeError(
+            "transform: expected a data.Preprocessing, the transforms() of torchvision's weights, "
+            f"or timm's data config, got {checks.describe(transform)}"
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """The fields, as JSON can hold them."""
         return {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
@@ -141,6 +214,14 @@ class Preprocessing:
             if not isinstance(values[name], list | tuple):
                 raise TypeError(f"{name}: expected a list of numbers, got {values[name]!r}")
         return cls(**values)
+
+
+def _one(name: str, sizes: Any) -> int:
+    """The only size of a square: torchvision gives [n], [n, n] or n, timm (n, n)."""
+    several = sizes if isinstance(sizes, list | tuple) else (sizes,)
+    if len(set(several)) != 1:
+        raise ValueError(f"{name}: expected one size, for a square, got {sizes!r}")
+    return int(several[0])
 
 
 class Exactly:

@@ -104,6 +104,20 @@ def find(root: Path) -> tuple[dict[str, Part], str]:
     return parts, str(left_out)
 
 
+def find_images(folder: str) -> tuple[list[str], str]:
+    """(images, left out): the image files of a folder at any depth, ordered by folder and then by
+    name, and what was left out, in words. The rules are those of `find`.
+
+    Raises:
+        DataError: it is no folder.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise DataError(f"folder: expected a folder of images, got {folder}")
+    left_out = LeftOut(root)
+    return _images(folder, _Links([root]), left_out), str(left_out)
+
+
 def _part_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
     """The folders of the parts that root has; root itself for training if it holds classes."""
     folders = _subfolders(root)

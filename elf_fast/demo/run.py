@@ -24,14 +24,16 @@ from ..flops import Flops, count_flops
 from ..losses import BalancedSoftmaxLoss
 from ..metrics import ELFMetrics
 from ..modules import ELF
-from ..policy import calibrate
+from ..policy import one_number
 from ..policy.exit_table import exit_table
+from ..runs import demo_network as network
 from ..runs import files, opening
-from . import network, page, plots, summary, throughput
+from ..runs.checkpoints import WEIGHTS
+from ..runs.datasets import digit_preprocessing
+from ..runs.description import DEMO, Facts, entries, write_weights
+from . import page, plots, summary, throughput
 from .loop import EpochStats, Schedule, batches, predict, train
 
-#: The entry "network" in the metadata of the demo's weights.
-NETWORK = "digits"
 IMBALANCE = 50.0
 SPLIT_SEED = 0
 TRAIN_THRESHOLD = 0.9
@@ -153,8 +155,8 @@ def _assess(
     """Chooses the threshold on validation and evaluates both networks on the test set."""
     flops = count_flops(elf, data.test.images[:1])
     full = flops.without_exits
-    points = calibrate.sweep(exit_table(elf, batches(data.validation)), flops)
-    chosen = calibrate.choose(points)
+    points = one_number.sweep(exit_table(elf, batches(data.validation)), flops)
+    chosen = one_number.choose(points)
     test = {
         "without_exits": evaluate(
             without_exits, data, count_flops(without_exits, data.test.images[:1])
@@ -162,9 +164,9 @@ def _assess(
     }
     elf.thresholds.fill_(math.inf)
     test["never"] = evaluate(elf, data, flops)
-    calibrate.set_threshold(elf, chosen.threshold)
+    one_number.set_threshold(elf, chosen.threshold)
     test["elf"] = evaluate(elf, data, flops)
-    curve = calibrate.sweep(exit_table(elf, batches(data.test)), flops)
+    curve = one_number.sweep(exit_table(elf, batches(data.test)), flops)
     entry = {
         "seed": seed,
         "threshold": _finite(chosen.threshold),
@@ -221,19 +223,16 @@ def _finite(value: float) -> float | None:
 
 
 def _write(output: Path, results: dict[str, Any], first: Trained, data: DigitSplits) -> None:
-    files.save(
-        output / "model.safetensors",
-        first.elf.state_dict(),
-        {
-            "network": NETWORK,
-            "class_counts": data.class_counts,
-            "imbalance": IMBALANCE,
-            "split_seed": SPLIT_SEED,
-            "seed": first.entry["seed"],
-            "loss_name": LOSS,
-            "versions": results["versions"],
-        },
-    )
+    names, counts = tuple(data.class_names), tuple(data.class_counts)
+    metadata = {
+        "network": DEMO,
+        **entries(Facts(names, counts, digit_preprocessing(channels=1))),
+        "imbalance": IMBALANCE,
+        "split_seed": SPLIT_SEED,
+        "seed": first.entry["seed"],
+        "loss_name": LOSS,
+    }
+    write_weights(output, first.elf.state_dict(), metadata, WEIGHTS)
     curve = plots.accuracy_against_flops(results)
     (output / "accuracy_flops.png").write_bytes(plots.png(curve))
     written = page.html(

@@ -8,10 +8,9 @@ the number that leaves differs from batch to batch, as it does for unsorted imag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import checks, inference
 from ..bench.engines import without_exits
-from ..bench.workload import inference_work
+from ..bench.workload import going_on, inference_work
 from ..modules import ELF
 from ..timing import Quartiles, sample
 
@@ -120,7 +119,7 @@ def advise(
     generator = torch.Generator().manual_seed(0)
     shape = example_input.shape[1:]
     pool = torch.randn(POOL, *shape, generator=generator).to(example_input)
-    work = inference_work(model, pool, list(_go_on(exit_shares)))
+    work = inference_work(model, pool, going_on(exit_shares))
     by_exit = [(work.exit_index == e).nonzero().flatten() for e in range(len(exit_shares))]
 
     networks = {EXITS: work.model, WHOLE: without_exits(model)}
@@ -216,14 +215,6 @@ def _is_as_accurate(theirs: float | None, ours: float | None) -> bool:
 
 def _percent(accuracy: float | None) -> str:
     return "not known" if accuracy is None else f"{100 * accuracy:.1f}%"
-
-
-def _go_on(exit_shares: Sequence[float]) -> Iterator[float]:
-    """For each of the E-1 exits, the share of the samples there that go on."""
-    reached = 1.0
-    for share, left in zip(exit_shares[:-1], accumulate(exit_shares), strict=False):
-        yield 1.0 if reached <= 0 else min(max(1 - share / reached, 0.0), 1.0)
-        reached = 1 - left
 
 
 def _check(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,21 @@ def blank_image(config: TrainConfig, device: torch.device) -> Tensor:
     """An image [1, 3, H, W] of zeros, to count FLOPs with."""
     size = image_size(config)
     return torch.zeros(1, 3, size, size, device=device)
+
+
+def preprocessing(config: TrainConfig) -> data.Preprocessing:
+    """How an image of the run becomes the input of its network at evaluation."""
+    if config.dataset == "digits":
+        return digit_preprocessing(channels=3)
+    evaluate = _transforms(config).evaluate
+    assert isinstance(evaluate, data.Preprocessing)
+    return replace(evaluate, exif_orientation=config.exif_orientation)
+
+
+def digit_preprocessing(channels: int) -> data.Preprocessing:
+    """What `data.digits` does: 8x8 pixels are enlarged, and black becomes -1 and white 1."""
+    half = (0.5,) * channels
+    return data.Preprocessing(IMAGE_SIZE, "squash", mean=half, std=half)
 
 
 def _transforms(config: TrainConfig) -> data.Transforms:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 import os
@@ -15,7 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..atomic import partial as partial_name
+from ..atomic import sync_folder, write
 from ..memory import is_out_of_memory
+
+__all__ = ["FORMAT", "CheckpointError", "check_dtypes", "load", "misfit", "previous",
+           "remove_partial", "save", "sync_folder", "write"]  # fmt: skip
 
 FORMAT = "elf_fast checkpoint 1"
 
@@ -42,24 +46,6 @@ def save(path: Path, state: dict[str, Tensor], metadata: dict[str, Any]) -> None
     write(path, to_bytes(state, header))
 
 
-def write(path: Path, content: bytes) -> None:
-    """Writes a file completely or not at all: under another name beside `path`, flushed to disk and
-    then renamed."""
-    partial = _partial(path)
-    try:
-        with open(partial, "wb") as file:
-            file.write(content)
-            file.flush()
-            _sync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        error.filename = str(path)  # the error of a full disk names no file
-        raise
-    finally:
-        partial.unlink(missing_ok=True)
-    sync_folder(path.parent)
-
-
 def remove_partial(folder: Path, names: Sequence[str]) -> None:
     """Removes what a process that was killed in `write` or `save` left of files of these names."""
     own = {kept for name in names for kept in (name, previous(folder / name).name)}
@@ -67,28 +53,6 @@ def remove_partial(folder: Path, names: Sequence[str]) -> None:
         name, _, pid = path.stem.rpartition(".")
         if name in own and pid.isdecimal() and path.is_file():
             path.unlink()
-
-
-def _partial(path: Path) -> Path:
-    return path.with_name(f"{path.name}.{os.getpid()}.partial")
-
-
-def sync_folder(folder: Path) -> None:
-    """Flushes a folder's list of files to disk, so that a rename survives a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _sync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _sync(descriptor: int) -> None:
-    """Flushes to disk, where the file system can: some network shares cannot."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP):
-            raise
 
 
 def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -157,7 +121,7 @@ def previous(path: Path) -> Path:
 
 
 def _replace(target: Path, source: Path) -> None:
-    partial = _partial(target)
+    partial = partial_name(target)
     try:
         shutil.copyfile(source, partial)
         os.replace(partial, target)

@@ -14,22 +14,19 @@ from ..flops import count_flops
 from ..memory import is_out_of_memory
 from ..modules import ELF
 from . import checkpoints, contents, files
+from .building import without_weights
 from .datasets import blank_image, load_splits
 from .evaluation import evaluate, evaluation_loader
 from .files import CheckpointError
 from .networks import network
 from .plain import from_run
 
-#: The entry "network" in the metadata that `elf-fast train` writes beside its weights.
-NETWORK = "elf-fast train"
-#: Options of timm's networks that load weights and change nothing else.
-_PRETRAINED = ("pretrained", "checkpoint_path")
 CHECKPOINTS = "checkpoints"
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(weights, metadata) of a folder or a file. metadata["network"] names the program that can
-    build the network: `NETWORK`, or another writer such as the demo.
+    """(weights, metadata) of a folder or a file. metadata["network"] says how the network is built:
+    see `description`.
 
     Args:
         path: a folder with weights, a run that has only checkpoints so far, one of its
@@ -108,7 +105,7 @@ def evaluate_run(
     except ValueError:  # this machine lacks the device of the training
         device = checks.device(None)
     # The run's weights replace pretrained ones, which might have to be downloaded.
-    options = {k: v for k, v in config.model_kwargs.items() if k not in _PRETRAINED}
+    options = without_weights(config.model_kwargs)
     model = network(replace(config, model_kwargs=options), splits.class_counts)
     load_weights(model, weights, path)
     model.to(device)

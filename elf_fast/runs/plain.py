@@ -16,7 +16,7 @@ from .config import HINTS, SUBSETTABLE, TrainConfig
 #: Settings that had other names in earlier versions.
 _RENAMED = {"train_threshold": "train_thresholds"}
 #: What stands in files before the name of a criterion that is a function.
-_CALLABLE = "callable "
+CALLABLE = "callable "
 
 
 def from_dict(values: Mapping[str, Any]) -> TrainConfig:
@@ -26,7 +26,7 @@ def from_dict(values: Mapping[str, Any]) -> TrainConfig:
         ValueError, TypeError: an unknown key, or a value that does not fit.
     """
     found = _renamed(values)
-    if str(found.get("criterion")).startswith(_CALLABLE):
+    if str(found.get("criterion")).startswith(CALLABLE):
         raise ValueError(
             f"criterion: the run used {found['criterion']!r}, a function that files cannot hold; "
             "in Python pass it as criterion="
@@ -75,7 +75,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     if callable(value):
-        return _CALLABLE + criteria.find(value).name
+        return CALLABLE + criteria.find(value).name
     return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..runs import files
+from ..runs import card, description, files
 from ..runs.checkpoints import WEIGHTS
 from ..runs.config import TrainConfig
 from ..runs.lock import Lock
@@ -66,7 +66,7 @@ class RunFolder:
             kept = files.previous(settings)
             if settings.exists() and not kept.exists():  # it may be the user's own
                 os.replace(settings, kept)
-        files.remove_partial(self.path, (CONFIG, RESULTS, WEIGHTS))
+        files.remove_partial(self.path, (CONFIG, RESULTS, WEIGHTS, description.CONFIG, card.NAME))
         (self.path / CHECKPOINTS).mkdir(exist_ok=True)  # by both a folder is known as that of a run
         files.write(settings, to_yaml(config).encode())
 

@@ -13,10 +13,11 @@ from ..console import say
 from ..data import DataError, ImageLoader, LabelledImages, Splits
 from ..flops import Flops
 from ..modules import ELF
-from ..policy import calibrate
+from ..policy import one_number
 from ..policy.exit_table import ExitTable, exit_table
-from ..runs import checkpoints, files
+from ..runs import card, checkpoints, files
 from ..runs.config import TrainConfig
+from ..runs.description import write_weights
 from ..runs.evaluation import autocast, check_read, evaluate, evaluation_loader
 from ..runs.plain import to_dict
 from .processes import Processes
@@ -72,10 +73,10 @@ class Evaluator:
         except DataError:
             self.name_skipped(validation)
             raise
-        points = calibrate.sweep(table, self.flops, thresholds=model.thresholds)
+        points = one_number.sweep(table, self.flops, thresholds=model.thresholds)
         share = math.inf if self.config.max_flops is None else self.config.max_flops
-        chosen = calibrate.choose(points, share * self.flops.without_exits)
-        calibrate.set_threshold(model, chosen.threshold)
+        chosen = one_number.choose(points, share * self.flops.without_exits)
+        one_number.set_threshold(model, chosen.threshold)
         return {
             "threshold": chosen.threshold if math.isfinite(chosen.threshold) else None,
             "accuracy": chosen.accuracy,
@@ -120,7 +121,7 @@ def write_results(
             results["calibration"] = evaluator.calibrate(model, validation)
         results["validation"] = evaluator.metrics(model, validation)
     if is_first:
-        files.save(output / checkpoints.WEIGHTS, model.state_dict(), metadata)
+        write_weights(output, model.state_dict(), metadata, checkpoints.WEIGHTS)
     test = evaluator.loader(splits.test)
     if test is not None:
         results["test"] = evaluator.metrics(model, test)
@@ -128,4 +129,5 @@ def write_results(
     if is_first:
         described = json.dumps(results, indent=1, allow_nan=False) + "\n"
         files.write(output / RESULTS, described.encode())
+        card.write_for_run(output, model, metadata, results, evaluator.flops)
     return results

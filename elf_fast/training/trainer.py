@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from .. import __version__, criteria, functional
+from .. import criteria, functional
 from ..console import LastingConsole, say
 from ..data import ImageLoader
 from ..flops import count_flops
@@ -24,9 +24,10 @@ from ..memory import is_out_of_memory
 from ..modules import ELF
 from ..runs import contents
 from ..runs.config import TrainConfig
-from ..runs.datasets import blank_image, image_size, load_splits
+from ..runs.datasets import blank_image, image_size, load_splits, preprocessing
+from ..runs.description import RUN, Facts, entries
 from ..runs.networks import network
-from ..runs.opening import CHECKPOINTS, NETWORK
+from ..runs.opening import CHECKPOINTS
 from ..runs.plain import from_run, load_yaml, to_dict
 from . import resume, schedule
 from .folder import CONFIG, RunFolder
@@ -267,12 +268,13 @@ class Trainer:
 
     def metadata(self) -> dict[str, Any]:
         """The metadata of files of weights."""
+        names, counts = self.contents["class_names"], self.class_counts
         return {
-            "network": NETWORK,
+            "network": RUN,
             "config": to_dict(self.config),
+            **entries(Facts(tuple(names), tuple(counts), preprocessing(self.config))),
             **self.contents,
             "seed": self.config.seed,
-            "versions": {"elf_fast": __version__, "torch": torch.__version__},
         }
 
     # Training

@@ -8,7 +8,7 @@ from benchmarks.accuracy import criteria
 from elf_fast.demo.loop import predict
 from elf_fast.demo.run import one_thread
 from elf_fast.flops import count_flops
-from elf_fast.policy import calibrate
+from elf_fast.policy import one_number
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def test_the_network_repeats_what_is_reported_within_each_limit(learnt, criterio
     flops = count_flops(model, data.test.images[:1])
     found = criteria.accuracies(model, data, flops, criterion)
     for limit, (threshold, accuracy) in zip(criteria.LIMITS, found, strict=True):
-        calibrate.set_threshold(model, threshold)
+        one_number.set_threshold(model, threshold)
         exits = predict(model, data.validation.images).exit_index.bincount(minlength=3).tolist()
         cheapest = flops.leaving_at(0)
         assert flops.mean(exits) <= max(limit * flops.without_exits, cheapest)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from elf_fast.demo import network
 from elf_fast.demo.loop import Schedule, learning_rate_factor, train
+from elf_fast.runs import demo_network as network
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():

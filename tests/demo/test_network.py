@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from elf_fast.demo import network
 from elf_fast.flops import count_flops
+from elf_fast.runs import demo_network as network
 
 
 def test_the_twin_without_exits_costs_what_the_shares_are_taken_of():

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from elf_fast.demo import network, throughput
+from elf_fast.demo import throughput
+from elf_fast.runs import demo_network as network
 
 
 def test_throughput_of_all_three_is_positive(digits):

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from elf_fast import ELF, ExitHead, arguments, criteria, flops, losses, ops, reference, samplers
-from elf_fast.policy import calibrate, exit_table
+from elf_fast.policy import one_number
+from elf_fast.policy.exit_table import exit_table
 
 BOTH = pytest.mark.parametrize("cls", [reference.ELF, ELF], ids=["reference", "elf_fast"])
 Z, Y = (
@@ -106,14 +107,14 @@ def test_numbers_of_the_users_keep_their_values_under_another_default_device(els
     def everything():
         measured = metrics.ELFMetrics(counts, cost, temperatures=[1.0, 2.0, 1.5])
         measured.update(model(Z), Y)
-        table = exit_table.exit_table(model, [(Z, Y)])
+        table = exit_table(model, [(Z, Y)])
         other = elf(ELF, thresholds=tensors[1], temperatures=2)
-        calibrate.set_threshold(other, 0.5)
+        one_number.set_threshold(other, 0.5)
         loss = losses.DeferredReweighting(losses.LDAMLoss(counts), counts, start_epoch=1)
         return [
             loss.margins, loss._after, losses.BalancedSoftmaxLoss(tensors[0]).bias,
             other.thresholds, other.temperatures, measured.compute(), table[:3],
-            calibrate.sweep(table, cost), criteria.find(lambda z: z).candidates(Z),
+            one_number.sweep(table, cost), criteria.find(lambda z: z).candidates(Z),
             [*samplers.InstanceSampler(Y, seed=4)], [*samplers.ProgressiveSampler([0, 1, 1], 5)],
         ]  # fmt: skip
 

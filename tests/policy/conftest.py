@@ -5,9 +5,9 @@ import torch
 
 from elf_fast import ELF
 from elf_fast.data.digits import DigitSplits
-from elf_fast.demo import network
 from elf_fast.demo import run as demo
 from elf_fast.demo.loop import Schedule, train
+from elf_fast.runs import demo_network as network
 
 
 @pytest.fixture(autouse=True)

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from elf_fast import ELF, criteria
-from elf_fast.demo import network
 from elf_fast.demo.loop import batches, predict
 from elf_fast.policy.exit_table import ExitTable, exit_table
+from elf_fast.runs import demo_network as network
 
 
 def length(logits: torch.Tensor) -> torch.Tensor:
@@ -81,3 +81,72 @@ def test_tables_of_processes_join_also_an_empty_one(digits):
     assert tables[-1].statistic.shape == (3, 0)
     joined = ExitTable.joined(tables)
     assert all(torch.equal(a, b) for a, b in zip(joined[:3], whole[:3], strict=True))
+
+
+# Logits
+
+
+def test_logits_of_ones_own_give_the_table_of_the_network(digits, trained):
+    model = copy.deepcopy(trained)
+    model.temperatures = [2.0, 0.5]
+    whole = exit_table(model, batches(digits.validation), keep_logits=True)
+    assert whole.logits.shape == (3, 200, 10)
+    own = ExitTable.from_logits(whole.logits.numpy(), whole.target.numpy(), temperatures=[2.0, 0.5])
+    torch.testing.assert_close(own.statistic, whole.statistic)
+    assert torch.equal(own.prediction, whole.prediction) and own.digest() == whole.digest()
+    assert own.digest() != own.rows(torch.arange(199)).digest()
+
+
+@pytest.mark.parametrize("criterion", [*criteria.TABLE, length])
+def test_criterion_and_temperatures_change_without_the_network(digits, trained, criterion):
+    model = copy.deepcopy(trained)
+    kept = exit_table(model, batches(digits.validation), keep_logits=True)
+    model.criterion, model.temperatures = criterion, [0.5, 2.0]
+    direct = exit_table(model, batches(digits.validation))
+    changed = kept.changed(criterion=criterion, temperatures=[0.5, 2.0])
+    torch.testing.assert_close(changed.statistic, direct.statistic)
+    assert changed.criterion == direct.criterion
+    some = changed.rows(torch.tensor([5, 3]))
+    assert torch.equal(some.statistic, changed.statistic[:, [5, 3]])
+    assert torch.equal(some.logits, kept.logits[:, [5, 3]])
+
+
+def test_many_logits_go_to_a_file_that_leaves_nothing_behind(digits, trained, tmp_path):
+    parts = list(batches(digits.validation, 50))
+    held = exit_table(trained, parts, keep_logits=True)
+    filed = exit_table(trained, parts, keep_logits=True, memory=3 * 70 * 10 * 4, folder=tmp_path)
+    assert torch.equal(filed.logits, held.logits)
+    assert torch.equal(filed.changed(temperatures=3.0).statistic,
+                       held.changed(temperatures=3.0).statistic)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []  # the file has no name
+
+
+BAD = [
+    ((torch.zeros(3, 4), torch.zeros(4).long()), ValueError, r"logits: expected floating \[E, N"),
+    ((torch.zeros(3, 4, 2).long(), torch.zeros(4).long()), ValueError, "logits: expected floating"),
+    ((torch.zeros(3, 0, 2), torch.zeros(0).long()), ValueError, "logits: .* at least one exit, "),
+    (
+        ("logits", torch.zeros(4).long()),
+        TypeError,
+        "logits: expected a tensor or an array, got str",
+    ),
+    ((torch.zeros(3, 4, 2), torch.zeros(4)), TypeError, "target: expected integers, got a float32"),
+    ((torch.zeros(3, 4, 2), torch.zeros(5).long()), ValueError, r"target: expected shape \[4\]"),
+    ((torch.zeros(3, 4, 2), torch.full((4,), 2)), ValueError, "target: expected 0 <= target < 2"),
+]
+
+
+@pytest.mark.parametrize("given, error, message", BAD, ids=[b[2][:25] for b in BAD])
+def test_arrays_that_make_no_table_are_refused(given, error, message):
+    with pytest.raises(error, match=message):
+        ExitTable.from_logits(*given)
+
+
+def test_a_table_without_logits_cannot_change(digits, trained):
+    table = exit_table(trained, batches(digits.validation))
+    with pytest.raises(ValueError, match="table: expected one that holds logits, got one without"):
+        table.changed(criterion="entropy")
+    with pytest.raises(ValueError, match="temperatures: expected a scalar or 2 values"):
+        exit_table(trained, batches(digits.validation), keep_logits=True).changed(
+            temperatures=[1.0]
+        )

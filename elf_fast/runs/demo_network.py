@@ -1,4 +1,7 @@
-"""The demo's network: three residual stages for 16x16 images, with and without exits."""
+"""The demo's network: three residual stages for 16x16 images, with and without exits.
+
+It is here, below the demo, because `loading` opens what the demo wrote.
+"""
 
 from __future__ import annotations
 

@@ -11,9 +11,9 @@ import torch
 from elf_fast import criteria
 from elf_fast.demo.loop import batches, predict
 from elf_fast.flops import Flops, count_flops
-from elf_fast.policy import calibrate
-from elf_fast.policy.calibrate import OperatingPoint, moved_to
+from elf_fast.policy import one_number
 from elf_fast.policy.exit_table import ExitTable, exit_table
+from elf_fast.policy.one_number import OperatingPoint, moved_to
 
 CONFIDENCE, ENTROPY = criteria.by_name("confidence"), criteria.by_name("entropy")
 SCORE = criteria.find(lambda logits: logits.amax(dim=1))
@@ -28,12 +28,12 @@ def test_the_sweep_and_the_cheapest_of_the_most_accurate_thresholds():
         criterion=CONFIDENCE,
     )
     flops = Flops((10, 10), (0, 0))
-    points = calibrate.sweep(table, flops, (0.6, 0.75, 0.85, math.inf))
+    points = one_number.sweep(table, flops, (0.6, 0.75, 0.85, math.inf))
     assert [(p.accuracy, p.flops) for p in points] == [(0.5, 12.5), (0.75, 15), (0.75, 17.5),
                                                        (0.75, 20)]  # fmt: skip
-    assert calibrate.choose(points).threshold == 0.75
+    assert one_number.choose(points).threshold == 0.75
     equal = [p._replace(accuracy=0.5, flops=15.0) for p in points]
-    assert calibrate.choose(equal) == equal[-1]  # the most cautious
+    assert one_number.choose(equal) == equal[-1]  # the most cautious
 
 
 @pytest.mark.parametrize("criterion", [*criteria.TABLE, SCORE.score])
@@ -41,7 +41,7 @@ def test_the_candidates_go_from_bold_to_never(digits, trained, criterion):
     model = copy.deepcopy(trained)
     model.criterion = criterion
     table = exit_table(model, batches(digits.validation))
-    points = calibrate.sweep(table, count_flops(model, digits.test.images[:1]))
+    points = one_number.sweep(table, count_flops(model, digits.test.images[:1]))
     flops = [p.flops for p in points]
     assert flops == sorted(flops) and len(set(flops)) > 10
     assert points[-1].threshold == criteria.find(criterion).off
@@ -52,7 +52,7 @@ def test_the_candidates_go_from_bold_to_never(digits, trained, criterion):
 
 
 def predict_exits(model, threshold, digits) -> list[int]:
-    calibrate.set_threshold(model, threshold)
+    one_number.set_threshold(model, threshold)
     out = predict(model, digits.validation.images)
     return torch.bincount(out.exit_index, minlength=3).tolist()
 
@@ -63,14 +63,14 @@ def test_when_every_threshold_loses_the_exits_stay_off():
         OperatingPoint(0.9, 0.89, 15.0),
         OperatingPoint(math.inf, 0.9, 20.0),
     ]
-    assert calibrate.choose(points).threshold == math.inf
+    assert one_number.choose(points).threshold == math.inf
 
 
 def test_equally_cheap_points_are_settled_by_accuracy_and_then_caution():
     accuracy = {0.5: 0.9, 0.6: 0.92, 0.7: 0.92}
     points = [OperatingPoint(t, a, 10.0) for t, a in accuracy.items()]
     points.append(OperatingPoint(math.inf, 0.9, 20.0))
-    assert calibrate.choose(points).threshold == 0.7
+    assert one_number.choose(points).threshold == 0.7
 
 
 def test_within_a_limit_of_flops_the_most_accurate_and_beyond_it_the_cheapest():
@@ -79,7 +79,7 @@ def test_within_a_limit_of_flops_the_most_accurate_and_beyond_it_the_cheapest():
         OperatingPoint(0.7, 0.8, 12.0),
         OperatingPoint(math.inf, 0.9, 20.0),
     ]
-    chosen = [calibrate.choose(points, limit).threshold for limit in (20.0, 19.9, 11.0, 9.0)]
+    chosen = [one_number.choose(points, limit).threshold for limit in (20.0, 19.9, 11.0, 9.0)]
     assert chosen == [math.inf, 0.7, 0.5, 0.5]
 
 
@@ -129,8 +129,8 @@ def test_the_sweep_moves_the_thresholds_it_is_given(digits, trained):
     model.thresholds = torch.stack([(centre + spread).sigmoid(), (centre - spread).sigmoid()])
     flops = count_flops(model, digits.test.images[:1])
     for value in (0.5, 0.6):
-        (point,) = calibrate.sweep(table, flops, [value], thresholds=model.thresholds)
-        calibrate.set_threshold(model, value)
+        (point,) = one_number.sweep(table, flops, [value], thresholds=model.thresholds)
+        one_number.set_threshold(model, value)
         assert model.thresholds.shape == (2, 10) and len(model.thresholds.unique()) >= 10
         out = predict(model, digits.validation.images)
         exits = torch.bincount(out.exit_index, minlength=3).tolist()
@@ -142,16 +142,16 @@ def test_what_cannot_be_swept_or_set_is_refused(digits, trained):
     table = exit_table(trained, batches(digits.validation))
     flops = count_flops(trained, digits.test.images[:1])
     with pytest.raises(ValueError, match="table: expected at least one sample, got none"):
-        calibrate.sweep(exit_table(trained, []), flops)
+        one_number.sweep(exit_table(trained, []), flops)
     with pytest.raises(ValueError, match=r"thresholds: expected \[2\] or \[2, C\], got a float32"):
-        calibrate.sweep(table, flops, [0.5], thresholds=torch.tensor([0.5]))
+        one_number.sweep(table, flops, [0.5], thresholds=torch.tensor([0.5]))
     with pytest.raises(ValueError, match="points, max_flops: expected points and a number, got 0"):
-        calibrate.choose([])
+        one_number.choose([])
     with pytest.raises(ValueError, match="points, max_flops: .* and nan"):
-        calibrate.choose([OperatingPoint(0.5, 0.9, 1.0)], math.nan)
+        one_number.choose([OperatingPoint(0.5, 0.9, 1.0)], math.nan)
     model = copy.deepcopy(trained)
     model.thresholds = [0.5, 0.6]
     with pytest.raises(ValueError, match=r"value: expected values in \[0, 1\], .* got 2.0"):
-        calibrate.set_threshold(model, 2.0)
+        one_number.set_threshold(model, 2.0)
     most = torch.finfo(torch.float32).max
     assert moved_to(-most, torch.tensor([-1.0, 1.0]), SCORE).isfinite().all()
