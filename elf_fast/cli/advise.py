@@ -35,7 +35,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
                         help="the engine of inference.compile that runs them all; eager spares the "
                         "minutes of compilation (default: %(default)s)")  # fmt: skip
     parser.add_argument("--seconds", type=float, default=5.0, metavar="S",
-                        help="time to measure for each batch size (default: %(default)s)")  # fmt: skip
+                        help="time to measure for each batch size (default: "
+                        "%(default)s)")  # fmt: skip
     parser.add_argument("--device", metavar="DEVICE",
                         help="device to run on (default: cuda if there is one)")  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print times and verdicts as JSON")
