@@ -35,7 +35,9 @@ OPTIONAL = {
     "data_dir": "x", "lists": "x", "imbalance": 9.0, "img_size": 8, "transforms": "large",
     "exits": ["a"], "train_thresholds": [0.5], "drop_exited": True, "max_flops": 0.5,
     "drw_epoch": 1, "clip_grad": 1.0, "device": "cpu", "torchcompile": "eager",
-    "checkpoint_steps": 3,
+    "checkpoint_steps": 3, "mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic",
+    "auto_augment": "randaugment", "init_from": "x", "freeze_backbone": "a",
+    "class_weights": "x",
 }  # fmt: skip
 
 
