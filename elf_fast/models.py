@@ -95,7 +95,8 @@ def from_backbone(
     if logits.shape[1] != num_classes:
         raise ValueError(
             f"num_classes: expected {logits.shape[1]}, the classes of the backbone's logits, "
-            f"got {num_classes}"
+            f"got {num_classes}; replace its classifier first, or create it with "
+            f"num_classes={num_classes}"
         )
     by_exit = dict(zip(exits, features, strict=True))
     with buffers_kept(backbone):

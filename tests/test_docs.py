@@ -3,8 +3,10 @@ code on the pages: test_code_blocks.py."""
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -158,3 +160,23 @@ def test_the_documented_metrics_exist(one_thread):
     shown = client.generate_latest(registry).decode()
     named = re.findall(r"`(elf_fast_\w+)`", read(DOCS / "serving.md"))
     assert len(named) == 7 and [name for name in named if name not in shown] == []
+
+
+# docs/policy.md
+
+
+def test_the_example_with_ones_own_logits_runs(capsys):
+    blocks = re.findall(r"```python\n(.*?)```", read(DOCS / "policy.md"), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(next(block for block in blocks if "from_logits" in block), names)
+    assert names["chosen"].measured.flops_share <= 0.6 + 1e-9
+    assert "Estimate(" in capsys.readouterr().out
+
+
+def test_the_tables_on_policies_are_those_of_the_results():
+    from benchmarks.accuracy import policies
+
+    results = json.loads(policies.RESULTS.read_text(encoding="utf-8"))
+    page = read(DOCS / "policy.md")
+    assert policies.page(page, results) == page
+    assert len(policies.rows(results)) > 20 and "ours" in page

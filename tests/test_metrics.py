@@ -57,7 +57,7 @@ def test_against_numbers_worked_out_by_hand():
     assert m["samples"] == 6
     assert m["overall"] == 4 / 6
     assert m["per_class"] == [2 / 3, 1 / 2, 1.0]
-    assert m["macro"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
+    assert m["balanced_accuracy"] == pytest.approx((2 / 3 + 1 / 2 + 1) / 3)
     assert (m["many"], m["medium"], m["few"]) == (3 / 5, None, 1.0)
     assert m["exit_accuracy"] == [1.0, 1 / 2, 1 / 2]
     assert m["exit_shares"] == [2 / 6, 2 / 6, 2 / 6]
@@ -75,7 +75,7 @@ def test_metrics_without_samples_are_none():
     m = computed(output([0], [1]), [0], [30, 30, 500])
     assert m["exit_accuracy"] == [None, 1.0, None]
     assert m["exit_shares_by_class"] == [[0, 1, 0], None, None]
-    assert m["per_class"] == [1.0, None, None] and m["macro"] == 1.0
+    assert m["per_class"] == [1.0, None, None] and m["balanced_accuracy"] == 1.0
     assert m["many"] is None and m["early_wrong_by_group"]["many"] is None
 
 
@@ -87,13 +87,14 @@ def test_an_empty_evaluation_is_none_all_over():
     )
     nobody = {"many": None, "medium": None, "few": None}
     assert m.pop("exit_shares_by_group") == m.pop("early_wrong_by_group") == nobody
+    assert m.pop("confusions") == []
     assert set(m.values()) == {None}
 
 
 def test_accuracy_and_calibration_agree_with_torchmetrics():
     out, target = random_output(500)
     m = computed(out, target)
-    for key, average in (("overall", "micro"), ("macro", "macro")):
+    for key, average in (("overall", "micro"), ("balanced_accuracy", "macro")):
         theirs = torchmetrics.classification.MulticlassAccuracy(3, average=average)
         assert m[key] == pytest.approx(theirs(out.prediction, target).item(), rel=1e-6)
     theirs = torchmetrics.classification.MulticlassAccuracy(3, average="none")
@@ -104,6 +105,67 @@ def test_accuracy_and_calibration_agree_with_torchmetrics():
     theirs.update(out.logits[~sure].softmax(1), target[~sure])
     kept = out._replace(**{k: getattr(out, k)[~sure] for k in out._fields[:4]})
     assert computed(kept, target[~sure])["ece"] == pytest.approx(theirs.compute().item(), rel=1e-6)
+
+
+def test_f1_agrees_with_torchmetrics():
+    out, target = random_output(500, classes=5)
+    target[target == 4] = 3  # a class that is predicted and has no sample
+    theirs = torchmetrics.functional.classification.multiclass_f1_score(
+        out.prediction, target, num_classes=5, average="macro"
+    )
+    assert computed(out, target, [9] * 5)["f1"] == pytest.approx(theirs.item(), rel=1e-6)
+    never = out.prediction < 3
+    kept = ELFOutput(*(t[never] for t in out[:4]), None)
+    theirs = torchmetrics.functional.classification.multiclass_f1_score(
+        kept.prediction, target[never].clamp(max=2), num_classes=5, average="macro"
+    )
+    m = computed(kept, target[never].clamp(max=2), [9] * 5)
+    assert m["f1"] == pytest.approx(theirs.item(), rel=1e-6)
+
+
+def test_confusions_are_the_cells_of_torchmetrics_matrix():
+    out, target = random_output(400, classes=6)
+    matrix = torchmetrics.functional.classification.multiclass_confusion_matrix(
+        out.prediction, target, num_classes=6
+    )
+    found = computed(out, target, [9] * 6)["confusions"]
+    off_diagonal = matrix.masked_fill(torch.eye(6, dtype=torch.bool), 0)
+    assert [c["samples"] for c in found] == off_diagonal.flatten().sort().values.flip(0)[
+        :10
+    ].tolist()
+    for c in found:
+        assert c["samples"] == matrix[c["target"], c["prediction"]]
+        assert c["share"] == pytest.approx(c["samples"] / matrix[c["target"]].sum().item())
+
+
+def test_a_prior_weighs_classes_as_that_many_samples_would():
+    """Against a part that holds every sample of class c as often as its weight says."""
+    (out, target), counts = random_output(300), (500, 50, 5)
+    copies = torch.tensor([1, 5, 2])[target]
+    rows = torch.arange(300).repeat_interleave(copies)
+    repeated = computed(ELFOutput(*(t[rows] for t in out[:4]), None), target[rows], counts)
+    prior = torch.bincount(target[rows], minlength=3)
+    weighed = computed(out, target, counts, prior=prior)
+    plain = computed(out, target, counts)
+    for key in ("samples", "ece", "confusions", "per_class", "balanced_accuracy"):
+        assert weighed[key] == plain[key]
+        repeated.pop(key), weighed.pop(key)
+    assert weighed["overall"] != pytest.approx(plain["overall"])
+    for key, value in weighed.items():
+        for name, of_group in (value if isinstance(value, dict) else {"": value}).items():
+            theirs = repeated[key][name] if name else repeated[key]
+            torch.testing.assert_close(torch.tensor(of_group), torch.tensor(theirs), msg=key)
+
+
+def test_a_uniform_prior_makes_accuracy_the_balanced_one():
+    out, target = random_output(300)
+    m = computed(out, target, prior=[1, 1, 1])
+    assert m["overall"] == pytest.approx(m["balanced_accuracy"])
+    rows = target != 1
+    m = computed(ELFOutput(*(t[rows] for t in out[:4]), None), target[rows], prior=[0.1, 0.8, 0.1])
+    assert m["overall"] == pytest.approx(m["balanced_accuracy"])  # of the classes with samples
+    m = computed(ELFOutput(*(t[rows] for t in out[:4]), None), target[rows], prior=[0, 1, 0])
+    assert m["overall"] is None and m["flops_share"] is None and m["f1"] is None
 
 
 @pytest.mark.parametrize("temperatures", [1.0, [0.5, 2.0, 3.0]])
@@ -157,6 +219,10 @@ def test_a_nan_leaves_the_other_numbers_alone():
         (lambda: ELFMetrics([5, 5], FLOPS, temperatures=[1.0, 2.0]), ValueError,
          "temperatures: expected a number or 3, one per exit"),
         (lambda: ELFMetrics([5, 5], FLOPS, temperatures=0.0), ValueError, "temperatures: .*got 0"),
+        (lambda: ELFMetrics([5, 5], FLOPS, prior=[1.0]), ValueError,
+         r"prior: expected \[2\] finite weights of at least 0, not all 0, got"),
+        (lambda: ELFMetrics([5, 5], FLOPS, prior=[0, 0]), ValueError, "prior: .* not all 0"),
+        (lambda: ELFMetrics([5, 5], FLOPS, prior=[2, -1]), ValueError, "prior: .* at least 0"),
         (lambda: computed(output([0], [0]), [0], [5, 5]), ValueError,
          r"out: expected logits \[n, 2\], got \[1, 3\]"),
         (lambda: computed(output([0], [3]), [0]), ValueError, "out: .*exit_index < 3.*got 3"),

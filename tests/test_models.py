@@ -548,7 +548,7 @@ class TestErrors:
         "arguments, error, message",
         [
             (dict(backbone="net"), TypeError, "^backbone: expected an nn.Module, got 'net'"),
-            (dict(num_classes=7), ValueError, "^num_classes: expected 5, .*, got 7"),
+            (dict(num_classes=7), ValueError, "^num_classes: expected 5, .*, got 7; replace its"),
             (dict(num_classes=0), ValueError, "^num_classes: expected a positive integer, got 0"),
             (dict(num_classes=True), ValueError, "^num_classes: expected a positive .* got True"),
             (dict(example_input=[1.0]), TypeError, "^example_input: expected a tensor, got"),

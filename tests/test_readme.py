@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from run_cases import FLAGS, coloured_images, parsed
 
 import elf_fast
 from elf_fast import cli
@@ -25,6 +26,39 @@ def test_there_is_an_example():
 
 
 @pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    """A folder that holds a run in runs/photos and an image cat.jpg."""
+    folder = tmp_path_factory.mktemp("readme")
+    images = coloured_images(folder / "photos", {"train": (8, 6, 4), "val": (2, 2, 2)})
+    output = folder / "runs" / "photos"
+    flags = [*FLAGS, "--epochs", "1", "--data-dir", str(images), "--output", str(output)]
+    assert cli.main(["train", *flags]) == 0
+    Image.open(images / "val" / "class1" / "0.png").save(folder / "cat.jpg")
+    return folder
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_example_runs(number, photos, one_thread, monkeypatch, capsys):
+    monkeypatch.chdir(photos)
+    exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), {})
+    assert capsys.readouterr().out
+
+
+def test_the_commands_name_settings_that_exist():
+    commands = re.findall(r"^elf-fast train (.+)$", README.replace("\\\n", ""), re.MULTILINE)
+    assert len(commands) == 1 and parsed(*commands[0].split()).loss == "balanced_softmax"
+
+
+def test_it_says_what_it_is_for_on_one_screen():
+    """All that a newcomer needs stands in the first 50 lines, in this order."""
+    screen = "\n".join(README.splitlines()[:50])
+    parts = ("What it does for you", "A setting to start with", "Load and predict",
+             "When not to use it")  # fmt: skip
+    places = [screen.index(f"**{part}**") for part in parts]
+    assert places == sorted(places)
+
+
+@pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A folder with a trained network in runs/photos and an image, as examples name them."""
     place = tmp_path_factory.mktemp("place")
@@ -38,12 +72,6 @@ def place(tmp_path_factory) -> Path:
     elf_fast.save(model, place / "runs" / "photos", class_names=["cat", "dog"],
                   transform=Preprocessing(32))  # fmt: skip
     return place
-
-
-@pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_example_runs(number, capsys, place, monkeypatch):
-    monkeypatch.chdir(place)
-    exec(compile(BLOCKS[number], f"README.md block {number}", "exec"), {})
 
 
 def test_the_examples_of_predict_run(capsys, place, monkeypatch):

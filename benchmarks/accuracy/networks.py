@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from elf_fast import ELF, losses
+from elf_fast import losses
 from elf_fast.backbones import create
 from elf_fast.data.digits import Digits, DigitSplits
 from elf_fast.demo.loop import Schedule, batches, train
 from elf_fast.flops import count_flops
 from elf_fast.models import from_backbone
+from elf_fast.policy.costs import flops_shares
 from elf_fast.policy.exit_table import ExitTable, exit_table
 
 from . import trial
@@ -47,28 +49,41 @@ EXITS = {
 }
 
 
-class Trained(NamedTuple):
-    """A trained network, in evaluation mode, and what its exits gave."""
+class Tables(NamedTuple):
+    """What the exits of a trained network gave."""
 
-    model: ELF
     validation: ExitTable
     test: ExitTable
     #: [E] FLOPs of a sample that leaves at each exit, as shares of the network without exits.
     costs: list[float]
-    class_counts: list[int]
-    data: DigitSplits
 
 
-def trained(network: Network, seed: int, epochs: int) -> Trained:
+def tables(network: Network, seed: int, epochs: int, work: Path | None = None) -> Tables:
+    """Trains a network. With `work` its tables are kept in that folder, and read if they are there:
+    delete the folder after a change of the training."""
+    kept = None if work is None else work / f"{network}, seed {seed}, {epochs} epochs.pt"
+    if kept is not None and kept.exists():
+        held = torch.load(kept, weights_only=True)
+        parts = (ExitTable.from_logits(*held[name]) for name in ("validation", "test"))
+        return Tables(*parts, held["costs"])
+    found = _trained(network, seed, epochs)
+    if kept is not None:
+        held = {name: (getattr(found, name).logits.contiguous(), getattr(found, name).target)
+                for name in ("validation", "test")}  # fmt: skip
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({**held, "costs": found.costs}, kept)
+    return found
+
+
+def _trained(network: Network, seed: int, epochs: int) -> Tables:
     data = _coloured(trial.split(network.imbalance, seed))
     loss = {
         "cross_entropy": losses.CrossEntropyLoss(),
         "balanced_softmax": losses.BalancedSoftmaxLoss(data.class_counts),
     }[network.loss]
     torch.manual_seed(seed)
-    backbone = create(network.model, num_classes=10)
     model = from_backbone(
-        backbone,
+        create(network.model, num_classes=10),
         exits=EXITS[network.model],
         num_classes=10,
         conv=True,
@@ -78,11 +93,10 @@ def trained(network: Network, seed: int, epochs: int) -> Trained:
         example_input=data.train.images[:2],
     )
     train(model, data.train, Schedule(epochs=epochs), seed=seed)
-    flops = count_flops(model, data.test.images[:1])
-    costs = [flops.leaving_at(e) / flops.without_exits for e in range(len(model.stages))]
-    tables = [exit_table(model.eval(), batches(part), keep_logits=True)
-              for part in (data.validation, data.test)]  # fmt: skip
-    return Trained(model, *tables, costs, data.class_counts, data)
+    costs = flops_shares(count_flops(model, data.test.images[:1]))
+    parts = [exit_table(model.eval(), batches(part), keep_logits=True)
+             for part in (data.validation, data.test)]  # fmt: skip
+    return Tables(*parts, costs)
 
 
 def _coloured(data: DigitSplits) -> DigitSplits:

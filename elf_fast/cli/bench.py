@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bench import CLASSES, MODEL, SIZE
-from .errors import UserError, check_path
+from .errors import UserError, check_path, with_flags
 
 
 def add(commands: Any) -> argparse.ArgumentParser:
@@ -63,7 +63,7 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             _bench_run(arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(with_flags(str(error), vars(arguments))) from error
     return 0
 
 

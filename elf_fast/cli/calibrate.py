@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, check_path
+from .errors import UserError, check_path, with_flags
 
 if TYPE_CHECKING:
     from ..policy import Measured, Policy
@@ -23,8 +23,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "calibrate",
         help="choose the thresholds of a run for a budget, with a guarantee if you like",
         description="Chooses thresholds and temperatures in one pass over the validation part of a "
-        "run, and writes them into policy.json beside the weights, which stay as they are. Without a "
-        "limit: the most accurate thresholds. docs/policy.md says which option when.",
+        "run, and writes them into policy.json beside the weights, which stay as they are. "
+        "Without a limit: the most accurate thresholds. docs/policy.md says which option when.",
     )
     parser.add_argument(
         "run_path",
@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         before, policy = _calibrate(path, arguments)
     except (TypeError, ValueError, DataError) as error:
-        raise UserError(_with_flags(str(error))) from error
+        raise UserError(with_flags(str(error), vars(arguments))) from error
     policy.save(output)
     if arguments.json:
         print(output.read_text(encoding="utf-8"), end="")
@@ -149,13 +149,6 @@ def _calibrate(path: Path, arguments: argparse.Namespace) -> tuple[Measured, Pol
         options={name: value for name, value in options.items() if value is not None},
         **{name: value for name, value in named.items() if value is not None},
     )
-
-
-def _with_flags(message: str) -> str:
-    """The message with the flag in place of the argument that it begins with."""
-    name, colon, rest = message.partition(":")
-    known = (*_OPTIONS, "batch", "device")
-    return f"--{name.replace('_', '-')}{colon}{rest}" if name in known else message
 
 
 def _show(path: Path, output: Path, before: Measured, policy: Policy) -> None:

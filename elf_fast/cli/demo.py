@@ -15,8 +15,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         help="train ELF and the same network without exits on long-tailed digits; write a report",
         description="Trains a small network without exits and with them (ELF) on scikit-learn's "
         "digits made long-tailed, chooses thresholds on validation, compares accuracy, FLOPs and "
-        "speed on the test set, and writes report.html, accuracy_flops.png, results.json and "
-        "model.safetensors. Takes about two minutes on two CPU cores.",
+        "speed on the test set, and writes report.html, results.json and model.safetensors. Takes "
+        "about two minutes on two CPU cores.",
     )
     parser.add_argument("--output", type=Path, default=Path("demo"), metavar="FOLDER",
                         help="where to write (default: %(default)s)")  # fmt: skip

@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any, Literal, get_args, get_origin
 
 from ..runs.config import HINTS, TrainConfig
-from ..runs.values import without_none
+from ..runs.values import NONE, without_none
 
 #: Settings whose flags for true and false are not --name and --no-name.
 _SWITCHES = {"drop_exited": ("--drop-exited", "--keep-exited")}
@@ -21,7 +21,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         title = option.metadata["group"]
         if title not in groups:
             groups[title] = parser.add_argument_group(title)
-        _add_flag(groups[title], option, without_none(HINTS[option.name]))
+        _add_flag(groups[title], option, HINTS[option.name])
     groups["exits"].add_argument(
         "--no-exits", dest="exits", action="store_const", const=(), default=argparse.SUPPRESS,
         help="train the network without exits, all else equal",
@@ -40,20 +40,23 @@ def group_of(name: str) -> str:
 
 def _add_flag(group: Any, option: dataclasses.Field, hint: Any) -> None:
     flag = "--" + option.name.replace("_", "-")
+    hint, may_be_none = without_none(hint), type(None) in get_args(hint)
     common: dict[str, Any] = {"dest": option.name, "default": argparse.SUPPRESS}
     text = option.metadata["help"].replace("%", "%%")
     if hint is bool:
         yes, no = _SWITCHES.get(option.name, (flag, "--no-" + flag[2:]))
         if option.default is not None:
             text += f" (default: {yes if option.default else no})"
-        group.add_argument(yes, no, action=_Switch, nargs=0, help=text, **common)
+        nargs = "?" if may_be_none else 0
+        group.add_argument(yes, no, action=_Switch, nargs=nargs, metavar=NONE, help=text, **common)
         return
     shown = _spell(option.default)
     text += f" (default: {shown})" if shown else ""
     origin = get_origin(hint)
     choices = get_args(hint) if origin is Literal else option.metadata.get("choices")
     if choices is not None:
-        group.add_argument(flag, choices=tuple(choices), help=text, **common)
+        choices = (*choices, NONE) if may_be_none else tuple(choices)
+        group.add_argument(flag, choices=choices, help=text, **common)
     elif origin in (tuple, dict):
         metavar = "KEY=VALUE" if origin is dict else _METAVAR.get(get_args(hint)[0], "X")
         group.add_argument(flag, nargs="+", metavar=metavar, help=text, **common)
@@ -65,10 +68,13 @@ def _add_flag(group: Any, option: dataclasses.Field, hint: Any) -> None:
 
 
 class _Switch(argparse.Action):
-    """Two flags, the first for true and the second for false."""
+    """Two flags, the first for true and the second for false. Either takes `none`, if anything."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
-        setattr(namespace, self.dest, option_string == self.option_strings[0])
+        if values not in (None, [], NONE):
+            raise argparse.ArgumentError(self, f"expected {NONE} or nothing, got {values!r}")
+        value = None if values == NONE else option_string == self.option_strings[0]
+        setattr(namespace, self.dest, value)
 
 
 def _spell(default: Any) -> str:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib.util
 import argparse
 import io
 import os
 import sys
 
-from .. import checks
+from .. import __version__
 from ..memory import is_lost_worker, is_out_of_memory
 from . import bench, calibrate, demo, doctor, evaluate, interrupts, predict, train
-from .errors import UserError
+from .errors import Parser, UserError, fail
 
 #: Subcommands in the order of `elf-fast --help`.
 _COMMANDS = (demo, train, calibrate, evaluate, predict, bench, doctor)
-#: Modules of the `train` extra that the commands need.
+#: By module, the packages of the `train` extra that the commands need.
 _EXTRA = {
-    "PIL", "huggingface_hub", "matplotlib", "rich", "safetensors", "scipy", "sklearn",
-    "tensorboard", "timm", "torchmetrics", "torchvision", "yaml",
+    "PIL": "pillow", "huggingface_hub": "huggingface_hub", "rich": "rich",
+    "safetensors": "safetensors", "scipy": "scipy", "sklearn": "scikit-learn",
+    "tensorboard": "tensorboard", "timm": "timm", "torchmetrics": "torchmetrics",
+    "torchvision": "torchvision", "yaml": "pyyaml",
 }  # fmt: skip
 
 
@@ -26,50 +29,55 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a file name may be none of its encoding
             stream.reconfigure(errors="backslashreplace")
-    arguments = parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = parser().parse_args(given, argparse.Namespace(given=given))
     try:
         with interrupts.second_ends_at_once():
             return arguments.run(arguments)
     except UserError as error:
-        return _fail(str(error))
+        return fail(str(error))
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
-        if name not in _EXTRA | {"wandb"}:
+        if name not in {*_EXTRA, "wandb"}:
             raise
-        cure = '"elf_fast[train]"' if name in _EXTRA else name
-        return _fail(f"{name} is not installed: pip install {cure}")
+        return fail(f"{name} is not installed: {_cure(name)}")
     except BrokenPipeError:
         # The reader of stdout (`| head`) has ended. Without this, the flush at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(f"{where}{error.strerror or error}")
-    except KeyboardInterrupt:
-        print("elf-fast: stopped", file=sys.stderr)
+        what = error.strerror or str(error) or type(error).__name__  # libraries raise empty ones
+        return fail(f"{where}{what}")
+    except KeyboardInterrupt as error:  # it may say how to go on
+        print("; ".join(["elf-fast: stopped", *map(str, error.args)]), file=sys.stderr)
         return interrupts.STATUS
     except (MemoryError, RuntimeError) as error:
         if is_lost_worker(error):  # raised outside of the loader
             from ..data.loader import WorkerError
 
-            return _fail(str(WorkerError.because(error)))
+            return fail(str(WorkerError.because(error)))
         if not is_out_of_memory(error):
             raise
-        return _fail(f"out of memory: smaller batches or images need less ({error})")
+        return fail(f"out of memory: smaller batches or images need less ({error})")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of all subcommands. The chosen one's function is in the namespace, as `run`."""
-    made = argparse.ArgumentParser(
+    made = Parser(
         prog="elf-fast", description="Early-exit training and inference for long-tailed data (ELF)."
     )
+    made.add_argument("--version", action="version", version=f"elf_fast {__version__}")
     commands = made.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands).set_defaults(run=command.run)
     return made
 
 
-def _fail(message: str) -> int:
-    lines = (" ".join(line.split()) for line in message.splitlines())
-    print(f"elf-fast: {checks.printable('; '.join(filter(None, lines)))}", file=sys.stderr)
-    return 2
+def _cure(name: str) -> str:
+    """How to install what a missing module belongs to: all of the extra that is missing."""
+    if name not in _EXTRA:
+        return f"pip install {name}"
+    missing = [package for module, package in _EXTRA.items()
+               if module == name or importlib.util.find_spec(module) is None]  # fmt: skip
+    return f'pip install {" ".join(missing)} (or pip install ".[train]" in the source folder)'

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 from pathlib import Path
 from typing import Any
 
-from .errors import UserError, check_path
+from ..runs.config import HINTS
+from .errors import UserError, check_path, with_flags
 from .flags import add_flags, from_arguments, group_of
 from .metrics import show
 
@@ -19,7 +21,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="Trains, chooses thresholds on validation, evaluates once on the test part and "
         "writes weights, metrics.json, config.yaml and checkpoints into --output. Under torchrun, "
         "trains on all of its processes. Keys of the YAML file are the flags' names with "
-        "underscores; flags override the file, and the file overrides the defaults. "
+        "underscores; flags override the file, and the file overrides the defaults. `none` takes "
+        "back a setting that has no default. "
         "docs/training.md has examples.",
         usage="elf-fast train [-c FILE] [--resume RUN] [settings]",
     )
@@ -46,11 +49,15 @@ def run(arguments: argparse.Namespace) -> int:
             if folder is not None:  # in every process, even one that sees no run in the folder
                 trainer.resume()
         except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
+            raise UserError(with_flags(str(error), HINTS)) from error
         try:
             results = trainer.run()
+        except KeyboardInterrupt as error:
+            if processes.is_first:
+                raise KeyboardInterrupt(_how_to_go_on(config.output)) from error
+            raise
         except (NonFiniteError, DataError) as error:
-            raise UserError(str(error)) from error
+            raise UserError(with_flags(str(error), HINTS)) from error
         except Stopped as stopped:
             return 128 + stopped.signal
         if processes.is_first:
@@ -58,6 +65,15 @@ def run(arguments: argparse.Namespace) -> int:
                 if part in results:
                     show(f"{config.output}: {part}", results[part])
     return 0
+
+
+def _how_to_go_on(output: str) -> str:
+    """What to type after Ctrl-C."""
+    from ..runs.opening import CHECKPOINTS
+
+    if any(Path(output, CHECKPOINTS).glob("step-????????")):
+        return f"to go on from the newest checkpoint: elf-fast train --resume {shlex.quote(output)}"
+    return "there is no checkpoint yet: the same command starts again"
 
 
 def _settings(arguments: argparse.Namespace) -> Any:

@@ -84,6 +84,32 @@ def image_folder(
     )
 
 
+def test_images(
+    root: str | Path,
+    class_names: list[str],
+    *,
+    transforms: Transforms | None = None,
+    exif_orientation: bool = True,
+) -> ImageFiles | None:
+    """The test part of a folder whose training images are gone; None if there are training images,
+    or no test part.
+
+    Args:
+        class_names: [C] of the training part that was there.
+        transforms, exif_orientation: as of `image_folder`.
+
+    Raises:
+        DataError: as `image_folder`.
+    """
+    parts, _ = find(Path(root), needs_training=False)
+    if "train" in parts or "test" not in parts:
+        return None
+    paths, targets = _samples(parts["test"], class_names)
+    transform = (transforms or image_transforms()).evaluate
+    folder = str(parts["test"].folder)
+    return ImageFiles(paths, targets, transform, root=folder, exif_orientation=exif_orientation)
+
+
 def _samples(part: Part, class_names: list[str]) -> tuple[list[str], Tensor]:
     """Paths [N] and targets [N] int64 of a part, with the class indices of training; classes may
     be missing in it."""

@@ -65,13 +65,17 @@ class Part(NamedTuple):
     files: dict[str, list[str]]  # by class, in the order of folders and file names
 
 
-def find(root: Path) -> tuple[dict[str, Part], str]:
+def find(root: Path, *, needs_training: bool = True) -> tuple[dict[str, Part], str]:
     """(parts, left out): the image files of a folder by part ("train", "validation", "test") and
     class, and what was left out, in words.
 
     Links are followed, but every folder is read once. Hidden entries, folders of runs, files
     without an extension of images, broken links and everything that is no regular file are left
     out.
+
+    Args:
+        needs_training: False allows a training part that is missing or has no image in any of its
+            folders; it is then not among the parts.
 
     Raises:
         DataError: it is not clear which folders are parts and which are classes; a part has no
@@ -81,7 +85,7 @@ def find(root: Path) -> tuple[dict[str, Part], str]:
     if not root.is_dir():
         raise DataError(f"root: expected a folder with one subfolder per class, got {root}")
     left_out = LeftOut(root)
-    folders = _part_folders(root, left_out)
+    folders = _part_folders(root, left_out, needs_training)
     classes = {part: _class_folders(folder, left_out) for part, folder in folders.items()}
     links = _Links(list(chain.from_iterable(classes.values())))
     parts, empty = {}, []
@@ -118,7 +122,7 @@ def find_images(folder: str) -> tuple[list[str], str]:
     return _images(folder, _Links([root]), left_out), str(left_out)
 
 
-def _part_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
+def _part_folders(root: Path, left_out: LeftOut, needs_training: bool) -> dict[str, Path]:
     """The folders of the parts that root has; root itself for training if it holds classes."""
     folders = _subfolders(root)
     parts: dict[str, list[Path]] = {}
@@ -144,7 +148,9 @@ def _part_folders(root: Path, left_out: LeftOut) -> dict[str, Path]:
             f"{root}: expected folders of parts or of classes, got parts by name, {_names(given)}, "
             f"beside {_names(classes)}; {_KNOWN}. {_CURE}"
         )
-    if "train" not in parts:
+    if not needs_training and "train" in parts and _why_no_class(parts["train"][0], _Links([])):
+        del parts["train"]
+    if needs_training and "train" not in parts:
         raise DataError(
             f"{root}: expected a training part beside {_names(given)}, got none; {_KNOWN}. {_CURE}"
         )

@@ -24,6 +24,7 @@ from ..flops import Flops, count_flops
 from ..losses import BalancedSoftmaxLoss
 from ..metrics import ELFMetrics
 from ..modules import ELF
+from ..page.evaluating import evaluate as evaluate_for_page
 from ..policy import one_number
 from ..policy.exit_table import exit_table
 from ..runs import demo_network as network
@@ -31,7 +32,7 @@ from ..runs import files, opening
 from ..runs.checkpoints import WEIGHTS
 from ..runs.datasets import digit_preprocessing
 from ..runs.description import CONFIG, DEMO, Facts, entries, write_weights
-from . import page, plots, summary, throughput
+from . import page, summary, throughput
 from .loop import EpochStats, Schedule, batches, predict, train
 
 IMBALANCE = 50.0
@@ -83,8 +84,8 @@ def build(kind: str, class_counts: list[int]) -> ELF:
 
 @one_thread()
 def run(output: Path, *, seeds: int = 3, epochs: int = 40, console: Console | None = None) -> dict:
-    """Trains, evaluates and writes report.html, results.json, accuracy_flops.png and
-    model.safetensors (ELF of the first seed) into `output`; returns the results."""
+    """Trains, evaluates and writes report.html, results.json and model.safetensors (ELF of the
+    first seed) into `output`; returns the results."""
     console = console or LastingConsole()
     start = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
@@ -192,11 +193,11 @@ def evaluate(model: ELF, data: DigitSplits, flops: Flops) -> dict[str, Any]:
     return metrics.compute()
 
 
-@one_thread()
-def evaluate_saved(
+def evaluation(
     path: Path, weights: dict[str, Tensor], metadata: dict[str, Any]
-) -> tuple[str, dict[str, Any]]:
-    """("test", metrics) of weights and metadata that the demo wrote and `opening.read` returned.
+) -> opening.Evaluation:
+    """What is needed to evaluate the weights and metadata that the demo wrote and `opening.read`
+    returned.
 
     Raises:
         files.CheckpointError: weights or metadata do not fit this version's network or split.
@@ -215,7 +216,15 @@ def evaluate_saved(
         )
     model = build("elf", data.class_counts)
     opening.load_weights(model, weights, path)
-    return "test", evaluate(model, data, count_flops(model, data.test.images[:1]))
+    return assessed(model, data, metadata["seed"])
+
+
+def assessed(model: ELF, data: DigitSplits, seed: int) -> opening.Evaluation:
+    """A network of the demo and the test set."""
+    return opening.Evaluation(
+        "test", seed, model, data.test, batches(data.test), data.class_names, data.class_counts,
+        count_flops(model, data.test.images[:1]), one_thread,
+    )  # fmt: skip
 
 
 def _finite(value: float) -> float | None:
@@ -233,60 +242,11 @@ def _write(output: Path, results: dict[str, Any], first: Trained, data: DigitSpl
         "loss_name": LOSS,
     }
     write_weights(output, first.elf.state_dict(), metadata, WEIGHTS)
-    curve = plots.accuracy_against_flops(results)
-    (output / "accuracy_flops.png").write_bytes(plots.png(curve))
-    written = page.html(
-        results,
-        [
-            (
-                "Accuracy against FLOPs",
-                "Test accuracy as one threshold for all exits moves from 0.2 (left) to never "
-                "leaving (right); mean over seeds, band and bars: one standard deviation. The "
-                "marked threshold was chosen on validation, not on this curve.",
-                curve,
-            ),
-            (
-                "Where each class leaves",
-                "Share of the test images of each class that leave at each exit, mean over seeds.",
-                plots.exit_shares_by_class(results),
-            ),
-            *_example_figures(first.elf, data),
-        ],
-    )
-    (output / "report.html").write_text(written, encoding="utf-8")
+    evaluated = evaluate_for_page("ELF", assessed(first.elf, data, first.entry["seed"]))
+    files.write(output / "report.html", page.html(results, evaluated).encode())
     (output / "results.json").write_text(
         json.dumps(results, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-
-
-def _example_figures(model: ELF, data: DigitSplits) -> list[tuple[str, str, Any]]:
-    out = predict(model, data.test.images)
-    last = len(model.stages) - 1
-    order = out.confidence.argsort(descending=True)
-    left_first = order[out.exit_index[order] == 0][:10]
-    left_last = order.flip(0)
-    left_last = left_last[out.exit_index[left_last] == last][:10]
-    return [
-        (
-            heading,
-            caption,
-            plots.examples(data.test.images[rows], data.test.targets[rows], out.prediction[rows]),
-        )
-        for heading, caption, rows in (
-            (
-                "Left first",
-                "The most confident images of exit 1 (first seed), each with its digit.",
-                left_first,
-            ),
-            (
-                "Left last",
-                "The least confident images of the last exit (first seed); wrong predictions in "
-                "orange.",
-                left_last,
-            ),
-        )
-        if len(rows)
-    ]
 
 
 def _print(console: Console, output: Path, results: dict[str, Any]) -> None:
@@ -302,5 +262,5 @@ def _print(console: Console, output: Path, results: dict[str, Any]) -> None:
     for line in summary.sentences(results):
         console.print(f"- {line}", highlight=False)
     console.print(f"\nWritten in {results['seconds']:.0f} s:", highlight=False)
-    for name in ("report.html", "accuracy_flops.png", "results.json", WEIGHTS, CONFIG):
+    for name in ("report.html", "results.json", WEIGHTS, CONFIG):
         say(console, f"  {output / name}")

@@ -10,7 +10,9 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ..metrics import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
+from ..groups import FEW_BELOW, GROUPS, MANY_ABOVE, class_groups
+from ..page.sections import points
+from ..policy import Estimate
 
 #: The three columns: the keys of a run's test results, and their headings.
 MODELS = {
@@ -91,121 +93,67 @@ def _count(n: int, noun: str, plural: str = "s") -> str:
     return f"{n} {noun}{plural if n != 1 else ''}"
 
 
-def _points(values: Sequence[float]) -> str:
-    mean, std = mean_std(values)
-    spread = "" if std is None else f" ± {100 * std:.1f}"
-    # Adding 0.0 turns a rounded -0.0 into 0.0.
-    return f"{round(100 * mean, 1) + 0.0:+.1f}{spread} points"
-
-
-def _is_clear(values: Sequence[float]) -> bool:
-    """Whether 0 lies outside the 95% confidence interval (Student's t) of a mean over seeds."""
+def t_interval(values: Sequence[float]) -> Estimate | None:
+    """The mean over seeds and its 95% confidence interval (Student's t); None for one seed."""
     from scipy.special import stdtrit  # type: ignore[import-untyped]
 
     mean, std = mean_std(values)
-    n = len(values)
-    return std is not None and abs(mean) > stdtrit(n - 1, 0.975) * std / math.sqrt(n)
+    if std is None:
+        return None
+    half = float(stdtrit(len(values) - 1, 0.975)) * std / math.sqrt(len(values))
+    return Estimate(mean, mean - half, mean + half)
 
 
 def sentences(results: dict[str, Any]) -> list[str]:
-    """The results in sentences. A loss of accuracy or speed is stated as plainly as a gain."""
-    return [*_accuracy(results), *_tail(results), *_speed(results), *_method(results)]
+    """The results in at most four sentences, a loss as plainly as a gain."""
+    return [_accuracy(results), *_groups(results), _speed(results), _method(results)]
 
 
-def _accuracy(results: dict[str, Any]) -> list[str]:
-    seeds = len(results["runs"])
+def _accuracy(results: dict[str, Any]) -> str:
+    overall = differences(results, "overall") or []
     share = statistics.fmean(over_seeds(results, "elf", "flops_share") or [])
-    overall = differences(results, "overall")
-    assert overall is not None
-    mean = statistics.fmean(overall)
-    says = f"ELF uses {100 * share:.0f}% of the FLOPs of the network without exits and "
-    if mean < 0:
-        says += f"LOSES accuracy overall: {_points(overall)}"
-    elif mean > 0:
-        says += f"gains accuracy overall: {_points(overall)}"
-    else:
-        says += "has the same accuracy overall"
-    if seeds > 1:
-        says += f", paired over {seeds} seeds"
-        if mean != 0 and not _is_clear(overall):
-            says += "; the 95% interval includes 0, so read it as a tie"
-    lines = [says + "."]
-    losing = []
+    says = f"At {100 * share:.0f}% of the FLOPs of the network without exits, ELF "
+    estimate, mean = t_interval(overall), statistics.fmean(overall)
+    if estimate is None:
+        return (
+            f"{says}differs from it by {100 * mean:+.1f} points of accuracy; with one seed this is "
+            "weak evidence, because accuracy varies by points between seeds."
+        )
+    by = f"{points(estimate)} points of accuracy over {len(overall)} seeds"
+    if estimate.low <= 0 <= estimate.high:
+        return f"{says}differs from it by {by}, which may be chance."
+    return f"{says}is {'more' if mean > 0 else 'less'} accurate, by {by}."
+
+
+def _groups(results: dict[str, Any]) -> list[str]:
+    """Where ELF loses beyond chance; nothing with one seed."""
+    found = {}
     for name in GROUPS:
         values = differences(results, name)
-        if values is not None and statistics.fmean(values) < 0:
-            noise = "" if _is_clear(values) else ", 95% interval includes 0"
-            losing.append(f"{name} ({_points(values)}{noise if seeds > 1 else ''})")
-    lines.append(
-        f"Where ELF loses accuracy: {', '.join(losing)}."
-        if losing
-        else "ELF loses accuracy in none of the groups that have classes."
-    )
-    if seeds == 1:
-        lines.append("One seed is weak evidence: accuracy varies by points between seeds.")
-    lines.append(
-        "Compared with the same ELF with its exits off, leaving early changes test accuracy by "
-        f"{_points(differences(results, 'overall', than='never') or [])}."
-    )
-    return lines
+        found[name] = None if values is None else t_interval(values)
+    known = {name: estimate for name, estimate in found.items() if estimate is not None}
+    if not known:
+        return []
+    losing = [f"{name} ({points(e)})" for name, e in known.items() if e.high < 0]
+    if not losing:
+        return ["It loses accuracy beyond chance in no group of classes."]
+    return [f"It loses accuracy beyond chance in these groups of classes: {', '.join(losing)}."]
 
 
-def _speed(results: dict[str, Any]) -> list[str]:
-    lines = []
+def _speed(results: dict[str, Any]) -> str:
+    parts = []
     for entry in results["throughput"]:
-        ratio = {name: _speed_up(q) for name, q in entry["ratios"].items()}
-        lines.append(
-            f"Batch {entry['batch_size']}: elf_fast runs at {ratio['elf_fast/full']} of the full "
-            f"network's speed and {ratio['elf_fast/reference']} of the reference's (ELF in plain "
-            f"PyTorch); with its exits off, when no sample leaves, at "
-            f"{ratio['elf_fast_off/full']} of the full network's."
+        ratio = {name: q[1] for name, q in entry["ratios"].items()}
+        parts.append(
+            f"{entry['batch_size']} at a time at {ratio['elf_fast/full']:.2f} times the speed of "
+            f"the network without exits ({ratio['elf_fast_off/full']:.2f} if no image leaves early)"
         )
-    seconds = {
-        model: statistics.fmean([run["seconds"][model] for run in results["runs"]])
-        for model in ("without_exits", "elf")
-    }
-    slowdown = seconds["elf"] / seconds["without_exits"]
-    lines.append(
-        f"Training ELF took {slowdown:.2f}x as long as training the network without exits"
-        f"{' (SLOWER)' if slowdown > 1 else ''}."
-    )
-    return lines
+    return f"Images pass {' and '.join(parts)}."
 
 
-def _speed_up(quartiles: Sequence[float]) -> str:
-    low, median, high = quartiles
-    says = "level" if low <= 1 <= high else "SLOWER" if median < 1 else "faster"
-    return f"{median:.2f}x ({says}; {low:.2f} to {high:.2f})"
-
-
-def _tail(results: dict[str, Any]) -> list[str]:
-    """Share of the test images of the first (head) and last (tail) class that leave at exit 1."""
-    per_seed = [run["test"]["elf"]["exit_shares_by_class"] for run in results["runs"]]
-    counts = results["class_counts"]
-    share = {c: statistics.fmean(classes[c][0] for classes in per_seed) for c in (0, -1)}
-    return [
-        f"Exit 1 takes {100 * share[0]:.0f}% of the test images of the head class "
-        f"({counts[0]} training images) and {100 * share[-1]:.0f}% of those of the last tail class "
-        f"({counts[-1]})."
-    ]
-
-
-def _method(results: dict[str, Any]) -> list[str]:
+def _method(results: dict[str, Any]) -> str:
     size = results["split"]
-    thresholds = ", ".join(
-        "off" if run["threshold"] is None else f"{run['threshold']:g}" for run in results["runs"]
+    return (
+        f"Both networks were trained alike on {size['train']} images, the thresholds were chosen "
+        f"on {size['validation']} others, and the {size['test']} test images had no part in either."
     )
-    kept = results["settings"]["drop_exited"] is False
-    lines = [
-        f"Both networks: {results['settings']['loss_name']}, the same schedule, batches and "
-        f"seeds; last epoch; {size['train']} training, {size['validation']} validation and "
-        f"{size['test']} test images. All seeds use one split; they change weights and batches.",
-        f"Thresholds ({thresholds}) are the most accurate on validation, of equals the cheapest; "
-        "the test images were not used to choose them.",
-    ]
-    if kept:
-        lines.append(
-            "In training, samples that left stay in the batch with weight 0 (drop_exited=False); "
-            "dropping them gave deeper layers that were less accurate on data outside the test set."
-        )
-    return lines

@@ -15,11 +15,14 @@ from .exit_table import ExitTable
 LEAST = 20
 
 
-def cells_of(table: ExitTable, per: str, groups: Mapping[str, Sequence[int]]) -> Tensor | None:
+def cells_of(
+    table: ExitTable, per: str, groups: Mapping[str, Sequence[int]], classes: int
+) -> Tensor | None:
     """[E-1, C] the cell of each predicted class, 0..K-1 at each exit, or None: all share one.
 
     Args:
         per: "exit", "class" or "group".
+        classes: C.
         groups: classes by name, for "group"; classes in none of them share a threshold.
 
     Raises:
@@ -27,11 +30,7 @@ def cells_of(table: ExitTable, per: str, groups: Mapping[str, Sequence[int]]) ->
     """
     if per == "exit":
         return None
-    C = int(max(table.prediction.max(), table.target.max())) + 1
-    if table.logits is not None:
-        C = table.logits.shape[2]
-    C = max([C, *(c + 1 for classes in groups.values() for c in classes)])
-    wanted = torch.arange(C) if per == "class" else _by_group(groups, C)
+    wanted = torch.arange(classes) if per == "class" else _by_group(groups, classes)
     rows = []
     for prediction in table.prediction[:-1]:
         predicted = torch.bincount(wanted[prediction], minlength=int(wanted.max()) + 1)
@@ -47,7 +46,7 @@ def _by_group(groups: Mapping[str, Sequence[int]], C: int) -> Tensor:
     found = torch.full((C,), len(groups))
     for number, (name, classes) in enumerate(groups.items()):
         for c in classes:
-            checks.integer(f"groups[{name!r}]", c, 0)
+            checks.integer(f"groups[{name!r}]", c, 0, C - 1)
             if found[c] != len(groups):
                 raise ValueError(f"groups: expected every class in one group, got {c} in two")
             found[c] = number

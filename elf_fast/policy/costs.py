@@ -28,8 +28,8 @@ def flops_shares(flops: Flops) -> list[float]:
 def milliseconds(model: ELFBase, batch: Tensor, *, seconds: float = _SECONDS) -> list[float]:
     """[E] milliseconds that a batch would take if all its samples left at each exit.
 
-    Every stage, with its head and exit test, is timed on the whole batch and on half of it. Between
-    the two, its time is taken as a part that every batch costs and a part per sample; so a mean over
+    Every stage, with its head and exit test, is timed on the whole batch and on half of it. From
+    these its time is split into a part that every batch costs and a part per sample; so a mean over
     samples of these numbers is the time of a mixed batch, if at least one sample reaches the last
     stage. At a batch of one sample it is the mean latency.
 

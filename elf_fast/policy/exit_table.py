@@ -6,7 +6,7 @@ Shapes: E exits, N samples, C classes.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -159,6 +159,15 @@ def _by_block(z: Tensor, f: Any, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def every_exit(model: ELFBase, x: Tensor) -> Iterator[Tensor]:
+    """The logits [n, C] of every exit for a batch x [n, ...], also of exits that samples would not
+    reach. Read them before the next: the next stage may write into them."""
+    given = x
+    for e, (stage, head) in enumerate(zip(model.stages, model.heads, strict=True)):
+        x = stage(writable(x)) if e else apart_from(given, stage(x))
+        yield head(x)
+
+
 @torch.no_grad()  # inference mode would make tensors in a module's cache useless for training
 def exit_table(
     model: ELFBase,
@@ -185,12 +194,9 @@ def exit_table(
     store = stored.LogitStore(memory, folder)
     with mode(model, training=False):
         for x, y in batches:
-            given = x = x.to(device, non_blocking=True)
             statistics, predictions, kept = [], [], []
-            parts = zip(model.stages, model.heads, temperatures, strict=True)
-            for e, (stage, head, T) in enumerate(parts):
-                x = stage(writable(x)) if e else apart_from(given, stage(x))
-                z = head(x)  # read now, because the next stage may write into it
+            logits = every_exit(model, x.to(device, non_blocking=True))
+            for z, T in zip(logits, temperatures, strict=True):
                 statistics.append(statistic(z, T, criterion))
                 predictions.append(z.argmax(1))
                 if keep_logits:

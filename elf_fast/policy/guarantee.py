@@ -6,8 +6,8 @@ al., arXiv 2405.20915): candidates from cautious to risky are tested in this ord
 last candidate that passed drops more than allowed with a probability of at most 1 - guarantee.
 
 The loss of a sample is 1 if only the last exit is right ("harm"), -1 if only the exit that it takes
-is right ("gain"), else 0; its mean is the drop. Hoeffding's and Bentkus's bounds, which those papers
-use, need losses in [0, 1]. `p_value` conditions on the number of samples with a loss other than 0.
+is right ("gain"), else 0; its mean is the drop. The bounds of Hoeffding and Bentkus, which those
+papers use, need losses in [0, 1], so `p_value` is another: see there.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ def p_value(outcome: Outcome, drop: float, level: float) -> Any:
 
     Let d be the share of samples that harm or gain. With probability 1 - a it is at most d_max, the
     upper end of Clopper and Pearson's interval from D = harms + gains. Given D, harms are binomial
-    with probability q. A drop d (2 q - 1) > drop needs q > (1 + drop / d_max) / 2, so the lower tail
-    of that binomial, plus a, is a p-value: Berger and Boos, "P values maximized over a confidence
-    set for the nuisance parameter", JASA 1994. Here a is a quarter of the level.
+    with probability q. A drop d (2 q - 1) > drop needs q > (1 + drop / d_max) / 2, so the lower
+    tail of that binomial, plus a, is a p-value: Berger and Boos, "P values maximized over a
+    confidence set for the nuisance parameter", JASA 1994. Here a is a quarter of the level.
     """
-    from scipy.special import bdtr, betaincinv  # type: ignore[import-untyped]
+    from scipy.special import betainc, betaincinv  # type: ignore[import-untyped]
 
     a = _NUISANCE * level
     harms, gains, n = (np.asarray(x, np.float64) for x in outcome)
@@ -48,7 +48,8 @@ def p_value(outcome: Outcome, drop: float, level: float) -> Any:
     d_max = np.where(n > D, betaincinv(D + 1, np.maximum(n - D, 1), 1 - a), 1.0)
     q = (1 + drop / d_max) / 2
     # With q above 1 so large a drop is impossible.
-    tail = np.where(q > 1, 0.0, bdtr(harms, np.maximum(D, harms), np.minimum(q, 1.0)))
+    tail = np.where(gains > 0, betainc(np.maximum(gains, 1), harms + 1, 1 - np.minimum(q, 1)), 1.0)
+    tail = np.where(q > 1, 0.0, tail)
     return np.minimum(1.0, tail + a)
 
 

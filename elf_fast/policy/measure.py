@@ -26,12 +26,13 @@ def estimate(k: int, n: int, level: float = LEVEL) -> Estimate:
 
 
 def interval(k: Any, n: Any, level: float) -> tuple[Any, Any]:
-    """The ends of Clopper and Pearson's interval for k of n, arrays of one shape."""
+    """The ends of Clopper and Pearson's interval for k of n, arrays of one shape. They need not be
+    whole numbers: weighted samples count as fewer."""
     from scipy.special import betaincinv  # type: ignore[import-untyped]
 
     half = (1 - level) / 2
-    low = np.where(k > 0, betaincinv(np.maximum(k, 1), n - k + 1, half), 0.0)
-    high = np.where(k < n, betaincinv(k + 1, np.maximum(n - k, 1), 1 - half), 1.0)
+    low = np.where(k > 0, betaincinv(np.where(k > 0, k, 1), n - k + 1, half), 0.0)
+    high = np.where(k < n, betaincinv(k + 1, np.where(k < n, n - k, 1), 1 - half), 1.0)
     return low, high
 
 

@@ -1,10 +1,10 @@
 """Searches thresholds for all exits jointly, with the exact effect of earlier exits.
 
 If all thresholds but those of one exit are fixed, the best cut of that exit is exact: sort its
-samples by how sure it is of them, and add up what each of those that reach the exit gains by leaving
-here instead of at the later exit that it would take. `improve` repeats this over the exits, first
-for accuracy less a price times cost (for many prices), then under the limits themselves. Neither
-step can make a solution worse, so the result is at least as good as every start that was given.
+samples by how sure it is of them, and add up what each of those that reach the exit gains by
+leaving here instead of later. `_climb` repeats this over the exits for accuracy less a price times
+cost, for many prices; `improve` does so under the limits. No step makes a solution worse, so the
+result is at least as good as every start that was given.
 
 Shapes: E exits, N samples, K cells of an exit. A cell is a set of predicted classes that share a
 threshold: all classes, one class or a group of them.
@@ -211,7 +211,9 @@ def _later(problem: Problem, thresholds: list[np.ndarray], e: int) -> np.ndarray
     return index
 
 
-def _gains(problem: Problem, thresholds: list[np.ndarray], e: int) -> tuple[np.ndarray, np.ndarray]:
+def gains_of_leaving(
+    problem: Problem, thresholds: list[np.ndarray], e: int
+) -> tuple[np.ndarray, np.ndarray]:
     """([N], [N]) what each sample adds to correct answers and to cost if it leaves at exit e
     instead of later; 0 for those that leave before."""
     index = _later(problem, thresholds, e)
@@ -229,7 +231,7 @@ def _climb(problem: Problem, thresholds: list[np.ndarray], price: float) -> list
     for _ in range(_SWEEPS):
         for e in reversed(range(problem.E - 1)):
             part = problem.parts[e]
-            right, cost = _gains(problem, thresholds, e)
+            right, cost = gains_of_leaving(problem, thresholds, e)
             sums = part.sums(right - price * cost)
             # The last of equals leaves the most samples, and so is the cheapest.
             at = sums.shape[1] - 1 - np.argmax(np.round(sums[:, ::-1], 9), axis=1)
@@ -250,7 +252,7 @@ def improve(problem: Problem, thresholds: list[np.ndarray], goal: Goal) -> list[
         before = best
         for e in reversed(range(problem.E - 1)):
             part = problem.parts[e]
-            right, cost = _gains(problem, thresholds, e)
+            right, cost = gains_of_leaving(problem, thresholds, e)
             sums = [
                 part.sums(g) for g in (right / problem.N, cost / problem.N, right * problem.few)
             ]

@@ -11,14 +11,14 @@ from torch import Tensor
 from .exit_table import ExitTable
 
 #: A perfectly separated table has no maximum: its likelihood grows as T falls to 0.
-_LOW, _HIGH = 0.05, 20.0
+_LOW, _HIGH = 1e-3, 1e3
 #: So many samples are enough for one number per exit.
 _SAMPLES = 10_000
 
 
 def fit(table: ExitTable) -> list[float]:
     """[E-1] temperatures of the early exits that maximise the likelihood of the targets under
-    softmax(logits / T), each in [0.05, 20]. Logits that are infinite or NaN do not count.
+    softmax(logits / T), each in [0.001, 1000]. Logits that are infinite or NaN do not count.
 
     Raises:
         ValueError: the table holds no logits.

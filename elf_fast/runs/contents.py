@@ -35,6 +35,13 @@ def describe(splits: Splits) -> dict[str, Any]:
     return {"class_names": names, "class_counts": splits.class_counts, "data": data}
 
 
+def describe_test(recorded: Mapping[str, Any], test: LabelledImages) -> dict[str, Any]:
+    """`describe` for a test part alone. Everything else is as the run recorded it."""
+    names, counts = recorded["class_names"], recorded["class_counts"]
+    data = {**(recorded.get("data") or {}), "test": _part(test, len(names))}
+    return {"class_names": _in_utf8(names), "class_counts": counts, "data": data}
+
+
 def _in_utf8(names: list[str]) -> list[str]:
     """Names of folders as Python reads them in a locale of UTF-8. In the locale C it may read the
     bytes of letters beyond ASCII as surrogates."""

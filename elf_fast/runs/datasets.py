@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from .. import data
 from ..data.digits import IMAGE_SIZE, Digits, augment
 from .config import TrainConfig
+from .values import renamed
 
 
 def load_splits(config: TrainConfig) -> data.Splits:
@@ -31,26 +32,52 @@ def load_splits(config: TrainConfig) -> data.Splits:
     if config.dataset == "digits":
         return _digits(config)
     assert config.data_dir is not None
+    with renamed(root="data_dir", classes="data_dir"):
+        return _from_disk(config, config.data_dir, tail)
+
+
+def load_test(config: TrainConfig, class_names: list[str]) -> data.LabelledImages | None:
+    """The test part of a folder that has no training images any more; None for another data set.
+
+    Args:
+        class_names: [C] of the training images that were there.
+
+    Raises:
+        data.DataError: the test part is malformed.
+    """
+    if config.dataset != "folder":
+        return None
+    assert config.data_dir is not None
+    with renamed(root="data_dir"):
+        return data.folder.test_images(
+            config.data_dir,
+            class_names,
+            transforms=_transforms(config),
+            exif_orientation=config.exif_orientation,
+        )
+
+
+def _from_disk(config: TrainConfig, root: str, tail: dict[str, Any]) -> data.Splits:
     transforms = _transforms(config)
     exif: dict[str, Any] = {"exif_orientation": config.exif_orientation}
     if config.is_cifar:
         classes = int(config.dataset.removeprefix("cifar"))
         tail["imbalance"] = config.imbalance or 1.0
-        return data.cifar_lt(config.data_dir, classes, **tail, transforms=transforms)
+        return data.cifar_lt(root, classes, **tail, transforms=transforms)
     if config.dataset == "folder":
-        return data.image_folder(config.data_dir, **tail, **exif, transforms=transforms)
-    lists = Path(config.lists or config.data_dir)
+        return data.image_folder(root, **tail, **exif, transforms=transforms)
+    lists = Path(config.lists or root)
     if config.dataset == "lists":
         train, validation, test = (lists / f"{part}.txt" for part in ("train", "val", "test"))
         return data.from_lists(
-            config.data_dir,
+            root,
             train,
             validation if validation.exists() else None,
             test if test.exists() else None,
             **exif,
             transforms=transforms,
         )
-    return data.published(config.dataset, config.data_dir, lists, **exif, transforms=transforms)
+    return data.published(config.dataset, root, lists, **exif, transforms=transforms)
 
 
 def image_size(config: TrainConfig) -> int:

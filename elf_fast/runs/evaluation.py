@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..data import DataError, ImageLoader, LabelledImages
 from ..flops import Flops
@@ -15,6 +16,9 @@ from ..modes import mode
 from ..modules import ELF
 from ..samplers import EvaluationSampler
 from .config import TrainConfig
+
+if TYPE_CHECKING:
+    from ..metrics import ELFMetrics
 
 
 def evaluation_loader(
@@ -47,12 +51,8 @@ def evaluate(
     Raises:
         DataError: more than half of the images cannot be read.
     """
-    from ..metrics import ELFMetrics  # here, because torchmetrics imports matplotlib
-
     device = model.thresholds.device
-    assert isinstance(model.exit_loss, LongTailLoss)
-    temperatures = [*model.temperatures.tolist(), 1 / model.exit_loss.scale]
-    metrics = ELFMetrics(class_counts, flops, temperatures=temperatures).to(device)
+    metrics = run_metrics(model, class_counts, flops)
     with mode(model, training=False), autocast(config, device):
         for images, targets in batches:
             out = model(images.to(device, non_blocking=True))
@@ -60,6 +60,18 @@ def evaluate(
     found = metrics.compute()
     check_read(batches, found["samples"])
     return {**found, "skipped": len(batches.dataset) - found["samples"]}
+
+
+def run_metrics(
+    model: ELF, class_counts: list[int], flops: Flops, prior: Tensor | None = None
+) -> ELFMetrics:
+    """The metrics of a run's network, at the temperatures of its exits and of its loss."""
+    from ..metrics import ELFMetrics  # here, because torchmetrics imports matplotlib
+
+    assert isinstance(model.exit_loss, LongTailLoss)
+    temperatures = [*model.temperatures.tolist(), 1 / model.exit_loss.scale]
+    metrics = ELFMetrics(class_counts, flops, temperatures=temperatures, prior=prior)
+    return metrics.to(model.thresholds.device)
 
 
 def check_read(batches: ImageLoader, read: int) -> None:

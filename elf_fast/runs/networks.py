@@ -28,6 +28,7 @@ from ..modes import mode
 from ..modules import ELF
 from .config import TrainConfig
 from .datasets import image_size
+from .values import renamed
 
 #: By name, a function of the settings, the class counts [C] and the arguments of all losses.
 _LOSSES: dict[str, Callable[[TrainConfig, list[int], dict[str, Any]], LongTailLoss]] = {
@@ -80,21 +81,22 @@ def network(config: TrainConfig, class_counts: list[int], *, check_training: boo
         return ELF([backbone], [nn.Identity()], exit_loss=loss, exit_weights=weight)
     size = image_size(config)
     exits = list(config.exits or default_exits(backbone))
-    model = from_backbone(
-        backbone,
-        exits,
-        C,
-        example_input=torch.zeros(2, 3, size, size),
-        conv=config.conv_heads,
-        check_training=check_training,
-        thresholds=_one_or_many(config.thresholds, len(exits)),
-        train_thresholds=_train_thresholds(config, loss, len(exits)),
-        temperatures=1 / loss.scale,
-        criterion=config.criterion,
-        exit_loss=loss,
-        exit_weights=_one_or_many(config.exit_weights, len(exits) + 1),
-        drop_exited=config.drop_exited,
-    )
+    with renamed(backbone="model", example_input="model", conv="conv_heads", layout="exits"):
+        model = from_backbone(
+            backbone,
+            exits,
+            C,
+            example_input=torch.zeros(2, 3, size, size),
+            conv=config.conv_heads,
+            check_training=check_training,
+            thresholds=_one_or_many(config.thresholds, len(exits)),
+            train_thresholds=_train_thresholds(config, loss, len(exits)),
+            temperatures=1 / loss.scale,
+            criterion=config.criterion,
+            exit_loss=loss,
+            exit_weights=_one_or_many(config.exit_weights, len(exits) + 1),
+            drop_exited=config.drop_exited,
+        )
     if has_margins:
         for head in model.heads[:-1]:
             use_cosine_(head)
@@ -103,14 +105,17 @@ def network(config: TrainConfig, class_counts: list[int], *, check_training: boo
 
 def _backbone(config: TrainConfig, classes: int) -> nn.Module:
     try:
-        return create(config.model, classes, **config.model_kwargs)
+        with renamed(name="model", depth="model: depth"):
+            return create(config.model, classes, **config.model_kwargs)
     except Exception as error:
         if is_out_of_memory(error):
             raise
         if isinstance(error, OSError):
+            options = f" with {config.model_kwargs}" if config.model_kwargs else ""
+            why = f": {error}" if str(error) else ""  # timm's has no text if a file is missing
             raise ValueError(
-                f"model: expected weights of {config.model} that can be loaded, got "
-                f"{type(error).__name__}: {error}"
+                f"model: expected weights of {config.model}{options} that can be loaded, got "
+                f"{type(error).__name__}{why}"
             ) from error
         # Networks raise anything for options that they do not take, such as KeyError.
         if config.model_kwargs and not isinstance(error, ModuleNotFoundError):
@@ -118,8 +123,6 @@ def _backbone(config: TrainConfig, classes: int) -> nn.Module:
                 f"model_kwargs: expected options of {config.model}, got {config.model_kwargs} "
                 f"({type(error).__name__}: {error})"
             ) from error
-        if isinstance(error, ValueError):  # `create` calls the setting by its own argument's name
-            raise ValueError(f"model: {str(error).removeprefix('name: ')}") from error
         raise
 
 

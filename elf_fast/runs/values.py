@@ -6,13 +6,16 @@ import contextlib
 import math
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Union, get_args, get_origin
 
 import numpy as np
 
 from .. import checks
 from . import strict_yaml
+
+#: How flags and files take an optional setting back.
+NONE = "none"
 
 
 def without_none(hint: Any) -> Any:
@@ -23,9 +26,24 @@ def without_none(hint: Any) -> Any:
     return hint
 
 
+@contextlib.contextmanager
+def renamed(**settings: str) -> Iterator[None]:
+    """Errors inside that begin with the name of an argument begin with that of its setting:
+    `renamed(root="data_dir")` turns `root: expected ...` into `data_dir: expected ...`."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name, colon, rest = str(error).partition(":")
+        if not colon or name not in settings:
+            raise
+        raise type(error)(f"{settings[name]}:{rest}") from error
+
+
 def convert(name: str, value: Any, hint: Any) -> Any:
     """`value` of the setting `name` as the annotation `hint` asks for it. Numbers may be strings,
-    and values may be NumPy's. The result holds only what YAML can hold, except callables.
+    and values may be NumPy's. Where the annotation has None, "none" is None, so that a flag takes
+    back what a file or a resumed run has set. The result holds only what YAML can hold, except
+    callables.
 
     Raises:
         ValueError, TypeError: it does not fit.
@@ -33,7 +51,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, (np.generic, np.ndarray)):
         value = value.tolist()
     inner = without_none(hint)
-    if value is None and type(None) in get_args(hint):
+    if type(None) in get_args(hint) and (value is None or value in (NONE, [NONE], (NONE,))):
         return None
     origin, arguments = get_origin(inner), get_args(inner)
     if origin is Literal:

@@ -7,7 +7,9 @@ import contextlib
 import copy
 import importlib
 import math
+import os
 import time
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,12 @@ from ..runs.config import TrainConfig
 from ..runs.datasets import blank_image, image_size, load_splits, preprocessing
 from ..runs.description import RUN, Facts, entries
 from ..runs.networks import network
-from ..runs.opening import CHECKPOINTS
+from ..runs.opening import CHECKPOINTS, FOLDERS, located
 from ..runs.plain import from_run, load_yaml, to_dict
 from . import resume, schedule
 from .folder import CONFIG, RunFolder
 from .learner import Learner
-from .log import Log
+from .log import Log, introduction
 from .processes import Processes, Stopped, joined
 from .progress import Progress, Totals
 from .results import Evaluator, write_results
@@ -75,7 +77,14 @@ def train(
 
 def resumed_config(folder: Path, **overrides: Any) -> TrainConfig:
     """The settings that a run was started with, with some changed."""
-    return from_run(load_yaml(folder / CONFIG), **{**overrides, "output": str(folder)})
+    settings = located(folder, load_yaml(folder / CONFIG))
+    return from_run(settings, **{**overrides, "output": str(folder)})
+
+
+def _with_absolute_folders(config: TrainConfig) -> TrainConfig:
+    """The settings as the run records them, so that it is resumed and evaluated from any folder."""
+    given = {name: getattr(config, name) for name in FOLDERS}
+    return replace(config, **{k: os.path.abspath(v) for k, v in given.items() if v is not None})
 
 
 class Trainer:
@@ -90,11 +99,12 @@ class Trainer:
     def __init__(
         self, config: TrainConfig, processes: Processes, *, console: Console | None = None
     ) -> None:
-        self.config, self.processes = config, processes
+        self.processes = processes
         self.output = Path(config.output)
         self.folder = RunFolder(self.output, processes)
         self.console = (console or LastingConsole()) if processes.is_first else Console(quiet=True)
-        self.splits = load_splits(config)
+        self.splits = load_splits(config)  # by the paths as given, which messages name
+        self.config = config = _with_absolute_folders(config)
         say(self.console, self.splits.summary())
         self.contents = contents.describe(self.splits)
         self._check_same_data()  # before DistributedDataParallel, which fails on unequal classes
@@ -248,7 +258,7 @@ class Trainer:
         with self.folder.locked() if self.output.is_dir() else contextlib.nullcontext():
             found = resume.newest(self.output / CHECKPOINTS, self.processes, self.console)
         if found is None:
-            say(self.console, "no checkpoint yet: the run starts anew")
+            say(self.console, f"{self.output} holds no checkpoint: a new run starts there")
             return
         contents.check_resumed(found.path, found.metadata, self.contents, self.config)
         self.progress = p = resume.restore(
@@ -302,6 +312,8 @@ class Trainer:
                 has_validation=self.validation is not None,
             ):
                 say(self.console, f"settings without effect: {', '.join(idle)}")
+            for line in self._introduction():
+                say(self.console, line)
             self._train()
             self.folder.check()
             return write_results(
@@ -312,6 +324,18 @@ class Trainer:
                 history=self.progress.history,
                 metadata=self.metadata(),
             )
+
+    def _introduction(self) -> list[str]:
+        config = self.config
+        return introduction(
+            config,
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            flops=self.evaluator.flops,
+            size=image_size(config),
+            device=self.processes.device,
+            steps=self.steps_per_epoch,
+            calibrates=config.calibrate and config.has_exits and self.validation is not None,
+        )
 
     def _train(self) -> None:
         """All epochs that are left."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import io
 import subprocess
 import sys
@@ -9,8 +10,10 @@ import sys
 import pytest
 from run_cases import refused
 
+import elf_fast
 from elf_fast import cli
 from elf_fast.cli import doctor
+from elf_fast.cli.errors import with_flags
 
 
 @pytest.mark.parametrize(
@@ -28,8 +31,56 @@ def test_a_missing_extra_is_named_with_its_cure(monkeypatch, tmp_path, capsys):
     monkeypatch.setitem(sys.modules, "rich", None)
     for name in [m for m in sys.modules if m.startswith("rich.")]:
         monkeypatch.delitem(sys.modules, name)
+    main = importlib.import_module("elf_fast.cli.main")  # `cli.main` is the function
+    monkeypatch.setattr(main, "_EXTRA", {"rich": "rich", "torch": "torch"})
     message = refused(capsys, "demo", "--output", tmp_path)
-    assert 'rich is not installed: pip install "elf_fast[train]"' in message
+    cure = 'pip install rich (or pip install ".[train]" in the source folder)'
+    assert message == f"elf-fast: rich is not installed: {cure}\n"
+    monkeypatch.setattr(main, "_EXTRA", {"rich": "rich", "no_such": "none-such"})
+    assert "pip install rich none-such (or" in refused(capsys, "demo", "--output", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["train", "--epoch", "3"], "--epoch: expected a flag of elf-fast train, got none; near "
+         "flags: --epochs,"),
+        (["bench", "--batc=3"], "--batc: expected a flag of elf-fast bench, got none; near flags: "
+         "--batch\n"),
+        (["eval", "a", "--xyz"], "--xyz: expected a flag of elf-fast eval, got none; elf-fast eval "
+         "--help lists them\n"),
+        (["eval", "a", "b", "c"], "expected no more arguments, got b c\n"),
+        (["demo", "--seeds", "0"], "--seeds: expected a positive integer, got '0'\n"),
+        (["train", "--drop-exited", "x"], "--drop-exited/--keep-exited: expected none or nothing"),
+    ],
+)  # fmt: skip
+def test_a_wrong_flag_is_one_line_and_flags_have_their_whole_names(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(arguments)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2 and said.startswith(f"elf-fast: {message}")
+    assert said.count("\n") == 1
+
+
+def test_an_error_of_the_system_without_a_text_is_not_empty(monkeypatch, capsys):
+    def run(arguments):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert refused(capsys, "doctor") == "elf-fast: FileNotFoundError\n"
+
+
+def test_the_package_runs_as_a_module_and_has_a_version():
+    command = [sys.executable, "-m", "elf_fast", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"elf_fast {elf_fast.__version__}\n")
+
+
+def test_settings_at_the_start_of_lines_become_flags():
+    message = "data_dir: expected a folder, got data_dir: x\nother: data_dir\nlists: none"
+    assert with_flags(message, {"data_dir", "lists"}) == (
+        "--data-dir: expected a folder, got data_dir: x\nother: data_dir\n--lists: none"
+    )
 
 
 def test_a_reader_that_stops_early_is_no_error():

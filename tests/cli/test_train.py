@@ -16,11 +16,12 @@ from run_cases import FLAGS, printed
 
 from elf_fast import cli
 from elf_fast.runs import files, plain
+from elf_fast.training.trainer import Trainer
 
 
 def test_a_run_learns_and_leaves_its_files(run):
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.json", "model.safetensors", "checkpoints"
+        "config.yaml", "metrics.json", "model.safetensors", "policy.json", "checkpoints"
     }  # fmt: skip
     results = json.loads((run / "metrics.json").read_text())
     assert results["class_counts"] == [60, 24, 10]
@@ -74,35 +75,79 @@ def test_a_finished_run_is_calibrated_anew_for_fewer_flops(folder, tmp_path, cap
     assert limited["validation"]["flops_share"] <= 0.6
     assert limited["validation"]["overall"] < free["validation"]["overall"]
     assert limited["history"] == free["history"]
+    again = calibrated("--resume", tmp_path / "run", "--max-flops", "none")
+    assert again["validation"] == free["validation"] and again["settings"]["max_flops"] is None
 
 
 def test_resuming_a_run_that_is_not_there_yet_starts_it(tmp_path, capsys):
     flags = "--dataset digits --epochs 1 --model cifar_resnet8 --workers 0 --no-log-tensorboard"
     command = ["train", "--resume", tmp_path / "new", *flags.split()]
-    assert "goes on" not in printed(capsys, *command)
+    said = printed(capsys, *command)
+    assert f"{tmp_path / 'new'} holds no checkpoint: a new run starts there" in said
+    assert "goes on" not in said
     assert "goes on from" in printed(capsys, *command)
+
+
+@pytest.mark.parametrize("steps", [3, 12])
+def test_ctrl_c_says_how_to_go_on(steps, tmp_path, monkeypatch, capsys):
+    """In the first epoch of 9 steps, before there is a checkpoint, and in the second."""
+    make, output = Trainer.step, tmp_path / "my run"
+
+    def step(self, group):
+        if self.progress.step == steps:
+            raise KeyboardInterrupt
+        return make(self, group)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    flags = "--dataset digits --epochs 2 --model cifar_resnet8 --workers 0 --no-log-tensorboard"
+    assert cli.main(["train", *flags.split(), "--output", str(output)]) == 130
+    how = f"to go on from the newest checkpoint: elf-fast train --resume '{output}'"
+    if steps == 3:
+        how = "there is no checkpoint yet: the same command starts again"
+    assert capsys.readouterr().err == f"elf-fast: stopped; {how}\n"
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
         (["--resume", "nowhere"], "--resume: expected the folder of a run, got nowhere"),
-        (["--data-dir", "nowhere"], "expected a folder with one subfolder per class"),
-        (["--dataset", "digits", "--model", "cifar_resnet9"], "depth: expected 6n + 2"),
-        (["--dataset", "digits", "--img-size", "8"], "img_size: expected None for digits, got 8"),
-        (["--epochs", "x", "--dataset", "digits"], "epochs: expected an integer, got 'x'"),
+        (["--data-dir", "nowhere"], "--data-dir: expected a folder with one subfolder per class"),
+        (["--dataset", "digits", "--model", "cifar_resnet9"], "--model: depth: expected 6n + 2"),
+        (["--dataset", "digits", "--img-size", "8"], "--img-size: expected None for digits, got 8"),
+        (["--epochs", "x", "--dataset", "digits"], "--epochs: expected an integer, got 'x'"),
         (["-c", "nowhere.yaml"], "nowhere.yaml: No such file"),
         (
             ["--dataset", "iNaturalist-2018", "--data-dir", "x"],
             "x/iNaturalist18_train.txt: expected a list of images, got no file; x/iNat",
         ),
-        (["--dataset", "digits", "--device", "gpu"], "device: expected cpu, cuda or another"),
+        (
+            ["--dataset", "digits", "--model", "cifar_resnet8", "--exits", "layer9"],
+            '--exits: no module named "layer9" in CifarResNet',
+        ),
+        (
+            [
+                "--dataset",
+                "digits",
+                "--model",
+                "vit_tiny_patch16_224",
+                "--conv-heads",
+                "--model-kwargs",
+                "img_size=16",
+            ],
+            "--conv-heads: expected features [N, D, H, W], got [2, 2, 192]",
+        ),
+        (
+            ["--dataset", "digits", "--model", "resnet18", "--model-kwargs", "checkpoint_path=a"],
+            "--model: expected weights of resnet18 with {'checkpoint_path': 'a'} that can be "
+            "loaded, got FileNotFoundError\n",
+        ),
+        (["--dataset", "digits", "--device", "gpu"], "--device: expected cpu, cuda or another"),
         (["--dataset", "digits", "--device", "cuda:99"], "GPUs that torch can use, got 'cuda:99'"),
-        (["--dataset", "digits", "--torchcompile", "c"], "torchcompile: expected a backend of"),
-        (["--dataset", "digits", "--opt", "sgdd"], "opt: expected an optimiser that timm can make"),
+        (["--dataset", "digits", "--torchcompile", "c"], "--torchcompile: expected a backend of"),
+        (["--dataset", "digits", "--opt", "sgdd"], "--opt: expected an optimiser that timm can"),
         (
             ["--dataset", "digits", "--model", "cifar_resnet8", "--model-kwargs", "a=1"],
-            "model_kwargs: expected options of cifar_resnet8, got {'a': 1}",
+            "--model-kwargs: expected options of cifar_resnet8, got {'a': 1}",
         ),
         (["--resume", "a", "--output", "b"], "--output: expected a or none with --resume a"),
     ],
@@ -119,7 +164,7 @@ def test_what_the_user_can_put_right_is_one_line(arguments, message, tmp_path, m
     "name, flag, cure",
     [
         ("wandb", ["--log-wandb", "--no-log-tensorboard"], "wandb"),
-        ("tensorboard", [], '"elf_fast[train]"'),
+        ("tensorboard", [], 'tensorboard (or pip install ".[train]" in the source folder)'),
     ],
 )
 def test_a_log_that_is_missing_stops_a_run_before_it_starts(
@@ -136,7 +181,7 @@ def test_a_limit_of_flops_needs_a_threshold_to_choose(folder, tmp_path, capsys):
     shutil.copytree(folder / "train", tmp_path / "data")
     flags = ["train", "--data-dir", str(tmp_path / "data"), "--output", str(tmp_path / "run")]
     assert cli.main([*flags, *FLAGS, "--max-flops", "0.5"]) == 2
-    assert "max_flops: expected a validation part" in capsys.readouterr().err
+    assert "--max-flops: expected a validation part" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

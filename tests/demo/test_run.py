@@ -4,20 +4,34 @@ from __future__ import annotations
 
 import json
 
-from run_cases import refused
+from pages import Page, check_alone_and_accessible
+from run_cases import parsed, refused
 
 
 def test_demo_writes_its_files_and_prints_the_table(demo_output):
     folder, printed = demo_output
-    assert {p.name for p in folder.iterdir()} == {
-        "report.html", "results.json", "accuracy_flops.png", "model.safetensors", "config.json"
-    }  # fmt: skip
+    written = {path.name for path in folder.iterdir()}
+    assert written == {"report.html", "results.json", "config.json", "model.safetensors"}
     for text in ("test accuracy", "few (", "FLOPs per image", "elf_fast", "reference", "seed 0"):
         assert text in printed
-    page = (folder / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/png;base64,") >= 3
-    assert "http://" not in page and "https://" not in page  # everything is inside
-    assert (folder / "accuracy_flops.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_opens_with_three_figures_and_ends_with_a_command(demo_output):
+    folder, _ = demo_output
+    page = Page((folder / "report.html").read_text(encoding="utf-8"))
+    check_alone_and_accessible(page)
+    kinds = [tag for tag, _ in page.elements]
+    assert kinds.count("dt") == 3
+    assert kinds.index("dl") < kinds.index("svg") < kinds.index("table")
+    (run,) = json.loads((folder / "results.json").read_text())["runs"]
+    assert f"accuracy{100 * run['test']['elf']['overall']:.1f}%95% interval" in page.text
+    assert "quartiles" in page.text
+    train, evaluate = page.text.replace("\\\n", "").split("elf-fast ")[-2:]
+    assert parsed(*train.split()[1:]).conv_heads  # its flags exist
+    assert evaluate.startswith("eval runs/photos --report")
+    # the other numbers are those of the first seed
+    rows = page.table("exit", "FLOPs, % of the whole network")
+    assert rows[0][2] == f"{100 * run['test']['elf']['exit_shares'][0]:.1f}"
 
 
 def test_demo_results_are_complete(demo_output):

@@ -73,14 +73,25 @@ def test_equally_cheap_points_are_settled_by_accuracy_and_then_caution():
     assert one_number.choose(points).threshold == 0.7
 
 
-def test_within_a_limit_of_flops_the_most_accurate_and_beyond_it_the_cheapest():
+def test_within_a_limit_of_flops_the_most_accurate_and_below_all_an_error():
     points = [
         OperatingPoint(0.5, 0.7, 10.0),
         OperatingPoint(0.7, 0.8, 12.0),
         OperatingPoint(math.inf, 0.9, 20.0),
     ]
-    chosen = [one_number.choose(points, limit).threshold for limit in (20.0, 19.9, 11.0, 9.0)]
-    assert chosen == [math.inf, 0.7, 0.5, 0.5]
+    chosen = [one_number.choose(points, limit).threshold for limit in (20.0, 19.9, 11.0)]
+    assert chosen == [math.inf, 0.7, 0.5]
+    with pytest.raises(ValueError, match="max_flops: expected at least 10 per sample, got 9"):
+        one_number.choose(points, 9.0)
+
+
+def test_the_least_flops_are_those_of_the_first_exit_that_is_on():
+    flops, inf = Flops((10, 20, 30), (1, 2, 3)), math.inf
+    for thresholds, least in (
+        ([0.9, 0.9], 11), ([inf, 0.9], 33), ([inf, inf], 11), ([[inf, 0.5], [0.5, 0.5]], 11),
+        ([[inf, inf], [0.5, inf]], 33),
+    ):  # fmt: skip
+        assert one_number.least_flops(flops, torch.tensor(thresholds)) == least
 
 
 # Moving thresholds that differ
