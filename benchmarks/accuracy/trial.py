@@ -15,13 +15,13 @@ from elf_fast import ELF, ExitHead, losses
 from elf_fast.classifiers import adjust_logits_, use_cosine_
 from elf_fast.data import long_tailed_digits
 from elf_fast.data.digits import DigitSplits
-from elf_fast.demo import network
 from elf_fast.demo.loop import EpochStats, Schedule, batches, predict, train
 from elf_fast.flops import Flops, count_flops
 from elf_fast.metrics import ELFMetrics
 from elf_fast.policy import one_number
 from elf_fast.policy.exit_table import exit_table
 from elf_fast.policy.one_number import OperatingPoint
+from elf_fast.runs import demo_network as network
 
 from ..environment import environment
 from .runs import CONVOLUTIONS, VARIANTS, Exits, Run
