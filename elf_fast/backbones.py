@@ -1,23 +1,28 @@
-"""Networks by name (timm's, torchvision's and the CIFAR ResNets of the long-tail papers), and the
-default positions of exits."""
+"""Networks by name (timm's, torchvision's and the CIFAR ResNets of the long-tail papers), their
+pretrained weights, and how deep in a network each part lies."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Size, Tensor, nn
 
-__all__ = ["CifarResNet", "create", "default_exits", "find"]
+__all__ = ["CifarResNet", "Statistics", "create", "create_pretrained", "default_exits", "depths",
+           "find", "statistics"]  # fmt: skip
 
 #: Attributes in which networks of timm and torchvision hold their stages or blocks: numbered ones
 #: (layer1 in ResNet, s1 in timm's RegNet), or one container.
 _NUMBERED = ("layer", "stage", "s", "level")
 _CONTAINERS = ("stages", "blocks", "trunk_output", "encoder.layers", "layers", "features")
+_NO_STEPS = (
+    f"has no layer1, layer2, ... (nor {', '.join(_NUMBERED[1:])} with numbers) and none of "
+    f"{', '.join(_CONTAINERS)}"
+)
 
 
 class _Block(nn.Module):
@@ -91,22 +96,89 @@ def create(name: str, num_classes: int, **options: Any) -> nn.Module:
         ValueError: no network has this name; the message lists similar names.
         ModuleNotFoundError: the library that "timm/" or "torchvision/" names is not installed.
     """
+    library, bare = _find(name)
+    if not library:
+        return CifarResNet(int(bare.removeprefix("cifar_resnet")), num_classes, **options)
+    if library == "timm":
+        import timm
+
+        return timm.create_model(bare, num_classes=num_classes, **options)
+    from torchvision.models import get_model
+
+    return get_model(bare, num_classes=num_classes, **options)
+
+
+def create_pretrained(name: str, **options: Any) -> nn.Module:
+    """A network as its library published it: with pretrained weights and the classes of these. The
+    library downloads weights that are not in its cache.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as `create`; or there are no published weights.
+    """
+    library, bare = _find(name)
+    statistics(name)
+    if library == "timm":
+        import timm
+
+        return timm.create_model(bare, pretrained=True, **options)
+    from torchvision.models import get_model
+
+    return get_model(bare, weights="DEFAULT", **options)
+
+
+class Statistics(NamedTuple):
+    """How the images were prepared on which published weights were trained."""
+
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    interpolation: str  # nearest, bilinear, bicubic or lanczos
+
+
+def statistics(name: str) -> Statistics:
+    """What the library says about the pretrained weights of a network. Nothing is downloaded.
+
+    Raises:
+        ValueError, ModuleNotFoundError: as `create_pretrained`.
+    """
+    library, bare = _find(name)
+    if library == "timm":
+        from timm.models import get_pretrained_cfg
+
+        config = get_pretrained_cfg(bare)
+        if config is not None and config.has_weights:
+            known = config.interpolation in ("nearest", "bilinear", "bicubic", "lanczos")
+            scaled = config.interpolation if known else "bilinear"  # "random" in some
+            return Statistics(tuple(config.mean), tuple(config.std), scaled)
+    elif library == "torchvision":
+        from torchvision.models import get_model_weights
+
+        for weights in list(get_model_weights(bare))[-1:]:
+            given = getattr(type(weights), "DEFAULT", weights).transforms()
+            scaled = given.interpolation.value
+            return Statistics(tuple(given.mean), tuple(given.std), scaled)
+    raise ValueError(
+        f"name: expected a network with pretrained weights in timm or torchvision, got {name!r}"
+    )
+
+
+def _find(name: str) -> tuple[str, str]:
+    """(library, name there); the library is "timm", "torchvision" or, of a CifarResNet, ""."""
     if name.startswith("cifar_resnet") and name.removeprefix("cifar_resnet").isdigit():
-        return CifarResNet(int(name.removeprefix("cifar_resnet")), num_classes, **options)
+        return "", name
     library, _, bare = name.rpartition("/")
     known: list[str] = []
     if library == "timm" or (not library and importlib.util.find_spec("timm")):
         import timm
 
         if timm.is_model(bare):
-            return timm.create_model(bare, num_classes=num_classes, **options)
+            return "timm", bare
         known += timm.list_models()
     if library == "torchvision" or (not library and importlib.util.find_spec("torchvision")):
-        from torchvision.models import get_model, list_models
+        from torchvision.models import list_models
 
         theirs = list_models()
         if bare in theirs:
-            return get_model(bare, num_classes=num_classes, **options)
+            return "torchvision", bare
         known += theirs
     near = difflib.get_close_matches(bare, [*dict.fromkeys(known), "cifar_resnet32"], n=5)
     raise ValueError(
@@ -155,24 +227,47 @@ def default_exits(backbone: nn.Module) -> list[str]:
     Raises:
         ValueError: the network's stages or blocks have none of the usual names.
     """
-    steps: list[str] = []
-    for prefix in _NUMBERED:
-        steps = steps or [f"{prefix}{i}" for i in range(1, 9) if hasattr(backbone, f"{prefix}{i}")]
-    for container in _CONTAINERS:
-        if steps:
-            break
-        try:
-            steps = [
-                f"{container}.{c}" for c, _ in backbone.get_submodule(container).named_children()
-            ]
-        except AttributeError:
-            continue
+    steps = _steps([name for name, _ in backbone.named_modules()])
     n = len(steps)
     if n < 2:
         raise ValueError(
-            f"exits: {type(backbone).__name__} has no layer1, layer2, ... (nor "
-            f"{', '.join(_NUMBERED[1:])} with numbers) and none of {', '.join(_CONTAINERS)}; name "
-            "the modules after which to put exits"
+            f"exits: {type(backbone).__name__} {_NO_STEPS}; name the modules after which to put "
+            "exits"
         )
     ends = sorted({max(1, n * quarter // 4) for quarter in (1, 2, 3)}) if n > 3 else range(1, n)
     return [steps[end - 1] for end in ends]
+
+
+def depths(names: Sequence[str]) -> dict[str, int]:
+    """By name, how deep each parameter of a network lies: 0 before the first stage or block, k in
+    the k-th of n, and n + 1 behind the last.
+
+    Args:
+        names: of all parameters, in the order of `named_parameters`.
+
+    Raises:
+        ValueError: the network's stages or blocks have none of the usual names.
+    """
+    steps = _steps(names)
+    if not steps:
+        raise ValueError(f"layer_decay: the network {_NO_STEPS}")
+    found, behind = {}, False
+    for name in names:
+        depth = next((k for k, step in enumerate(steps, 1) if name.startswith(f"{step}.")), 0)
+        behind = behind or depth > 0
+        found[name] = depth or (len(steps) + 1) * behind
+    return found
+
+
+def _steps(names: Sequence[str]) -> list[str]:
+    """The network's stages or blocks in their order, from the names of its modules or parameters;
+    none if they have no usual names."""
+    for prefix in _NUMBERED:
+        steps = [f"{prefix}{i}" for i in range(1, 9)]
+        if found := [s for s in steps if any(f"{name}.".startswith(f"{s}.") for name in names)]:
+            return found
+    for container in _CONTAINERS:
+        inside = [n.removeprefix(f"{container}.") for n in names if n.startswith(f"{container}.")]
+        if inside:
+            return [f"{container}.{c}" for c in dict.fromkeys(n.split(".")[0] for n in inside)]
+    return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -16,7 +15,7 @@ from ..models import from_backbone
 from ..modules import ELF
 from ..timing import Samples, sample
 from . import CLASSES, MODEL, SIZE, engines, inference, training
-from .workload import inference_work, training_work
+from .workload import going_on, inference_work, training_work
 
 #: Shares that go on after each exit, if nothing is known.
 _SHARES = (0.5, 0.8, 1.0)
@@ -61,7 +60,7 @@ def run(options: argparse.Namespace, trained: Trained | None = None) -> list[dic
     )
     shares: list[float | list[float]] = list(options.share or _SHARES)
     if options.share is None and trained is not None and trained.exit_shares is not None:
-        shares = [_going_on(trained.exit_shares)]
+        shares = [going_on(trained.exit_shares)]
     rows = []
     for share in shares:
         work = inference_work(model, images, share)
@@ -102,13 +101,6 @@ def _untrained(options: argparse.Namespace) -> tuple[ELF, Sequence[int], str]:
     exits = options.exits.split(",") if options.exits else default_exits(backbone)
     model = from_backbone(backbone, exits, classes, example_input=example)
     return model, shape, f"exits after {', '.join(exits)}"
-
-
-def _going_on(exit_shares: Sequence[float]) -> list[float]:
-    """[E-1] the share of those that reach each exit that goes on, from the shares [E] that leave
-    there."""
-    reaching = [sum(exit_shares[e:]) for e in range(len(exit_shares))]
-    return [after / before if before > 0 else 1.0 for before, after in itertools.pairwise(reaching)]
 
 
 def _row(mode: str, share: float | list[float], samples: Samples) -> dict[str, Any]:

@@ -8,6 +8,7 @@ the confidences of two samples. Neither changes the cost of an exit.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -83,6 +84,13 @@ def training_work(model: ELF, images: Tensor, share: float | Sequence[float]) ->
 
 def _at(share: float | Sequence[float], e: int) -> float:
     return share if isinstance(share, float | int) else share[e]
+
+
+def going_on(exit_shares: Sequence[float]) -> list[float]:
+    """[E-1] the share of those that reach each exit that goes on, from the shares [E] that leave
+    there."""
+    reaching = [sum(exit_shares[e:]) for e in range(len(exit_shares))]
+    return [after / before if before > 0 else 1.0 for before, after in itertools.pairwise(reaching)]
 
 
 def _decide(

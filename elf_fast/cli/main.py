@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import argparse
+import importlib.util
 import io
 import os
 import sys
 
 from .. import __version__
 from ..memory import is_lost_worker, is_out_of_memory
-from . import bench, calibrate, demo, doctor, evaluate, interrupts, predict, train
+from . import advise, bench, calibrate, demo, doctor, evaluate, interrupts, predict, train
 from .errors import Parser, UserError, fail
 
 #: Subcommands in the order of `elf-fast --help`.
-_COMMANDS = (demo, train, calibrate, evaluate, predict, bench, doctor)
+_COMMANDS = (demo, train, calibrate, evaluate, predict, advise, bench, doctor)
 #: By module, the packages of the `train` extra that the commands need.
 _EXTRA = {
     "PIL": "pillow", "huggingface_hub": "huggingface_hub", "rich": "rich",

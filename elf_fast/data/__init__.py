@@ -15,10 +15,11 @@ from .loader import ImageLoader, WorkerError
 from .longtail import long_tailed_counts, long_tailed_subset
 from .preprocessing import Preprocessing
 from .splits import DataError, LabelledImages, Splits
-from .transforms import Transforms, image_transforms, small_image_transforms
+from .transforms import Augmentation, Transforms, image_transforms, small_image_transforms
 
 __all__ = [
     "PUBLISHED",
+    "Augmentation",
     "DataError",
     "DecodeError",
     "ImageLoader",

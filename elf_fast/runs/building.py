@@ -48,7 +48,8 @@ def settings(metadata: Mapping[str, Any], **overrides: Any) -> TrainConfig:
     """
     given = {"data_dir": ".", **metadata["config"], "torchcompile": None, "device": None}
     config = from_run(given, **overrides)
-    return replace(config, model_kwargs=without_weights(config.model_kwargs))
+    options = without_weights(config.model_kwargs)
+    return replace(config, model_kwargs=options, freeze_backbone=None)
 
 
 def without_weights(options: Mapping[str, Any]) -> dict[str, Any]:

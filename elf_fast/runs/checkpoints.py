@@ -107,6 +107,11 @@ def load(path: Path) -> Checkpoint:
     return Checkpoint(path, weights, average, state, metadata)
 
 
+def exist(folder: Path) -> bool:
+    """Whether a run has checkpoints to resume from, good or not."""
+    return bool(_paths(folder))
+
+
 def newest(folder: Path) -> tuple[Checkpoint | None, list[CheckpointError]]:
     """The newest checkpoint of a run that can be loaded, or None, and the errors of newer ones."""
     refused: list[CheckpointError] = []

@@ -78,16 +78,60 @@ class TrainConfig:
         None, "data", "small: shift and mirror images that have img-size already; large: random "
         "crops of images of any size; by data set if not given",
     )  # fmt: skip
+    mean: tuple[float, ...] | None = _option(
+        None, "data", "mean of red, green and blue in [0, 1], which images are normalised with; "
+        "those of the pretrained weights, CIFAR or ImageNet if not given", limits=(-1e6, 1e6),
+    )  # fmt: skip
+    std: tuple[float, ...] | None = _option(
+        None, "data", "standard deviations, in the same way", limits=(1e-6, 1e6)
+    )
+    interpolation: Literal["nearest", "bilinear", "bicubic", "lanczos"] | None = _option(
+        None, "data", "how --transforms large scales images; as for the pretrained weights, else "
+        "bilinear, if not given",
+    )  # fmt: skip
     exif_orientation: bool = _option(
         True, "data", "turn photos as the orientation in their EXIF data says"
     )
     skip_errors: bool = _option(False, "data", "leave out images that cannot be read")
+
+    hflip: float = _option(
+        0.5, "augmentation", "probability of mirroring; 0 turns it off", limits=(0.0, 1.0)
+    )
+    scale: tuple[float, ...] = _option(
+        (0.08, 1.0), "augmentation", "smallest and largest share of the area that a random crop of "
+        "--transforms large keeps", limits=(0.0, 1.0),
+    )  # fmt: skip
+    auto_augment: Literal["autoaugment", "randaugment", "trivialaugment", "augmix"] | None = (
+        _option(None, "augmentation", "a policy of torchvision, with its defaults")
+    )
+    reprob: float = _option(
+        0.0, "augmentation", "probability of erasing a rectangle at random", limits=(0.0, 1.0)
+    )
+    mixup: float = _option(
+        0.0, "augmentation", "alpha of mixup, which blends two images; 0 turns it off",
+        limits=(0.0, 1e6),
+    )  # fmt: skip
+    cutmix: float = _option(
+        0.0, "augmentation", "alpha of CutMix, which pastes a part of another image; 0 turns it "
+        "off; with either, no sample leaves early in training", limits=(0.0, 1e6),
+    )  # fmt: skip
 
     model: str = _option("resnet50", "model", "network of timm or torchvision, or cifar_resnet32")
     model_kwargs: dict[str, Any] = dataclasses.field(
         default_factory=dict,
         metadata={"group": "model", "help": "options of the network, such as drop_path_rate=0.1"},
     )
+    pretrained: bool = _option(
+        False, "model", "start from the weights that timm or torchvision has for the network"
+    )
+    init_from: str | None = _option(
+        None, "model", "start from the weights in a .safetensors or .pth file, or of a run",
+        metavar="FILE",
+    )  # fmt: skip
+    freeze_backbone: str | None = _option(
+        None, "model", "keep the network's parameters as they are, up to and including this "
+        "module, or all of them; heads and classifier train", metavar="MODULE", const="all",
+    )  # fmt: skip
 
     exits: tuple[str, ...] | None = _option(
         None, "exits", "modules after which to put exits; after the first three quarters of the "
@@ -141,6 +185,10 @@ class TrainConfig:
         "re-weight the loss by class from this epoch on, counted from 0",
         limits=(0,),
     )
+    class_weights: str | None = _option(
+        None, "loss and sampling", "weights of the classes in the loss: a file with lines "
+        "class,weight or, in the order of the classes, weight", metavar="FILE",
+    )  # fmt: skip
     sampler: Literal["instance", "class_balanced", "square_root", "progressive"] = _option(
         "instance", "loss and sampling", "how often an epoch shows each class"
     )
@@ -166,6 +214,10 @@ class TrainConfig:
         limits=(0,),
     )  # fmt: skip
     decay_rate: float = _option(0.01, "optimisation", "of step", limits=(0.0, 1.0))
+    layer_decay: float = _option(
+        1.0, "optimisation", "the rate of each of the network's stages or blocks is this times the "
+        "rate of the next one; classifiers have --lr", limits=(0.0, 1.0),
+    )  # fmt: skip
     clip_grad: float | None = _option(
         None, "optimisation", "largest norm of the gradient", limits=(0.0,)
     )
@@ -213,6 +265,8 @@ class TrainConfig:
         self._check_open_limits()
         self._check_lists()
         self._check_data()
+        self._check_images()
+        self._check_start()
         self._check_exits()
         if self.drw_epoch is not None and self.drw_epoch >= self.epochs:
             raise ValueError(
@@ -222,7 +276,7 @@ class TrainConfig:
             _check_compiler(self.torchcompile)
 
     def _check_open_limits(self) -> None:
-        for name in ("clip_grad", "ldam_scale"):
+        for name in ("clip_grad", "ldam_scale", "layer_decay"):
             if getattr(self, name) is not None:
                 checks.positive(name, getattr(self, name))
         for name in ("beta", "model_ema_decay"):
@@ -247,7 +301,8 @@ class TrainConfig:
         if self.dataset == "digits":
             for name in (
                 "imbalance_profile", "validation_fraction", "transforms", "img_size",
-                "exif_orientation", "data_dir",
+                "exif_orientation", "data_dir", "mean", "std", "interpolation", "hflip", "scale",
+                "auto_augment", "reprob",
             ):  # fmt: skip
                 self._check_default(name)
         elif self.data_dir is None:
@@ -269,6 +324,29 @@ class TrainConfig:
             raise ValueError(
                 f"img_size: expected 32 for {self.dataset} unless transforms is large, which "
                 f"scales, got {self.img_size}"
+            )
+
+    def _check_images(self) -> None:
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != 3:
+                raise ValueError(
+                    f"{name}: expected 3 numbers, of red, green and blue, got {len(value)}"
+                )
+        if len(self.scale) != 2 or not 0 < self.scale[0] <= self.scale[1]:
+            raise ValueError(
+                f"scale: expected two shares, 0 < smallest <= largest <= 1, got {self.scale}"
+            )
+
+    def _check_start(self) -> None:
+        if self.pretrained and self.init_from is not None:
+            raise ValueError(
+                f"init_from: expected none with pretrained weights, got {self.init_from}"
+            )
+        if self.class_weights is not None and self.loss == "class_balanced":
+            raise ValueError(
+                "class_weights: expected none for the loss class_balanced, which computes its own, "
+                f"got {self.class_weights}"
             )
 
     def _check_default(self, name: str) -> None:
@@ -324,6 +402,16 @@ class TrainConfig:
     def is_cifar(self) -> bool:
         return self.dataset in ("cifar10", "cifar100")
 
+    @property
+    def mixes(self) -> bool:
+        """Whether images of a batch are mixed with each other."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def has_small_images(self) -> bool:
+        """Whether images are taken at the size that they have."""
+        return (self.transforms or ("small" if self.is_cifar else "large")) == "small"
+
 
 def _check_limits(name: str, number: Any, low: Any, high: Any = None) -> None:
     if isinstance(low, float):
@@ -365,6 +453,9 @@ _ACTS: tuple[tuple[str, tuple[str, ...], Callable[[TrainConfig], bool]], ...] = 
     ("imbalance or validation_fraction", ("data_seed",),
      lambda run: run.dataset == "digits" or run.imbalance is not None
      or run.validation_fraction > 0),
+    ("no mixup and cutmix", ("train_thresholds", "drop_exited"), lambda run: not run.mixes),
+    ("transforms large", ("scale", "interpolation"),
+     lambda run: run.dataset == "digits" or not run.has_small_images),
     ("images in files", ("skip_errors",),
      lambda run: run.dataset != "digits" and not run.is_cifar),
 )  # fmt: skip

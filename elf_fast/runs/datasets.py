@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .. import data
+from ..backbones import Statistics, statistics
 from ..data.digits import IMAGE_SIZE, Digits, augment
+from ..data.preprocessing import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD
 from .config import TrainConfig
 from .values import renamed
 
@@ -108,9 +110,42 @@ def digit_preprocessing(channels: int) -> data.Preprocessing:
 
 
 def _transforms(config: TrainConfig) -> data.Transforms:
-    kind = config.transforms or ("small" if config.is_cifar else "large")
-    make = data.small_image_transforms if kind == "small" else data.image_transforms
-    return make(image_size(config))
+    mean, std, interpolation = _statistics(config)
+    augmentation = data.Augmentation(
+        config.hflip, (config.scale[0], config.scale[1]), config.auto_augment, config.reprob
+    )
+    common: dict[str, Any] = {"mean": mean, "std": std, "augmentation": augmentation}
+    if config.has_small_images:
+        return data.small_image_transforms(image_size(config), **common)
+    return data.image_transforms(image_size(config), **common, interpolation=interpolation)
+
+
+def _statistics(config: TrainConfig) -> tuple[Any, Any, Any]:
+    """Mean, std and interpolation as the settings say, else those of the pretrained weights, else
+    those of CIFAR for small images and of ImageNet for others."""
+    if config.pretrained:
+        found = pretrained_statistics(config)
+    elif config.has_small_images:
+        found = Statistics(CIFAR_MEAN, CIFAR_STD, "bilinear")
+    else:
+        found = Statistics(IMAGENET_MEAN, IMAGENET_STD, "bilinear")
+    return (
+        config.mean or found.mean,
+        config.std or found.std,
+        config.interpolation or found.interpolation,
+    )
+
+
+def pretrained_statistics(config: TrainConfig) -> Statistics:
+    """Of the weights that --pretrained loads.
+
+    Raises:
+        ValueError: the network has no published weights.
+    """
+    try:
+        return statistics(config.model)
+    except ValueError as error:
+        raise ValueError(f"pretrained: {str(error).removeprefix('name: ')}") from error
 
 
 class _DigitImages(Dataset[tuple[Tensor, int]]):

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, criteria
 from ..backbones import create, default_exits
 from ..classifiers import use_cosine_
 from ..losses import (
@@ -28,6 +29,7 @@ from ..modes import mode
 from ..modules import ELF
 from .config import TrainConfig
 from .datasets import image_size
+from .freezing import freeze_
 from .values import renamed
 
 #: By name, a function of the settings, the class counts [C] and the arguments of all losses.
@@ -45,16 +47,28 @@ _LOSSES: dict[str, Callable[[TrainConfig, list[int], dict[str, Any]], LongTailLo
 }
 
 
-def exit_loss(config: TrainConfig, class_counts: list[int]) -> LongTailLoss:
-    """The loss of every exit, for class_counts [C] of the training data."""
+def exit_loss(
+    config: TrainConfig, class_counts: list[int], class_weights: Tensor | None = None
+) -> LongTailLoss:
+    """The loss of every exit, for class_counts [C] of the training data.
+
+    class_weights [C]: those of the file in the settings; without them, ones in their place."""
     options = {"label_smoothing": config.label_smoothing}
     loss = _LOSSES[config.loss](config, class_counts, options)
+    if config.class_weights is not None:
+        loss.weight = torch.ones(len(class_counts)) if class_weights is None else class_weights
     if config.drw_epoch is None:
         return loss
     return DeferredReweighting(loss, class_counts, start_epoch=config.drw_epoch, beta=config.beta)
 
 
-def network(config: TrainConfig, class_counts: list[int], *, check_training: bool = True) -> ELF:
+def network(
+    config: TrainConfig,
+    class_counts: list[int],
+    class_weights: Tensor | None = None,
+    *,
+    check_training: bool = True,
+) -> ELF:
     """The untrained network on the CPU; without exits, an ELF of one stage.
 
     The weights of the backbone follow from the seed and are the same with and without exits. A loss
@@ -62,6 +76,7 @@ def network(config: TrainConfig, class_counts: list[int], *, check_training: boo
     in the exit test of training: see `losses.LDAMLoss`.
 
     Args:
+        class_weights: see `exit_loss`. A network that gets saved weights gets these with them.
         check_training: see `from_backbone`.
 
     Raises:
@@ -72,10 +87,12 @@ def network(config: TrainConfig, class_counts: list[int], *, check_training: boo
     C = len(class_counts)
     backbone = _backbone(config, C)
     _check_backbone(config, backbone, C)
-    loss = exit_loss(config, class_counts)
+    loss = exit_loss(config, class_counts, class_weights)
     has_margins = loss.margins is not None
     if has_margins:
         use_cosine_(backbone)
+    if config.freeze_backbone is not None:
+        freeze_(backbone, config.freeze_backbone)
     if not config.has_exits:
         weight = config.exit_weights[-1]
         return ELF([backbone], [nn.Identity()], exit_loss=loss, exit_weights=weight)
@@ -101,6 +118,16 @@ def network(config: TrainConfig, class_counts: list[int], *, check_training: boo
         for head in model.heads[:-1]:
             use_cosine_(head)
     return model
+
+
+_IN_STAGE = re.compile(r"stages\.\d+\.(.+)")
+
+
+def backbone_name(name: str) -> str | None:
+    """What the backbone calls a parameter or buffer of an ELF; None for those of heads and for
+    settings. Stages keep the backbone's own names."""
+    found = _IN_STAGE.fullmatch(name)
+    return found[1] if found else None
 
 
 def _backbone(config: TrainConfig, classes: int) -> nn.Module:
@@ -160,7 +187,9 @@ def _kind(value: Any) -> str:
 def _train_thresholds(config: TrainConfig, loss: LongTailLoss, exits: int) -> Any:
     """The training thresholds. They are always set, even if equal to the inference thresholds,
     because calibration overwrites those. A loss with margins changes them: see
-    `LongTailLoss.margin_thresholds`."""
+    `LongTailLoss.margin_thresholds`. No mixed image leaves, because it has no one right class."""
+    if config.mixes:
+        return criteria.find(config.criterion).off
     thresholds = _one_or_many(config.train_thresholds or config.thresholds, exits)
     if loss.margins is None or config.criterion != "confidence":
         return thresholds

@@ -15,6 +15,7 @@ from ..runs.config import TrainConfig
 from ..runs.evaluation import autocast
 from . import schedule
 from .ema import Average
+from .mixing import Mixer, mixed_loss
 from .processes import Processes
 
 
@@ -25,6 +26,7 @@ class Learner:
         model: the network that trains.
         average: the average of its weights, or None.
         optimizer, scaler: torch's. The scaler acts only for float16.
+        lr: the learning rate, which every group of parameters multiplies by its own factor.
 
     Raises:
         ValueError: settings that this device or the optimiser refuses.
@@ -37,6 +39,8 @@ class Learner:
         self.model: ELF = model.to(self.device).to(memory_format=memory_format)
         self.average = Average(self.model, config.model_ema_decay) if config.model_ema else None
         self.optimizer = schedule.optimizer(config, self.model)
+        self.lr = config.lr
+        self._mixer = Mixer(config) if config.mixes else None
         scaled = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
         if config.torchcompile is not None:
@@ -48,6 +52,19 @@ class Learner:
                 self.model, device_ids=[self.device] if self.device.type == "cuda" else None
             )
 
+    def summary(self) -> list[str]:
+        """What is frozen, and how learning rates differ, if the settings ask for either."""
+        lines = []
+        if self.config.freeze_backbone is not None:
+            total = sum(p.numel() for p in self.model.parameters())
+            trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+            lines.append(f"{trained:,} of {total:,} parameters train, the others are frozen")
+        if self.config.layer_decay != 1.0:
+            scales = sorted({group["lr_scale"] for group in self.optimizer.param_groups})
+            factors = ", ".join(f"{scale:.3g}" for scale in scales)
+            lines.append(f"learning rate from the first layers to the last: lr times {factors}")
+        return lines
+
     @property
     def result(self) -> ELF:
         """The network to evaluate and save: the averaged one if there is one."""
@@ -55,16 +72,24 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
+        return self._lr
 
     @lr.setter
     def lr(self, value: float) -> None:
+        self._lr = value
         for group in self.optimizer.param_groups:
-            group["lr"] = value
+            group["lr"] = value * group.get("lr_scale", 1.0)
 
-    def forward(self, images: Tensor, targets: Tensor) -> ELFOutput:
-        with autocast(self.config, self.device):
-            return self._module(images, targets)
+    def forward(self, images: Tensor, targets: Tensor) -> tuple[ELFOutput, Tensor]:
+        """The output for a batch, with its loss, and the targets [N] that it is compared with: of
+        mixed images, those of the larger shares."""
+        with contextlib.ExitStack() as stack:
+            if self._mixer is not None and len(targets):
+                batch = self._mixer(images, targets)
+                stack.enter_context(mixed_loss(self.model, batch))
+                images, targets = batch.images, batch.targets
+            stack.enter_context(autocast(self.config, self.device))
+            return self._module(images, targets), targets
 
     def backward(self, loss: Tensor) -> None:
         self.scaler.scale(loss).backward()

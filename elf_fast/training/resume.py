@@ -170,9 +170,13 @@ def _check_settings(saved: Checkpoint, config: TrainConfig, global_batch: int) -
             f"{saved.path}: expected epochs of at least {progress['epoch']}, which "
             f"are done, got {config.epochs}"
         )
+    recorded = saved.metadata["config"]
     for name, was, now in (
         ("model_ema", saved.average is not None, config.model_ema),
-        ("opt", saved.metadata["config"]["opt"], config.opt),
+        ("opt", recorded["opt"], config.opt),
+        ("pretrained", recorded.get("pretrained", False), config.pretrained),
+        ("freeze_backbone", recorded.get("freeze_backbone"), config.freeze_backbone),
+        ("layer_decay", recorded.get("layer_decay", 1.0), config.layer_decay),
     ):
         if was != now:
             raise CheckpointError(
@@ -193,10 +197,10 @@ def _load_learnt(model: ELF, saved: dict[str, Tensor]) -> None:
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Loads the optimiser's state. Momentum and weight decay stay as the settings say;
-    the learning rate follows its schedule."""
+    """Loads the optimiser's state. Momentum, weight decay and factors on the learning rate stay as
+    the settings say; the learning rate follows its schedule."""
     settled: list[dict[str, Any]] = [
-        {key: group[key] for key in ("momentum", "weight_decay") if key in group}
+        {key: group[key] for key in ("momentum", "weight_decay", "lr_scale") if key in group}
         for group in optimizer.param_groups
     ]
     optimizer.load_state_dict(saved)

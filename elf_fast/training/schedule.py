@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..backbones import depths
+from ..modules import ELF
 from ..runs.config import TrainConfig
+from ..runs.networks import backbone_name
 from ..samplers import ClassSampler, EpochSampler, InstanceSampler, ProgressiveSampler
 
 
-def optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
-    """timm's optimiser of that name, without weight decay on vectors and scalars.
+def optimizer(config: TrainConfig, model: ELF) -> torch.optim.Optimizer:
+    """timm's optimiser of that name for the parameters that train, without weight decay on vectors
+    and scalars. With `layer_decay`, every group has the factor on its rate as `lr_scale`.
 
     Raises:
-        ValueError: timm knows no such optimiser, or it refuses its settings.
+        ValueError: timm knows no such optimiser, or it refuses its settings; or `layer_decay` finds
+            no stages in the network.
     """
     from timm.optim import create_optimizer_v2
 
+    by_depth = None if config.layer_decay == 1.0 else _groups(config, model)
     try:
         made = create_optimizer_v2(
-            model,
+            by_depth or model,
             opt=config.opt,
             lr=config.lr,
             momentum=config.momentum,
@@ -34,6 +41,40 @@ def optimizer(config: TrainConfig, model: nn.Module) -> torch.optim.Optimizer:
     if getattr(made, "is_second_order", False):  # timm's name for it; it needs create_graph
         raise ValueError(f"opt: expected an optimiser of first order, got {config.opt!r}")
     return made
+
+
+def _groups(config: TrainConfig, model: ELF) -> list[dict[str, Any]]:
+    """The parameters that train, by depth and by whether weight decay applies to them. timm's own
+    groups by depth need the names of its networks, without stages and heads."""
+    undecayed = model.no_weight_decay()
+    scales = layer_scales(config, model)
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith(".bias") and name not in undecayed
+            groups.setdefault((scales[name], decays), []).append(parameter)
+    return [
+        {"params": groups[key], "lr_scale": key[0], "weight_decay": config.weight_decay * key[1]}
+        for key in sorted(groups)
+    ]
+
+
+def layer_scales(config: TrainConfig, model: ELF) -> dict[str, float]:
+    """By name, the factor on the learning rate of every parameter: 1 for heads and what comes
+    behind the network's n stages or blocks, layer_decay^(n + 1 - k) for the k-th, and
+    layer_decay^(n + 1) for what comes before, as in timm.
+
+    Raises:
+        ValueError: the network's stages or blocks have no usual names.
+    """
+    scales = dict.fromkeys((name for name, _ in model.named_parameters()), 1.0)
+    names = {name: backbone_name(name) for name in scales}
+    found = depths([name for name in names.values() if name is not None])
+    behind = max(found.values())
+    for name, inner in names.items():
+        if inner is not None:
+            scales[name] = config.layer_decay ** (behind - found[inner])
+    return scales
 
 
 def learning_rate(config: TrainConfig, step: int, steps_per_epoch: int) -> float:

@@ -25,10 +25,11 @@ from ..flops import Flops, count_flops
 from ..memory import is_out_of_memory
 from ..modules import ELF
 from ..policy import one_number
-from ..runs import contents
+from ..runs import checkpoints, class_weights, contents, initial
 from ..runs.config import TrainConfig
 from ..runs.datasets import blank_image, image_size, load_splits, preprocessing
 from ..runs.description import RUN, Facts, entries
+from ..runs.freezing import train_mode
 from ..runs.networks import network
 from ..runs.opening import CHECKPOINTS, FOLDERS, located
 from ..runs.plain import from_run, load_yaml, to_dict
@@ -83,7 +84,8 @@ def resumed_config(folder: Path, **overrides: Any) -> TrainConfig:
 
 def _with_absolute_folders(config: TrainConfig) -> TrainConfig:
     """The settings as the run records them, so that it is resumed and evaluated from any folder."""
-    given = {name: getattr(config, name) for name in FOLDERS}
+    names = (*FOLDERS, "init_from", "class_weights")
+    given = {name: getattr(config, name) for name in names}
     return replace(config, **{k: os.path.abspath(v) for k, v in given.items() if v is not None})
 
 
@@ -104,7 +106,8 @@ class Trainer:
         self.folder = RunFolder(self.output, processes)
         self.console = (console or LastingConsole()) if processes.is_first else Console(quiet=True)
         self.splits = load_splits(config)  # by the paths as given, which messages name
-        self.config = config = _with_absolute_folders(config)
+        given, self.config = config, _with_absolute_folders(config)
+        config = self.config
         say(self.console, self.splits.summary())
         self.contents = contents.describe(self.splits)
         self._check_same_data()  # before DistributedDataParallel, which fails on unequal classes
@@ -114,7 +117,18 @@ class Trainer:
                 "max_flops: expected a validation part to choose the threshold on, as "
                 f"--validation-fraction holds it out, got none and {config.max_flops}"
             )
-        self.learner = Learner(config, network(config, self.class_counts), processes)
+        weights = None
+        if given.class_weights is not None:
+            weights = class_weights.read(given.class_weights, self.splits.class_names)
+        model = network(config, self.class_counts, weights)
+        # A run that resumes has its weights already, even if the file that it started from is gone.
+        if not checkpoints.exist(self.output / CHECKPOINTS):
+            loaded = initial.load_(model, given)
+            if loaded is not None:
+                say(self.console, str(loaded))
+        self.learner = Learner(config, model, processes)
+        for line in self.learner.summary():
+            say(self.console, line)
         self._check_criterion()
         flops = count_flops(self.model, blank_image(config, processes.device))
         self._check_max_flops(flops)
@@ -217,7 +231,8 @@ class Trainer:
         """Whether the network cannot train on a batch of one image, because a layer normalises one
         value per channel over the batch."""
         x = blank_image(self.config, self.processes.device)
-        model = copy.deepcopy(self.model).train()
+        model = copy.deepcopy(self.model)
+        train_mode(model)
         try:
             with torch.no_grad():
                 for stage, head in zip(model.stages, model.heads, strict=True):
@@ -373,7 +388,7 @@ class Trainer:
         config, p, loader = self.config, self.progress, self.loader
         self.learner.set_epoch(p.epoch)
         loader.set_epoch(p.epoch, start=p.samples // self.global_batch)
-        self.model.train()
+        train_mode(self.model)
         log.begin_epoch(p.epoch, loader.position)
         rate, images, start = 0.0, 0, time.perf_counter()
         own, is_whole = 0, p.samples == 0  # images that this process reads
@@ -445,7 +460,7 @@ class Trainer:
             targets = targets.to(device, non_blocking=True)
             # Gradients are averaged over the processes in the last batch of a group only.
             with learner.synchronised(number == len(batches)):
-                out = learner.forward(images, targets)
+                out, targets = learner.forward(images, targets)
                 assert out.loss is not None
                 loss = out.loss.item()
                 if not math.isfinite(loss):

@@ -87,5 +87,5 @@ def test_a_limit_below_the_first_exit_is_refused_before_training(folder, tmp_pat
     said = refused(capsys, "train", "--data-dir", folder, "--model", "cifar_resnet8",
                    "--transforms", "small", "--img-size", 16, "--max-flops", 0.1, "--workers", 0,
                    "--output", tmp_path / "run")  # fmt: skip
-    assert "max_flops: expected at least 0.422 (all leave at the first exit), got 0.1" in said
+    assert "--max-flops: expected at least 0.422 (all leave at the first exit), got 0.1" in said
     assert not (tmp_path / "run").exists()

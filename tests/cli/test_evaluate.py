@@ -64,7 +64,7 @@ def test_eval_needs_no_training_images(run, folder, tmp_path, capsys):
     for _ in range(2):
         assert cli.main(["eval", str(run), "--data-dir", str(images), "--json"]) == 0
         shown = capsys.readouterr()
-        assert json.loads(shown.out) == expected
+        assert json.loads(shown.out).items() >= expected.items()
         assert shown.err == (
             f"{images}: no training images, so they were not compared with the run's\n"
         )
@@ -246,9 +246,9 @@ def test_eval_prints_every_metric_and_the_worst_confusions(run, mislabelled, cap
     assert "class1 taken for class0: 4, 33.3% of class1\n" in said
     for label, key in (("balanced accuracy, %", "balanced_accuracy"), ("F1 (macro), %", "f1"),
                        ("calibration error, %", "ece")):  # fmt: skip
-        assert f"  {label:27}{100 * m[key]:.1f}\n" in said
+        assert re.search(rf"^  {re.escape(label)} +{100 * m[key]:.1f}$", said, re.MULTILINE)
     anytime = " / ".join(f"{100 * a:.1f}" for a in m["anytime_accuracy"])
-    assert f"if all left there, %     {anytime}\n" in said
+    assert re.search(rf"^    if all left there, % +{anytime}$", said, re.MULTILINE)
 
 
 def test_the_report_shows_names_that_are_no_utf8(run, mislabelled, tmp_path, monkeypatch):

@@ -21,7 +21,8 @@ from elf_fast.training.trainer import Trainer
 
 def test_a_run_learns_and_leaves_its_files(run):
     assert {p.name for p in run.iterdir()} == {
-        "config.yaml", "metrics.json", "model.safetensors", "policy.json", "checkpoints"
+        "config.yaml", "metrics.json", "model.safetensors", "policy.json", "checkpoints",
+        "config.json", "README.md",
     }  # fmt: skip
     results = json.loads((run / "metrics.json").read_text())
     assert results["class_counts"] == [60, 24, 10]

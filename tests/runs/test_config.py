@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from run_cases import DIGITS
 
-from elf_fast.runs import plain
+from elf_fast.data.preprocessing import CIFAR_MEAN, IMAGENET_MEAN
+from elf_fast.runs import datasets, plain
 from elf_fast.runs.config import TrainConfig
 
 pytest.importorskip("yaml")
@@ -58,11 +59,64 @@ pytest.importorskip("yaml")
         ({"thresholds": [0.9, None]}, TypeError, "thresholds: expected a number, got None"),
         ({"criterion": "max"}, ValueError, "criterion: expected one of confidence, .* got 'max'"),
         ({"torchcompile": "c"}, ValueError, "torchcompile: expected a backend of"),
+        ({"layer_decay": 0.0}, ValueError, "layer_decay: expected positive finite numbers, got 0"),
+        ({"layer_decay": 1.5}, ValueError, r"layer_decay: expected a number in \[0.0, 1.0\], got"),
+        ({"mixup": -1}, ValueError, r"mixup: expected a number in \[0.0, 1000000.0\], got -1.0"),
+        ({"cutmix": math.inf}, ValueError, "cutmix: expected a number in .* got inf"),
+        ({"pretrained": True, "init_from": "a.pth"}, ValueError,
+         "init_from: expected none with pretrained weights, got a.pth"),
+        ({"class_weights": "a.csv", "loss": "class_balanced"}, ValueError,
+         "class_weights: expected none for the loss class_balanced, which computes its own"),
+        ({"hflip": 0.0}, ValueError, "hflip: expected 0.5 for digits, got 0.0"),
+        ({"mean": [0.5, 0.5, 0.5]}, ValueError, r"mean: expected None for digits, got \(0.5"),
     ],
 )  # fmt: skip
 def test_wrong_settings_are_named(values, error, message):
     with pytest.raises(error, match=message):
         plain.from_dict({"dataset": "digits", **values})
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"mean": 0.5}, "mean: expected 3 numbers, of red, green and blue, got 1"),
+        ({"std": [0.5, 0.0, 0.5]}, "std: expected a number in .* got 0.0"),
+        ({"interpolation": "cubic"}, "interpolation: expected one of nearest, .* got 'cubic'"),
+        ({"hflip": 1.5}, r"hflip: expected a number in \[0.0, 1.0\], got 1.5"),
+        ({"reprob": -0.5}, r"reprob: expected a number in \[0.0, 1.0\], got -0.5"),
+        ({"scale": 0.5}, r"scale: expected two shares, 0 < smallest <= largest <= 1, got \(0.5,"),
+        ({"scale": [0.5, 0.2]}, r"scale: expected two shares, .* got \(0.5, 0.2\)"),
+        ({"scale": [0.0, 1.0]}, r"scale: expected two shares, .* got \(0.0, 1.0\)"),
+        ({"scale": [0.5, 1.5]}, "scale: expected a number in .* got 1.5"),
+        ({"auto_augment": "rand"}, "auto_augment: expected one of autoaugment, .* got 'rand'"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_of_images_are_named(values, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        plain.from_dict({"data_dir": "photos", **values})
+
+
+def test_images_are_prepared_as_the_weights_want_them():
+    pytest.importorskip("torchvision")
+    pytest.importorskip("timm")
+    config = TrainConfig(data_dir="a", img_size=32, model="timm/tf_efficientnet_lite0")
+    for changes, mean, interpolation in (
+        ({}, IMAGENET_MEAN, "bilinear"),  # as in runs of earlier versions
+        ({"transforms": "small"}, CIFAR_MEAN, "bilinear"),
+        ({"pretrained": True}, (0.5, 0.5, 0.5), "bicubic"),
+        ({"pretrained": True, "mean": (0.1, 0.2, 0.3)}, (0.1, 0.2, 0.3), "bicubic"),
+        ({"interpolation": "lanczos"}, IMAGENET_MEAN, "lanczos"),
+    ):
+        made = datasets._transforms(replace(config, **changes))
+        assert (made.evaluate.mean, made.evaluate.interpolation) == (mean, interpolation)
+        (normalise,) = [t for t in made.train.transforms if hasattr(t, "std")]
+        assert tuple(normalise.mean) == mean
+    idle = replace(config, transforms="small", scale=(0.5, 1.0), interpolation="bicubic")
+    assert idle.without_effect() == [
+        "scale (needs transforms large)", "interpolation (needs transforms large)"
+    ]  # fmt: skip
+    mixed = replace(config, mixup=0.2, train_thresholds=0.5)
+    assert mixed.without_effect() == ["train_thresholds (needs no mixup and cutmix)"]
 
 
 @pytest.mark.parametrize(
