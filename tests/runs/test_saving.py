@@ -193,9 +193,10 @@ def test_the_files_before_are_kept_and_a_crash_in_between_leaves_a_good_folder(
 
     monkeypatch.setattr(files, "write", full)
     with pytest.raises(OSError, match="No space left"):
-        elf_fast.save(model, tmp_path, class_names=NAMES)
+        elf_fast.save(model, tmp_path, class_names=["ape", *NAMES[1:]])
     monkeypatch.undo()
-    assert elf_fast.load(tmp_path).thresholds.tolist() == pytest.approx([0.123] * 2)
+    made = elf_fast.load(tmp_path)
+    assert made.class_names[0] == "ape" and made.thresholds.tolist() == pytest.approx([0.123] * 2)
     assert (tmp_path / "model.previous.safetensors").read_bytes() == content
     assert not list(tmp_path.glob("*.partial")) and not (tmp_path / "run.lock").exists()
 
