@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, check_path
+from .errors import UserError, check_path, with_flags
 
 if TYPE_CHECKING:
     from ..modules import ELF
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         advice = _advice(arguments)
     except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(with_flags(str(error), vars(arguments))) from error
     print(json.dumps(advice.to_dict(), indent=1) if arguments.json else advice)
     return 0
 

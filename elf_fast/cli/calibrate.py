@@ -122,6 +122,8 @@ def run(arguments: argparse.Namespace) -> int:
     except (TypeError, ValueError, DataError) as error:
         raise UserError(with_flags(str(error), vars(arguments))) from error
     policy.save(output)
+    if arguments.output is None and path.is_dir():
+        _write_card(path, policy)
     if arguments.json:
         print(output.read_text(encoding="utf-8"), end="")
     else:
@@ -151,10 +153,27 @@ def _calibrate(path: Path, arguments: argparse.Namespace) -> tuple[Measured, Pol
     )
 
 
+def _write_card(folder: Path, policy: Policy) -> None:
+    """Writes the run's model card anew, with the policy and what it gave on validation. A README.md
+    of the user's own stays."""
+    from ..runs import card, opening
+    from ..runs.description import facts
+    from ..runs.loading import load
+
+    if not (folder / card.NAME).exists():
+        return
+    _, metadata = opening.read(folder)
+    model, known = load(folder), facts(folder, metadata)
+    results = {"validation": card.metrics_of(policy)}
+    flops = card.flops_of(model, metadata, known)
+    name = folder.resolve().name
+    card.write(folder, card.text(name, model, metadata, known, results, policy, flops))
+
+
 def _show(path: Path, output: Path, before: Measured, policy: Policy) -> None:
     after = policy.measured
     print(f"{path}: {before.samples:,} validation images")
-    print(f"  {'':26}{'before':>10}{'after':>10}{'exits off':>12}")
+    print(f"  {'':26}{'in weights':>12}{'chosen':>10}{'exits off':>12}")
     off = after.accuracy_exits_off.value
     print(_row("accuracy, %", before.accuracy.value, after.accuracy.value, off))
     print(_row("FLOPs, % of without exits", before.flops_share, after.flops_share))
@@ -167,11 +186,11 @@ def _show(path: Path, output: Path, before: Measured, policy: Policy) -> None:
         there = [None if x.accuracy is None else x.accuracy.value for x in exits]
         print(_row(f"accuracy at exit {e}, %", *there))
     if after.ms is not None:
-        print(f"  {'ms per batch':26}{'':>10}{after.ms:>10.2f}")
+        print(f"  {'ms per batch':26}{'':>12}{after.ms:>10.2f}")
     for tried in policy.tried:
         print(f"  by {tried.criterion}: {100 * tried.accuracy:.1f}% right at cost {tried.cost:.3f}")
     if policy.promise.guarantee is not None:
-        print(f"  measured after: on the {after.samples:,} images that tested the guarantee")
+        print(f"  column chosen: on the {after.samples:,} images that tested the guarantee")
     print(f"  criterion {policy.criterion}, thresholds {policy.shown_thresholds()}, temperatures "
           + " / ".join(f"{T:.3g}" for T in policy.temperatures))  # fmt: skip
     print(f"  chosen: {_promise(policy)}")
@@ -186,6 +205,6 @@ def _promise(policy: Policy) -> str:
 
 
 def _row(label: str, *shares: float | None) -> str:
-    widths = (10, 10, 12)
+    widths = (12, 10, 12)
     cells = ("none" if x is None else f"{100 * x:.1f}" for x in shares)
     return f"  {label:26}" + "".join(f"{c:>{w}}" for c, w in zip(cells, widths, strict=False))

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import UserError, check_path
+from .errors import UserError, check_path, with_flags
 
 if TYPE_CHECKING:
     from ..modules import ELF
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> int:
         model = load(arguments.run_folder, device=device)
         paths, left_out = image_paths(arguments.inputs)
     except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
+        raise UserError(with_flags(str(error), vars(arguments))) from error
     for text in [_rule(model), *(f"left out in {text}" for text in left_out)]:
         _say(text)
     workers = arguments.workers
@@ -108,7 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
                 on_unreadable=name,
             )
         except (TypeError, ValueError) as error:
-            raise UserError(str(error)) from error
+            raise UserError(with_flags(str(error), vars(arguments))) from error
         for prediction in found:
             write(prediction)
             left[prediction.exit_index] += 1

@@ -57,6 +57,17 @@ def main_results(results: Any) -> tuple[str, Mapping[str, Any] | None]:
     return part or "test", metrics
 
 
+def metrics_of(policy: Policy) -> dict[str, Any]:
+    """What a policy gave on its calibration data, as metrics for the card."""
+    found = policy.measured
+    return {
+        "overall": found.accuracy.value,
+        **{name: group.accuracy.value for name, group in found.groups.items()},
+        "exit_shares": [each.share.value for each in found.exits],
+        "flops_share": found.flops_share,
+    }
+
+
 def text(
     name: str,
     model: ELFBase,

@@ -76,7 +76,7 @@ def test_compares_accuracies_of_runs(run, measured, tmp_path, capsys):
         (["--batch", "0"], "--batch: expected integers of 1 to 65,536, got 0"),
         (["--batch", "4", "4"], "--batch: expected each size once, got [4, 4]"),
         (["--seconds", "-1"], "--seconds: expected 0 to 86,400, got -1.0"),
-        (["--device", "tpu"], "device"),
+        (["--device", "tpu"], "--device: expected"),
         (["--rival", "resnet_of_nobody"], "--rival: expected a network of timm or torchvision"),
         (["--rival", "a\0b"], "--rival: expected a path without NUL characters"),
     ],

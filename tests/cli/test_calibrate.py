@@ -31,8 +31,12 @@ def test_a_policy_is_chosen_shown_written_and_applied(own, tmp_path, capsys):
     said = printed(capsys, "calibrate", own, "--max-flops", 0.75)
     made = Policy.load(own / "policy.json")
     assert made.promise.aim == "max_flops" and made.measured.flops_share <= 0.75
-    assert f"thresholds {made.shown_thresholds()}" in said and "before     after" in said
+    assert f"thresholds {made.shown_thresholds()}" in said and "in weights    chosen" in said
     assert "the most accurate within 0.75 of the FLOPs" in said
+    left = [f"{each.share.value:.1%}" for each in made.measured.exits]
+    card = (own / "README.md").read_text()
+    assert "Results on validation" in card  # the card shows this policy, not that of training
+    assert all(f" {share} |" in card for share in left)
     printed(capsys, "calibrate", own, "--exit-shares", 0, 0, 1)
     made = Policy.load(own / "policy.json")
     assert made.is_off
