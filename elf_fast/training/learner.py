@@ -39,7 +39,6 @@ class Learner:
         self.model: ELF = model.to(self.device).to(memory_format=memory_format)
         self.average = Average(self.model, config.model_ema_decay) if config.model_ema else None
         self.optimizer = schedule.optimizer(config, self.model)
-        self.lr = config.lr
         self._mixer = Mixer(config) if config.mixes else None
         scaled = config.amp and config.amp_dtype == "float16"
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
@@ -72,11 +71,11 @@ class Learner:
 
     @property
     def lr(self) -> float:
-        return self._lr
+        # A resumed optimiser has it, too. The classifiers' own factor is 1, all others are smaller.
+        return max(group["lr"] for group in self.optimizer.param_groups)
 
     @lr.setter
     def lr(self, value: float) -> None:
-        self._lr = value
         for group in self.optimizer.param_groups:
             group["lr"] = value * group.get("lr_scale", 1.0)
 

@@ -101,13 +101,16 @@ FLAGS = "--dataset digits --model cifar_resnet8 --workers 0 --device cpu".split(
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--init-from none.pth", "init_from: expected a file or the folder of a run, got none.pth"),
-        ("--init-from . --pretrained", "init_from: expected none with pretrained weights, got ."),
-        ("--pretrained", "pretrained: expected a network with pretrained weights in timm or"),
-        ("--freeze-backbone layr1", "freeze_backbone: expected all or a module of CifarResNet"),
-        ("--class-weights none.csv", "class_weights: expected a text file, got none.csv"),
-        ("--layer-decay 2", "layer_decay: expected a number in [0.0, 1.0], got 2.0"),
-        ("--mixup -1", "mixup: expected a number in [0.0, 1000000.0], got -1.0"),
+        (
+            "--init-from none.pth",
+            "--init-from: expected a file or the folder of a run, got none.pth",
+        ),
+        ("--init-from . --pretrained", "--init-from: expected none with pretrained weights, got ."),
+        ("--pretrained", "--pretrained: expected a network with pretrained weights in timm or"),
+        ("--freeze-backbone layr1", "--freeze-backbone: expected all or a module of CifarResNet"),
+        ("--class-weights none.csv", "--class-weights: expected a text file, got none.csv"),
+        ("--layer-decay 2", "--layer-decay: expected a number in [0.0, 1.0], got 2.0"),
+        ("--mixup -1", "--mixup: expected a number in [0.0, 1000000.0], got -1.0"),
     ],
 )
 def test_wrong_calls_are_one_line_and_claim_no_folder(flags, message, capsys, tmp_path):
