@@ -182,8 +182,8 @@ def calibrate(
     if unknown:
         raise TypeError(f"{min(unknown)}: expected one of {', '.join(sorted(_OPTIONS))}")
     table, flops, images = loader if isinstance(loader, Observed) else observe(model, loader, batch)
-    counts = getattr(model, "class_counts", None) if class_counts is None else class_counts
-    if groups is None and counts is not None:
+    counts = model.class_counts if class_counts is None else class_counts
+    if groups is None and len(counts):  # a model that was not loaded has none
         groups = class_groups(counts)
     if max_ms is not None:
         repeats = -(-batch // len(images))
