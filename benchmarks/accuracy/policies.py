@@ -233,6 +233,13 @@ def _cost(tests: list[dict[str, float]]) -> float:
     return fmean(t["cost"] for t in tests)
 
 
+def as_text(results: dict[str, Any]) -> str:
+    """The results as JSON, a line for every record."""
+    records = ",\n".join(map(json.dumps, results["records"]))
+    head = json.dumps({name: value for name, value in results.items() if name != "records"})
+    return f'{head[:-1]}, "records": [\n{records}\n]}}\n'
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.accuracy.policies", description=(__doc__ or "").split("\n")[0]
@@ -262,7 +269,7 @@ def main() -> None:
     ]
     results = {"epochs": EPOCHS, "seeds": options.seeds, "environment": environment(),
                "records": records}  # fmt: skip
-    options.output.write_text(json.dumps(results, indent=0) + "\n", encoding="utf-8")
+    options.output.write_text(as_text(results), encoding="utf-8")
     print("\n".join([*rows(results), "", *earlyon_rows(results)]))
 
 
