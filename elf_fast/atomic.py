@@ -21,7 +21,8 @@ def write(path: Path, content: bytes) -> None:
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[BinaryIO]:
     """A file to write `path` into, completely or not at all: it has another name beside `path`, and
-    is flushed to disk and renamed if the context ends without an error."""
+    is flushed to disk and renamed if the context ends without an error. A link is replaced: in the
+    Hub's cache other snapshots use its target."""
     written = partial(path)
     try:
         with open(written, "wb") as file:

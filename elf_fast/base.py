@@ -108,7 +108,7 @@ class ELFBase(nn.Module):
     #: Names of parameters that a network cut by `models.from_backbone` excludes from weight decay.
     undecayed: frozenset[str] = frozenset()
     #: What `elf_fast.load` sets: the names [C] and training images [C] of the classes, the
-    #: `data.Preprocessing` of images, and the `policy.Policy` in force.
+    #: `data.Preprocessing` of images, and the `policy.Policy` that was applied last.
     class_names: tuple[str, ...] = ()
     class_counts: tuple[int, ...] = ()
     transform: Any = None
@@ -291,6 +291,7 @@ class ELFBase(nn.Module):
             self.thresholds = before
             raise
         self.thresholds, self.temperatures = thresholds, temperatures
+        self.policy = policy
 
     def _load_from_state_dict(
         self,

@@ -181,7 +181,7 @@ class ELFMetrics(Metric):
     def _weight(self, samples: Tensor) -> Tensor:
         """[C] float64 how much a sample of each class counts, from the samples [C] of each."""
         if self.prior is None:
-            return torch.ones(len(samples), dtype=torch.float64)
+            return torch.ones(len(samples), dtype=torch.float64, device="cpu")
         return self.prior / samples.clamp(1)
 
     def _calibration_error(self) -> float | None:
@@ -218,7 +218,7 @@ def _checked_prior(prior: Sequence[float] | Tensor, C: int) -> Tensor:
 def _pairs(wrong: list[Tensor] | Tensor) -> tuple[Tensor, Tensor]:
     """The different wrong pairs [2, P] int64, targets and predictions, and how often each occurs,
     [P] float64."""
-    flat = dim_zero_cat(wrong) if len(wrong) else torch.zeros(0)
+    flat = dim_zero_cat(wrong) if len(wrong) else torch.zeros(0, device="cpu")
     pairs, times = flat.cpu().long().view(-1, 2).unique(dim=0, return_counts=True)
     return pairs.T, times.double()
 

@@ -80,13 +80,15 @@ def _advice(arguments: argparse.Namespace) -> Any:
             f"{path}: expected known shares of images that leave at each exit, got none: run "
             "elf-fast calibrate first"
         )
+    known = None if model.policy is None else model.policy.measured
     return advise(
         model,
         torch.zeros(1, *model.transform.shape, device=device),
         found[0],
         batches=arguments.batch,
         engine=arguments.engine,
-        accuracy=None if model.policy is None else model.policy.measured.accuracy.value,
+        accuracy=None if known is None else known.accuracy.value,
+        accuracy_exits_off=None if known is None else known.accuracy_exits_off.value,
         rivals={name: _rival(name, model, device) for name in arguments.rival},
         seconds=arguments.seconds,
     )
@@ -97,7 +99,7 @@ def _rival(name: str, model: ELF, device: Any) -> Rival:
     from ..backbones import create
     from ..policy.advise import Rival
     from ..runs.loading import load
-    from ..runs.measured import accuracy
+    from ..runs.measured import accuracy, validation_digest
 
     check_path("--rival", name)
     if not Path(name).exists():
@@ -115,4 +117,6 @@ def _rival(name: str, model: ELF, device: Any) -> Rival:
         )
     if other.class_names != model.class_names:
         raise UserError(f"--rival: expected a run with the same classes, got {name}")
-    return Rival(other, accuracy(Path(name), other))
+    ours = None if model.policy is None else model.policy.data_digest
+    same_images = ours is not None and ours == validation_digest(Path(name))
+    return Rival(other, accuracy(Path(name), other) if same_images else None)

@@ -37,9 +37,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
     parser.add_argument("--classes", type=int, metavar="C",
                         help=f"number of classes (default: {CLASSES})")  # fmt: skip
     parser.add_argument("--share", type=float, nargs="+", metavar="S",
-                        help="shares of the samples that go on after each exit; 1 switches the "
-                        "exits off (default: what was measured of a run, else 0.5 0.8 "
-                        "1)")  # fmt: skip
+                        help="for each number one measurement: the share of the samples arriving "
+                        "at an exit that goes on, the same at every exit; 1 switches the exits off "
+                        "(default: what was measured of a run, else 0.5 0.8 1)")  # fmt: skip
     parser.add_argument("--engine", nargs="+", metavar="ENGINE",
                         choices=["auto", "eager", "inductor"],
                         help="time engines of inference.compile, too, with exits and without: "

@@ -86,9 +86,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
     more.add_argument(
         "--batch",
         type=int,
-        default=1,
         metavar="N",
-        help="images per batch of --max-ms (default: %(default)s)",
+        help="images per batch of --max-ms (default: 1)",
     )
     more.add_argument("--device", metavar="NAME", help="the run's, or what this machine has")
     more.add_argument("--data-dir", metavar="FOLDER", help="folder of the images, if they moved")
@@ -104,7 +103,6 @@ def add(commands: Any) -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..data import DataError
-    from ..policy import FILE
 
     path: Path = arguments.run_path
     check_path("RUN", path)
@@ -112,9 +110,9 @@ def run(arguments: argparse.Namespace) -> int:
         given = getattr(arguments, name)
         if given is not None:
             check_path(f"--{name.replace('_', '-')}", given)
-    output = (path if path.is_dir() else path.parent) / FILE
-    if arguments.output is not None:
-        output = Path(arguments.output)
+    if arguments.max_ms is None and arguments.batch is not None:
+        raise UserError(f"--batch: expected only with --max-ms, got {arguments.batch}")
+    output = _output(path) if arguments.output is None else Path(arguments.output)
     if not output.parent.is_dir():
         raise UserError(f"--output: expected a file in a folder that exists, got {output}")
     try:
@@ -147,10 +145,22 @@ def _calibrate(path: Path, arguments: argparse.Namespace) -> tuple[Measured, Pol
         path,
         weights,
         metadata,
-        batch=arguments.batch,
+        batch=1 if arguments.batch is None else arguments.batch,
         options={name: value for name, value in options.items() if value is not None},
         **{name: value for name, value in named.items() if value is not None},
     )
+
+
+def _output(path: Path) -> Path:
+    """The file of the policy beside the weights, which belongs to these weights alone."""
+    from ..policy import FILE
+    from ..runs import checkpoints
+
+    folder = path if path.is_dir() else path.parent
+    is_average_elsewhere = (folder / checkpoints.AVERAGE).exists()
+    if not path.is_dir() and (path.name != checkpoints.WEIGHTS or is_average_elsewhere):
+        raise UserError(f"--output: expected a file for the policy of {path}, got none")
+    return folder / FILE
 
 
 def _write_card(folder: Path, policy: Policy) -> None:
@@ -176,7 +186,7 @@ def _show(path: Path, output: Path, before: Measured, policy: Policy) -> None:
     print(f"  {'':26}{'in weights':>12}{'chosen':>10}{'exits off':>12}")
     off = after.accuracy_exits_off.value
     print(_row("accuracy, %", before.accuracy.value, after.accuracy.value, off))
-    print(_row("FLOPs, % of without exits", before.flops_share, after.flops_share))
+    print(_row("FLOPs, % of without exits", before.flops_share, after.flops_share, 1.0))
     for name in after.groups:
         was = before.groups[name].accuracy.value
         now, last = after.groups[name].accuracy, after.groups[name].accuracy_exits_off
@@ -188,7 +198,9 @@ def _show(path: Path, output: Path, before: Measured, policy: Policy) -> None:
     if after.ms is not None:
         print(f"  {'ms per batch':26}{'':>12}{after.ms:>10.2f}")
     for tried in policy.tried:
-        print(f"  by {tried.criterion}: {100 * tried.accuracy:.1f}% right at cost {tried.cost:.3f}")
+        is_ms = policy.promise.aim == "max_ms"
+        cost = f"{tried.cost:.3g} ms" if is_ms else f"{100 * tried.cost:.1f}% of the FLOPs"
+        print(f"  by {tried.criterion}: {100 * tried.accuracy:.1f}% right at {cost}")
     if policy.promise.guarantee is not None:
         print(f"  column chosen: on the {after.samples:,} images that tested the guarantee")
     print(f"  criterion {policy.criterion}, thresholds {policy.shown_thresholds()}, temperatures "

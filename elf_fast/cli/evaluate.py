@@ -26,8 +26,9 @@ def add(commands: Any) -> argparse.ArgumentParser:
         "eval",
         help="evaluate a run, the demo or a checkpoint on its test set",
         description="Prints accuracy, F1, calibration, exit shares and the share of FLOPs on the "
-        "test part, or on validation if there is none. They equal those that the run wrote into "
-        "metrics.json, or the demo into results.json. docs/evaluation.md has their formulas.",
+        "test part, or on validation if there is none. With the thresholds that training chose "
+        "they equal the run's metrics.json, or the demo's results.json. docs/evaluation.md has "
+        "their formulas.",
     )
     parser.add_argument("checkpoint", type=Path, metavar="RUN",
                         help="folder of a run or of the demo, a run's checkpoint, or a weights "
@@ -102,6 +103,12 @@ def run(arguments: argparse.Namespace) -> int:
     for path, evaluation in zip(paths, opened, strict=True):
         if evaluation.checkpoint:
             print(f"{path}: {evaluation.checkpoint}", file=sys.stderr)
+        elif evaluation.part == "validation" and len(evaluation.model.stages) > 1:
+            print(
+                f"{path}: no test part, so these are images that chose the thresholds; the "
+                "accuracy on new ones is a little lower",
+                file=sys.stderr,
+            )
     _print(runs, first, arguments)
     return 0
 

@@ -55,8 +55,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
                         "%(default)s)")  # fmt: skip
     parser.add_argument("--exit-probabilities", action="store_true",
                         help="show the most probable class at every exit, also at those that did "
-                        "not run; this runs the whole network, too, and takes up to twice the time "
-                        "of a network without exits")  # fmt: skip
+                        "not run; slower: up to twice the time of the network without "
+                        "exits")  # fmt: skip
     parser.add_argument("--device", metavar="DEVICE",
                         help="device to run on (default: cuda if there is one)")  # fmt: skip
     parser.add_argument("--batch", type=int, default=64, metavar="N",
@@ -138,7 +138,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise UserError(f"{flag}: expected an integer of {least} to {2**20:,}, got {number}")
     if arguments.csv is None:
         return
-    if os.path.isdir(arguments.csv) or not os.path.isdir(os.path.dirname(arguments.csv) or "."):
+    is_other = os.path.exists(arguments.csv) and not os.path.isfile(arguments.csv)
+    if is_other or not os.path.isdir(os.path.dirname(arguments.csv) or "."):
         raise UserError(f"--csv: expected a file in a folder that exists, got {arguments.csv}")
 
 
@@ -170,7 +171,9 @@ def _writer(arguments: argparse.Namespace, model: ELF, paths: list[str]) -> Iter
         if arguments.csv is not None:
             k = min(arguments.top_k, len(model.class_names))
             exits = len(model.stages) if arguments.exit_probabilities else 0
-            writes.append(stack.enter_context(_csv_file(Path(arguments.csv), k, exits)))
+            writes.append(
+                stack.enter_context(_csv_file(Path(os.path.realpath(arguments.csv)), k, exits))
+            )
         if arguments.json:
             writes.append(lambda found: print(_json(found)))
         if not writes:

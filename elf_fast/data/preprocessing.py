@@ -234,8 +234,8 @@ class Exactly:
         if image.size != (self.size, self.size):
             raise ValueError(
                 f"expected an image of {self.size}x{self.size} pixels, got "
-                f"{image.width}x{image.height}; image_transforms (--transforms large) takes images "
-                "of any size"
+                f"{image.width}x{image.height}; only image_transforms (trained with --transforms "
+                "large) take images of any size"
             )
         return image
 

@@ -231,6 +231,11 @@ def _notes(run: Evaluated) -> list[Html]:
         "to each image, are 1.96 standard errors. They hold for other images of the same kind, not "
         "for another training.",
     ]
+    if run.exits > 1 and run.part == "validation":
+        found.append(
+            "There is no test part: these images also chose the thresholds, so the accuracy on new "
+            "ones is a little lower."
+        )
     if run.exits > 1:
         found.append(
             f"Curves move all thresholds ({criterion}) together, on these images; the dot is the "

@@ -75,7 +75,7 @@ class Advice:
     def __str__(self) -> str:
         shares = " / ".join(f"{share:.0%}" for share in self.exit_shares)
         lines = [
-            f"engine {self.engine} on {self.device}, {self.threads} threads; "
+            f"engine {self.engine} on {self.device}, threads: {self.threads}; "
             f"{shares} of the images leave at each exit"
         ]
         for batch, use, why in self.verdicts:
@@ -96,6 +96,7 @@ def advise(
     batches: Sequence[int] = (1, 16, 64),
     engine: str = "auto",
     accuracy: float | None = None,
+    accuracy_exits_off: float | None = None,
     rivals: Mapping[str, Rival] | None = None,
     seconds: float = 5.0,
 ) -> Advice:
@@ -104,10 +105,12 @@ def advise(
     Args:
         example_input: [N, ...], a sample's shape and dtype, on the model's device. Values are not
             used.
-        exit_shares: [E] share of the samples that leave at each exit, as `Policy` holds them.
+        exit_shares: [E] share of the samples that leave at each exit, such as
+            `[e.share.value for e in model.policy.measured.exits]`.
         batches: batch sizes.
         engine: of `inference.compile`, for all networks.
-        accuracy: of the model with its exits, in [0, 1], to compare rivals with.
+        accuracy, accuracy_exits_off: of the model with its exits and without, in [0, 1], on images
+            that were not trained on. The text names them, and rivals are compared with the first.
         rivals: other networks by name.
         seconds: time to measure for each batch size.
 
@@ -115,10 +118,12 @@ def advise(
         TypeError, ValueError: naming the argument.
     """
     rivals = rivals or {}
-    _check(model, example_input, exit_shares, batches, accuracy, rivals, seconds)
-    generator = torch.Generator().manual_seed(0)
+    _check(
+        model, example_input, exit_shares, batches, accuracy, accuracy_exits_off, rivals, seconds
+    )
+    generator = torch.Generator("cpu").manual_seed(0)
     shape = example_input.shape[1:]
-    pool = torch.randn(POOL, *shape, generator=generator).to(example_input)
+    pool = torch.randn(POOL, *shape, generator=generator, device="cpu").to(example_input)
     work = inference_work(model, pool, going_on(exit_shares))
     by_exit = [(work.exit_index == e).nonzero().flatten() for e in range(len(exit_shares))]
 
@@ -135,7 +140,7 @@ def advise(
         images = [pool[batch] for batch in _stream(by_exit, exit_shares, N, generator)]
         found = _measure(engines, images, seconds)
         rows += [Row(N, name, ms, 1e3 * N / ms.median) for name, ms in found.items()]
-        verdicts.append(_verdict(N, found, accuracy, rivals))
+        verdicts.append(_verdict(N, found, accuracy, accuracy_exits_off, rivals))
     for each in engines.values():
         each.close()
     return Advice(
@@ -156,7 +161,7 @@ def _stream(
     if float(ends[-1]) <= 0:
         ends = torch.ones_like(ends)
     middles = (torch.arange(M, dtype=torch.float64, device="cpu") + 0.5) / M * ends[-1]
-    exits = torch.searchsorted(ends, middles)[torch.randperm(M, generator=generator)]
+    exits = torch.searchsorted(ends, middles)[torch.randperm(M, generator=generator, device="cpu")]
     images = [by_exit[present[e]] for e in exits.tolist()]
     picked = torch.stack([own[i % len(own)] for i, own in enumerate(images)])
     return list(picked.split(N))
@@ -179,7 +184,11 @@ def _measure(
 
 
 def _verdict(
-    N: int, found: Mapping[str, Quartiles], accuracy: float | None, rivals: Mapping[str, Rival]
+    N: int,
+    found: Mapping[str, Quartiles],
+    accuracy: float | None,
+    exits_off: float | None,
+    rivals: Mapping[str, Rival],
 ) -> Verdict:
     ms = {name: times.median for name, times in found.items()}
     if ms[EXITS] <= (1 - WORTH) * ms[WHOLE]:
@@ -188,6 +197,8 @@ def _verdict(
         use, why = WHOLE, f"the exits save only {1 - ms[EXITS] / ms[WHOLE]:.0%} of the time"
     else:
         use, why = WHOLE, f"the exits need {ms[EXITS] / ms[WHOLE] - 1:.0%} more time"
+    if accuracy is not None and exits_off is not None:
+        why += f" ({_percent(accuracy)} right with exits, {_percent(exits_off)} without)"
     faster = [name for name in rivals if ms[name] <= (1 - WORTH) * ms[use]]
     good = [name for name in faster if _is_as_accurate(rivals[name].accuracy, accuracy)]
     if good:
@@ -223,6 +234,7 @@ def _check(
     exit_shares: Sequence[float],
     batches: Sequence[int],
     accuracy: float | None,
+    accuracy_exits_off: float | None,
     rivals: Mapping[str, Rival],
     seconds: float,
 ) -> None:
@@ -242,8 +254,9 @@ def _check(
         checks.integer("batches", N, 1, 2**16)
     if len(set(batches)) < len(batches):
         raise ValueError(f"batches: expected each size once, got {list(batches)}")
-    if accuracy is not None:
-        checks.at_least("accuracy", accuracy, 0.0, 1.0)
+    for name, known in (("accuracy", accuracy), ("accuracy_exits_off", accuracy_exits_off)):
+        if known is not None:
+            checks.at_least(name, known, 0.0, 1.0)
     for name, rival in rivals.items():
         if name in (EXITS, WHOLE):
             raise ValueError(f"rivals: expected other names than {EXITS} and {WHOLE}, got {name}")

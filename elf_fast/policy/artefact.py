@@ -57,10 +57,10 @@ class Promise:
         """What the thresholds are, for people."""
         limit = "" if self.limit is None else f"{self.limit:g}"
         if self.aim == "max_flops":
-            return f"the most accurate within {limit} of the FLOPs without exits"
+            return f"the most accurate that costs at most {limit} of the FLOPs without exits"
         if self.aim == "max_ms":
             images = f"{self.batch} image" + ("s" if self.batch != 1 else "")
-            return f"the most accurate within {limit} ms per batch of {images} on {self.device}"
+            return f"the most accurate that takes {limit} ms per batch of {images} on {self.device}"
         if self.aim == "exit_shares":
             return "those at which the wanted shares of the samples leave"
         if self.aim != "max_drop":

@@ -91,9 +91,10 @@ def choose(
     )  # fmt: skip
     tried = _tables(table, criterion)
     if guarantee is None:
-        chooses = tests = torch.arange(len(table.target))
+        chooses = tests = torch.arange(len(table.target), device="cpu")
     else:
-        order = torch.randperm(len(table.target), generator=torch.Generator().manual_seed(_SEED))
+        generator = torch.Generator("cpu").manual_seed(_SEED)
+        order = torch.randperm(len(table.target), generator=generator, device="cpu")
         chooses, tests = (part.sort().values for part in order.chunk(2))
         check_enough(wanted, table.target[tests])
     found = [(*_searched(_rows(t, chooses), wanted), t) for t in tried]

@@ -30,7 +30,7 @@ def cells_of(
     """
     if per == "exit":
         return None
-    wanted = torch.arange(classes) if per == "class" else _by_group(groups, classes)
+    wanted = torch.arange(classes, device="cpu") if per == "class" else _by_group(groups, classes)
     rows = []
     for prediction in table.prediction[:-1]:
         predicted = torch.bincount(wanted[prediction], minlength=int(wanted.max()) + 1)
@@ -43,7 +43,7 @@ def cells_of(
 
 def _by_group(groups: Mapping[str, Sequence[int]], C: int) -> Tensor:
     """[C] the number of the group of each class; those in none have the last."""
-    found = torch.full((C,), len(groups))
+    found = torch.full((C,), len(groups), device="cpu")
     for number, (name, classes) in enumerate(groups.items()):
         for c in classes:
             checks.integer(f"groups[{name!r}]", c, 0, C - 1)

@@ -32,8 +32,8 @@ def check_enough(wanted: Wanted, target: Tensor) -> None:
             if drop == 0:
                 raise ValueError(f"{name}: expected a drop above 0 with guarantee, got {drop:g}")
             raise ValueError(
-                f"guarantee: expected at least {2 * needed} samples{what} to certify {name} "
-                f"{drop:g} with probability {promise.guarantee:g}, of which half test, got {2 * n}"
+                f"guarantee: expected at least {needed} samples{what} in the half that tests, to "
+                f"certify {name} {drop:g} with probability {promise.guarantee:g}, got {n}"
             )
 
 
@@ -52,7 +52,7 @@ def certified(path: Sequence[Tensor], table: ExitTable, wanted: Wanted) -> Tenso
     """The last candidate of the path that the test data certifies, or exits off."""
     promise = wanted.promise
     assert promise.guarantee is not None and promise.limit is not None
-    everyone = torch.ones(len(table.target), dtype=torch.bool)
+    everyone = torch.ones(len(table.target), dtype=torch.bool, device="cpu")
     limits = [guarantee.Limit(promise.limit, _outcomes(path, table, everyone))]
     if promise.few_drop is not None:
         few = few_samples(table.target, wanted)

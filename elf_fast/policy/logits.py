@@ -55,7 +55,7 @@ class LogitStore:
             return torch.cat(self._held).transpose(0, 1)
         shape = (self._rows, *self._shape)
         if not prod(shape):
-            return torch.empty(shape).transpose(0, 1)
+            return torch.empty(shape, device="cpu").transpose(0, 1)
         self._file.flush()
         rows = np.memmap(self._file, np.float32, "r+", shape=shape)
         return torch.from_numpy(rows).transpose(0, 1)

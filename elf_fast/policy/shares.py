@@ -47,7 +47,7 @@ def thresholds_for(table: ExitTable, wanted: Sequence[float]) -> Tensor:
     criterion = table.criterion
     sign = 1.0 if criterion.larger_is_surer else -1.0
     E, N = table.statistic.shape
-    here = torch.ones(N, dtype=torch.bool)
+    here = torch.ones(N, dtype=torch.bool, device="cpu")
     found = []
     for e in range(E - 1):
         score = sign * table.statistic[e]

@@ -31,7 +31,7 @@ def fit(table: ExitTable) -> list[float]:
 def _fit(z: Tensor, target: Tensor) -> float:
     from scipy.optimize import minimize_scalar  # type: ignore[import-untyped]
 
-    rows = torch.arange(0, len(z), max(1, len(z) // _SAMPLES))
+    rows = torch.arange(0, len(z), max(1, len(z) // _SAMPLES), device="cpu")
     z, target = z[rows].float(), target[rows]
     known = z.isfinite().all(1)
     z, target = z[known], target[known]

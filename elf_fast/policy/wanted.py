@@ -51,14 +51,14 @@ def checked(
 ) -> Wanted:
     E = len(table.statistic)
     if E < 2:
-        raise ValueError("table: expected early exits, got one of a network without")
+        raise ValueError("table: expected a network with early exits, got one without")
     if not len(table.target):
         raise ValueError("table: expected at least one sample, got none")
     aims = {"max_flops": max_flops, "max_ms": max_ms, "max_drop": max_drop,
             "exit_shares": exit_shares}  # fmt: skip
     given = [name for name, value in aims.items() if value is not None]
     if len(given) > 1:
-        raise ValueError(f"{given[1]}: expected none beside {given[0]}, got {aims[given[1]]}")
+        raise ValueError(f"{given[1]}: expected one limit alone, got {given[0]}, too")
     costs = _costs("flops", flops, E)
     if max_flops is not None:
         checks.at_least("max_flops", max_flops, 0.0)
@@ -76,7 +76,7 @@ def checked(
         raise ValueError(f"guarantee: expected a probability in (0, 1), got {guarantee}")
     for name, value in (("guarantee", guarantee), ("few_drop", few_drop)):
         if value is not None and max_drop is None:
-            raise ValueError(f"{name}: expected max_drop beside it, got none and {value}")
+            raise ValueError(f"{name}: expected max_drop, too, got none")
     if per not in ("exit", "class", "group"):
         raise ValueError(f"per: expected exit, class or group, got {per!r}")
     if groups is None and per == "group":
@@ -114,7 +114,7 @@ def _costs(name: str, value: Any, exits: int) -> list[float]:
 
 def _check_reachable(name: str, limit: float, table: ExitTable, costs: Sequence[float]) -> None:
     """Fails if even leaving at the cheapest exit costs more than the limit."""
-    everyone = torch.full((len(costs) - 1,), table.criterion.everyone)
+    everyone = torch.full((len(costs) - 1,), table.criterion.everyone, device="cpu")
     if not math.isfinite(table.criterion.everyone):
         known = ~table.statistic[:-1].isnan()
         index = torch.cat([known, known[:1] | True]).int().argmax(0)

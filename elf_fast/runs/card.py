@@ -48,6 +48,8 @@ def main_results(results: Any) -> tuple[str, Mapping[str, Any] | None]:
     if not isinstance(results, Mapping):
         raise TypeError(f"results: expected a dict of metrics, got {checks.describe(results)}")
     part = next((name for name in ("test", "validation") if name in results), "")
+    if not part and "split" in results:  # of a run whose data have neither part
+        return "", None
     metrics = results[part] if part else results
     if not isinstance(metrics, Mapping) or not isinstance(metrics.get("overall"), float | int):
         raise ValueError(
@@ -98,6 +100,11 @@ def text(
     ]
     if metrics is not None:
         body += [f"## Results on {part}", _results(metrics)]
+        if part == "validation" and len(model.stages) > 1:
+            body += [
+                "The thresholds were chosen on these images, so the accuracy on new ones is a "
+                "little lower."
+            ]
     body += ["## Classes", _classes(known), "## Preprocessing", _preprocessing(known)]
     head = _front_matter(name, metadata, part, metrics)
     return f"---\n{head}---\n\n" + "\n\n".join(body) + "\n"

@@ -61,17 +61,23 @@ def load(
     weights, metadata = opening.read(place)
     if place.is_dir():
         check_config(place, metadata)
+    named = _named_criterion(metadata)
+    if criterion is not None and named not in (None, criterion):
+        raise ValueError(
+            f"criterion: expected none for a network whose thresholds are for {named}, got "
+            f"{criterion!r}"
+        )
     found = _facts(place, metadata, model)
     if model is None:
         model = building.build(place, metadata, criterion)
         model.origin = {name: value for name, value in metadata.items() if name != "preprocessing"}
     else:
-        building.set_criterion(model, criterion or _named_criterion(metadata))
+        building.set_criterion(model, criterion or named)
     opening.load_weights(model, _with_own_parts(model, weights), place)
     model.class_names, model.class_counts, model.transform = found
     policy = opening.policy_beside(place)
     if policy is not None:
-        model.policy = opening.apply_policy(model, policy)
+        opening.apply_policy(model, policy)
     return model.eval().to(target)
 
 

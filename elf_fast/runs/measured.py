@@ -8,6 +8,7 @@ from typing import Any
 
 from .. import checks
 from ..modules import ELF
+from . import contents, opening
 from .files import CheckpointError
 
 METRICS = "metrics.json"
@@ -49,6 +50,13 @@ def accuracy(path: Path, model: ELF) -> float | None:
     if found is not None and not _is_share(found):
         raise CheckpointError(f"{_file(path)}: overall: expected a number in [0, 1], got {found!r}")
     return found
+
+
+def validation_digest(path: Path) -> str | None:
+    """The digest of a run's validation part, as its policy holds it; None if there is none."""
+    data = opening.read(path)[1].get("data")
+    part = data.get("validation") if isinstance(data, dict) else None
+    return None if part is None else contents.fingerprint(part)
 
 
 def _entry(path: Path, part: str, name: str) -> Any:

@@ -148,6 +148,8 @@ def _is_in_force(model: ELFBase, state: Mapping[str, Tensor]) -> bool:
     policy = model.policy
     if policy is None or policy.criterion != model.criterion:
         return False
+    if not isinstance(policy.criterion, str):  # no file holds a function
+        return False
     wanted = (torch.tensor(policy.thresholds), torch.tensor(policy.temperatures))
     held = (model.thresholds.cpu(), model.temperatures.cpu())
     same = all(torch.equal(a, b) for a, b in zip(wanted, held, strict=True))

@@ -166,11 +166,16 @@ def write_results(
             results["calibration"], policy = evaluator.calibrate(model, validation, digest)
         results["validation"] = evaluator.metrics(model, validation)
     if is_first:
-        # First, so that no policy of earlier weights lies beside new ones.
-        (output / FILE).unlink(missing_ok=True)
+        file = output / FILE
+        if file.exists():  # first, so that no policy of earlier weights lies beside new ones
+            file.replace(files.previous(file))
+            say(
+                evaluator.console,
+                f"{file} is written anew; the one before is {files.previous(file).name}",
+            )
         write_weights(output, model.state_dict(), metadata, checkpoints.WEIGHTS)
         if policy is not None and isinstance(policy.criterion, str):
-            policy.save(output / FILE)
+            policy.save(file)
     test = evaluator.loader(splits.test)
     if test is not None:
         results["test"] = evaluator.metrics(model, test)

@@ -32,7 +32,7 @@ def test_a_policy_is_chosen_shown_written_and_applied(own, tmp_path, capsys):
     made = Policy.load(own / "policy.json")
     assert made.promise.aim == "max_flops" and made.measured.flops_share <= 0.75
     assert f"thresholds {made.shown_thresholds()}" in said and "in weights    chosen" in said
-    assert "the most accurate within 0.75 of the FLOPs" in said
+    assert "the most accurate that costs at most 0.75 of the FLOPs" in said
     left = [f"{each.share.value:.1%}" for each in made.measured.exits]
     card = (own / "README.md").read_text()
     assert "Results on validation" in card  # the card shows this policy, not that of training
@@ -55,11 +55,18 @@ def test_a_policy_is_chosen_shown_written_and_applied(own, tmp_path, capsys):
 WRONG = [
     (("--max-flops", 0.1), "--max-flops: expected at least 0."),
     (("--max-ms", 1e-6), "--max-ms: expected at least "),
-    (("--max-flops", 0.9, "--max-drop", 0.1), "--max-drop: expected none beside max_flops"),
-    (("--guarantee", 0.9), "--guarantee: expected max_drop beside it"),
-    (("--max-drop", 0.01, "--guarantee", 0.95), "--guarantee: expected at least 874 samples"),
+    (
+        ("--max-flops", 0.9, "--max-drop", 0.1),
+        "--max-drop: expected one limit alone, got max_flops",
+    ),
+    (("--guarantee", 0.9), "--guarantee: expected max_drop, too"),
+    (
+        ("--max-drop", 0.01, "--guarantee", 0.95),
+        "--guarantee: expected at least 437 samples in the half that tests",
+    ),
     (("--exit-shares", 0.5, 0.1), "--exit-shares: expected 3 shares"),
     (("--criterion", "luck"), "--criterion: expected one of confidence"),
+    (("--batch", 4, "--max-flops", 0.7), "--batch: expected only with --max-ms, got 4"),
     (("--batch", 0, "--max-ms", 5), "--batch: expected an integer >= 1"),
     (("--device", "abacus"), "device: expected cpu"),
     (("--output", "/nowhere/p.json"), "--output: expected a file in a folder that exists"),
@@ -71,6 +78,24 @@ def test_a_mistake_is_one_line_and_changes_nothing(run, flags, message, capsys):
     before = (run / "policy.json").read_bytes()
     assert message in refused(capsys, "calibrate", run, *flags)
     assert (run / "policy.json").read_bytes() == before
+
+
+def test_weights_that_are_not_the_runs_leave_its_policy_alone(own, tmp_path, capsys):
+    before = (own / "policy.json").read_bytes()
+    (step, *_) = sorted((own / "checkpoints").iterdir())
+    other = shutil.copy(step / "model.safetensors", own / "old.safetensors")
+    said = refused(capsys, "calibrate", other)
+    assert f"--output: expected a file for the policy of {other}, got none" in said
+    printed(capsys, "calibrate", other, "--output", tmp_path / "old.json")
+    assert (own / "policy.json").read_bytes() == before
+
+
+def test_a_run_that_is_finished_again_keeps_the_policy_before(own, folder, capsys):
+    printed(capsys, "calibrate", own, "--exit-shares", 0, 0, 1)
+    chosen = (own / "policy.json").read_bytes()
+    said = printed(capsys, "train", "--resume", own)
+    assert "policy.json is written anew; the one before is policy.previous.json" in said
+    assert (own / "policy.previous.json").read_bytes() == chosen
 
 
 def test_files_that_are_no_policy_of_the_run_are_refused(own, capsys):

@@ -208,3 +208,13 @@ def test_two_processes_train_and_evaluate_each_sample_once(folder, tmp_path):
     assert results["history"][-1]["step"] == 2 * 6
     assert results["history"][-1]["loss"] < results["history"][0]["loss"]
     assert done.stdout.count("epoch 1/2") == 1
+
+
+def test_a_run_without_validation_and_test_ends(folder, tmp_path, capsys):
+    images = tmp_path / "images"
+    shutil.copytree(folder / "train", images)
+    output = tmp_path / "run"
+    said = printed(capsys, "train", "--data-dir", images, *FLAGS, "--epochs", 1, "--output", output)
+    assert "Results" not in (output / "README.md").read_text()
+    assert json.loads((output / "metrics.json").read_text())["split"]["test"] is None
+    assert "accuracy" in said

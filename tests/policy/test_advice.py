@@ -101,6 +101,14 @@ def test_advises_the_whole_network_where_exits_cost_more(head, shares, why):
     assert verdict.why == why
 
 
+def test_says_what_the_exits_cost_in_accuracy():
+    model = network(Takes(0.0), Takes(10.0))
+    known = {"accuracy": 0.6, "accuracy_exits_off": 0.7}
+    (verdict,) = advised(model, [0.5, 0.5], batches=[2], **known).verdicts
+    assert verdict.use == "the exits"
+    assert "(60.0% right with exits, 70.0% without)" in verdict.why
+
+
 def test_advises_a_network_that_is_faster_and_as_accurate():
     model = network(Takes(2.0), Takes(10.0))
     rivals = {

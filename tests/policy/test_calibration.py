@@ -232,14 +232,15 @@ WRONG = [
     ({"max_ms": 2.0}, ValueError, "max_ms: expected the argument ms beside it, got none and 2.0"),
     ({"max_ms": 2.0, "ms": [3.0, 4, 5]}, ValueError, r"max_ms: expected at least 3 ms "),
     ({"max_ms": 2.0, "ms": [3.0]}, ValueError, "ms: expected 3 numbers, one per exit"),
-    ({"max_flops": 0.5, "max_drop": 0.1}, ValueError, "max_drop: expected none beside max_flops"),
+    ({"max_flops": 0.5, "max_drop": 0.1}, ValueError, "max_drop: expected one limit alone, got "
+     "max_flops, too"),
     ({"max_drop": 1.5}, ValueError, r"max_drop: expected a number in \[0.0, 1.0\], got 1.5"),
-    ({"few_drop": 0.1}, ValueError, "few_drop: expected max_drop beside it"),
+    ({"few_drop": 0.1}, ValueError, "few_drop: expected max_drop, too, got none"),
     ({"max_drop": 0.1, "few_drop": 0.1}, ValueError, "groups: expected classes in the group 'few'"),
-    ({"guarantee": 0.9}, ValueError, "guarantee: expected max_drop beside it, got none and 0.9"),
+    ({"guarantee": 0.9}, ValueError, "guarantee: expected max_drop, too, got none"),
     ({"max_drop": 0.1, "guarantee": 1.0}, ValueError, r"guarantee: expected a probability in \(0"),
-    ({"max_drop": 0.01, "guarantee": 0.95}, ValueError, "guarantee: expected at least 874 samples "
-     "to certify max_drop 0.01 with probability 0.95, of which half test, got 600"),
+    ({"max_drop": 0.01, "guarantee": 0.95}, ValueError, "guarantee: expected at least 437 samples "
+     "in the half that tests, to certify max_drop 0.01 with probability 0.95, got 300"),
     ({"max_drop": 0.0, "guarantee": 0.95}, ValueError, "max_drop: expected a drop above 0 with "),
     ({"per": "image"}, ValueError, "per: expected exit, class or group, got 'image'"),
     ({"per": "group"}, ValueError, "groups: expected classes by group with per='group'"),
@@ -263,7 +264,7 @@ def test_a_wrong_call_says_what_was_expected(table, options, error, message):
 def test_wrong_tables_and_networks_are_refused(table, digits, trained):
     with pytest.raises(ValueError, match="flops: expected 3 numbers, one per exit"):
         choose(table, [0.5, 1.0])
-    with pytest.raises(ValueError, match="table: expected early exits, got one of a network with"):
+    with pytest.raises(ValueError, match="table: expected a network with early exits"):
         choose(ExitTable.from_logits(table.logits[:1], table.target), [1.0])
     with pytest.raises(ValueError, match="table: expected at least one sample, got none"):
         choose(table.rows(torch.arange(0)), FLOPS)

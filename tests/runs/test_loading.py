@@ -160,6 +160,23 @@ def test_a_criterion_that_was_a_function_is_given_again(digits_run, tmp_path):
     assert elf_fast.load(tmp_path / "a.safetensors", criterion=surest).criterion is surest
 
 
+def test_the_criterion_of_a_network_is_not_replaced(digits_run):
+    """Its thresholds are for the one that it was trained with."""
+    with pytest.raises(ValueError, match="criterion: expected none for a network whose thresholds"):
+        elf_fast.load(digits_run[0], criterion="entropy")
+
+
+def test_the_policy_that_was_applied_last_is_the_models(digits_run, tmp_path):
+    model = elf_fast.load(digits_run[0])
+    model.apply_policy(chosen := a_policy(model))
+    assert model.policy is chosen
+    elf_fast.save(model, tmp_path)
+    assert elf_fast.load(tmp_path).policy.thresholds == chosen.thresholds
+    model.apply_policy(a_policy(model, criterion=surest))
+    elf_fast.save(model, tmp_path / "scored")
+    assert not (tmp_path / "scored" / "policy.json").exists()
+
+
 @pytest.mark.parametrize(
     "changes, message",
     [
