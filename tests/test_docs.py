@@ -13,6 +13,7 @@ import torch
 from run_cases import parsed
 from torch import nn
 
+import elf_fast
 from elf_fast import ELF, ELFOutput, ExitHead, cli
 from elf_fast.policy import ExitTable, Policy, Promise
 from elf_fast.policy.measure import measured
@@ -134,7 +135,7 @@ def test_the_examples_of_serving_run(one_thread, capsys):
     assert "'answered': 1" in capsys.readouterr().out
 
 
-def test_the_example_of_drift_runs():
+def test_the_example_of_drift_runs(monkeypatch):
     """With a network whose exits and confidences are those of the policy."""
     page = read(DOCS / "drift.md")
     (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
@@ -145,7 +146,14 @@ def test_the_example_of_drift_runs():
     exit_index = table.exit_index(torch.tensor([0.9]))
     confidence = table.statistic.gather(0, exit_index[None])[0]
     out = ELFOutput(table.logits[0], exit_index, confidence, exit_index, None)
-    names = {"policy": policy, "model": lambda images: out, "batches": range(4)}
+
+    class Model:
+        def __call__(self, images):
+            return out
+
+    Model.policy = policy
+    monkeypatch.setattr(elf_fast, "load", lambda path: Model(), raising=False)
+    names: dict = {"batches": range(4)}
     exec(block, names)
     shown = {name.partition("{")[0] for name in names["monitor"].metrics()}
     assert set(re.findall(r"`(elf_fast_drift_\w+)", page)) == shown and len(shown) == 9
