@@ -52,7 +52,7 @@ class ELFMetrics(Metric):
 
     compute() -> a dict that JSON can hold. Accuracies and shares lie in [0, 1]; a value is None if
     no sample contributes to it, such as for a group without classes.
-        samples: N.
+        samples: N. samples_by_group {name}: of them, those of the group's classes.
         overall, many, medium, few, per_class [C]: accuracy.
         balanced_accuracy: the mean of per_class, which is macro recall.
         f1: macro F1, the mean of 2 TP / (2 TP + FP + FN) over the classes that are the target or
@@ -152,6 +152,9 @@ class ELFMetrics(Metric):
         falsely.index_add_(0, prediction, times * weight[target])
         return {
             "samples": int(samples.sum()),
+            "samples_by_group": {
+                name: int(samples[classes].sum()) for name, classes in self.groups.items()
+            },
             "overall": _accuracy(total),
             **{name: _accuracy(group) for name, group in groups.items()},
             "balanced_accuracy": sum(present) / len(present) if present else None,

@@ -82,6 +82,7 @@ def test_metrics_without_samples_are_none():
 def test_an_empty_evaluation_is_none_all_over():
     m = computed(output([], []), torch.zeros(0, dtype=torch.int64))
     assert m.pop("samples") == 0
+    assert m.pop("samples_by_group") == {"many": 0, "medium": 0, "few": 0}
     assert (
         m.pop("exit_accuracy") == m.pop("per_class") == m.pop("exit_shares_by_class") == [None] * 3
     )
@@ -147,7 +148,8 @@ def test_a_prior_weighs_classes_as_that_many_samples_would():
     prior = torch.bincount(target[rows], minlength=3)
     weighed = computed(out, target, counts, prior=prior)
     plain = computed(out, target, counts)
-    for key in ("samples", "ece", "confusions", "per_class", "balanced_accuracy"):
+    same = ("samples", "samples_by_group", "ece", "confusions", "per_class", "balanced_accuracy")
+    for key in same:
         assert weighed[key] == plain[key]
         repeated.pop(key), weighed.pop(key)
     assert weighed["overall"] != pytest.approx(plain["overall"])

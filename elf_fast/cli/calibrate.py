@@ -190,7 +190,8 @@ def _show(path: Path, output: Path, before: Measured, policy: Policy) -> None:
     for name in after.groups:
         was = before.groups[name].accuracy.value
         now, last = after.groups[name].accuracy, after.groups[name].accuracy_exits_off
-        print(_row(f"accuracy {name}, %", was, now.value, last.value))
+        print(_row(f"accuracy {name}, %", was, now.value, last.value)
+              + f"  of {after.groups[name].samples:,} images")  # fmt: skip
     for e, exits in enumerate(zip(before.exits, after.exits, strict=True), start=1):
         print(_row(f"left at exit {e}, %", *(x.share.value for x in exits)))
         there = [None if x.accuracy is None else x.accuracy.value for x in exits]

@@ -31,7 +31,9 @@ def show(heading: str, metrics: dict[str, Any], class_names: Sequence[str] = ())
         if key in metrics:
             value = metrics[key]
             values = value if isinstance(value, list) else [value]
-            print(f"  {label:41}{' / '.join(map(_percent, values))}")
+            samples = metrics.get("samples_by_group", {}).get(key)
+            count = f"  of {samples:,} image{'s' * (samples != 1)}" if samples else ""
+            print(f"  {label:41}{' / '.join(map(_percent, values))}{count}")
     for i, pair in enumerate(metrics["confusions"][:_CONFUSIONS] if class_names else ()):
         target, prediction = (class_names[pair[key]] for key in ("target", "prediction"))
         print(

@@ -21,6 +21,8 @@ from .description import OWN, RUN, Facts, facts
 NAME = "README.md"
 #: Classes that the card lists; config.json has all.
 _SHOWN = 50
+#: Accuracies of fewer images are not written for the Hub.
+_LEAST = 10
 #: The last line of a card that this module wrote, with a digest of the lines above it.
 _SIGNATURE = re.compile(
     rb"<!-- Written by elf_fast \(([0-9a-f]{16})\)\. It replaces this card unless you edit it\. "
@@ -63,6 +65,8 @@ def metrics_of(policy: Policy) -> dict[str, Any]:
     """What a policy gave on its calibration data, as metrics for the card."""
     found = policy.measured
     return {
+        "samples": found.samples,
+        "samples_by_group": {name: group.samples for name, group in found.groups.items()},
         "overall": found.accuracy.value,
         **{name: group.accuracy.value for name, group in found.groups.items()},
         "exit_shares": [each.share.value for each in found.exits],
@@ -178,7 +182,7 @@ def _front_matter(
         results = [
             EvalResult(**common, metric_type=kind, metric_name=label, metric_value=value)
             for kind, label, value in shown
-            if value is not None
+            if value is not None and not _is_anecdote(metrics, label)
         ]
     data = ModelCardData(
         library_name="elf_fast",
@@ -189,6 +193,12 @@ def _front_matter(
         ignore_metadata_errors=False,
     )
     return data.to_yaml() + "\n"
+
+
+def _is_anecdote(metrics: Mapping[str, Any], label: str) -> bool:
+    """Whether it is the accuracy of a group of fewer than `_LEAST` images."""
+    counts = metrics.get("samples_by_group", {})
+    return any(label == f"accuracy, {g} classes" and n < _LEAST for g, n in counts.items())
 
 
 def _usage(metadata: Mapping[str, Any], known: Facts) -> str:
@@ -248,12 +258,13 @@ def _threshold(value: Any) -> str:
 
 
 def _results(metrics: Mapping[str, Any]) -> str:
+    counts = {"overall": metrics.get("samples"), **metrics.get("samples_by_group", {})}
     rows = [
-        (label, f"{metrics[group]:.1%}")
+        (label, f"{metrics[group]:.1%}", "" if (n := counts.get(group)) is None else f"{n:,}")
         for group, label in _GROUPS.items()
         if metrics.get(group) is not None
     ]
-    table = _table(("classes", "accuracy"), rows)
+    table = _table(("classes", "accuracy", "images"), rows)
     share = metrics.get("flops_share")
     if share is None:
         return table
