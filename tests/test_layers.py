@@ -66,7 +66,7 @@ INSIDE = {
     "runs": (("strict_yaml", "lock", "demo_network", "class_weights"), ("values", "files"),
              ("config", "checkpoints", "description"), ("plain", "datasets", "freezing"),
              ("networks", "evaluation", "observation", "contents"), ("building", "card"),
-             ("opening", "saving", "predict", "measured"), ("loading", "initial")),
+             ("opening", "saving", "predict"), ("loading", "initial", "measured")),
     "training": (("processes", "ema", "schedule", "log", "mixing"),
                  ("progress", "learner", "stopping"), ("resume", "results", "unreadable"),
                  ("folder",), ("trainer", "config")),
