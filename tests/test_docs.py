@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.glob("*.md"))]
 #: Options of other commands that docs/training.md names.
-OTHERS = {"--nproc-per-node"}
+OTHERS = {"--nproc-per-node", "--per"}
 
 
 def read(page: Path) -> str:
