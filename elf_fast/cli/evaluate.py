@@ -103,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path, evaluation in zip(paths, opened, strict=True):
         if evaluation.checkpoint:
             print(f"{path}: {evaluation.checkpoint}", file=sys.stderr)
-        elif evaluation.part == "validation" and len(evaluation.model.stages) > 1:
+        elif evaluation.part == "validation" and evaluation.model.policy and not overrides:
             print(
                 f"{path}: no test part, so these are images that chose the thresholds; the "
                 "accuracy on new ones is a little lower",

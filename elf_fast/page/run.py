@@ -233,7 +233,7 @@ def _notes(run: Evaluated) -> list[Html]:
     ]
     if run.exits > 1 and run.part == "validation":
         found.append(
-            "There is no test part: these images also chose the thresholds, so the accuracy on new "
+            "There is no test part. If these images also chose the thresholds, the accuracy on new "
             "ones is a little lower."
         )
     if run.exits > 1:

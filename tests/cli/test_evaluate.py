@@ -393,3 +393,16 @@ def test_a_batch_is_a_positive_number(given, capsys):
     with pytest.raises(SystemExit):
         cli.main(["eval", "run", "--report", "r.html", "--batch", given])
     assert f"--batch: expected a positive integer, got {given!r}" in capsys.readouterr().err
+
+
+def test_eval_says_that_the_images_chose_the_thresholds(folder, tmp_path, capsys):
+    """Only of a run's own validation part."""
+    images = shutil.copytree(folder, tmp_path / "images")
+    shutil.rmtree(images / "test")
+    output = tmp_path / "run"
+    assert cli.main(["train", "--data-dir", str(images), *FLAGS, "--output", str(output)]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", str(output)]) == 0
+    assert "no test part, so these are images that chose the thresholds" in capsys.readouterr().err
+    assert cli.main(["eval", str(output), "--data-dir", str(images)]) == 0
+    assert capsys.readouterr().err == ""
