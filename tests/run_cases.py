@@ -12,8 +12,9 @@ from rich.console import Console
 
 from elf_fast import cli
 from elf_fast.cli import flags
-from elf_fast.runs import plain
+from elf_fast.runs import opening, plain
 from elf_fast.runs.config import TrainConfig
+from elf_fast.runs.evaluation import evaluate
 
 QUIET = Console(quiet=True)
 
@@ -71,3 +72,10 @@ def refused(capsys: pytest.CaptureFixture, *arguments: object) -> str:
     assert captured.err.count("\n") == 1 and captured.err.startswith("elf-fast: ")
     assert "Traceback" not in captured.err
     return captured.err
+
+
+def evaluated(path: Path, weights: dict, metadata: dict, **overrides) -> tuple[str, dict]:
+    """(part, metrics) of a run, as `elf-fast eval` opens it and the trainer measures it."""
+    run = opening.evaluation(path, weights, metadata, **overrides)
+    config = plain.from_run(metadata["config"], **overrides)
+    return run.part, evaluate(config, run.model, run.batches, run.class_counts, run.flops)

@@ -24,7 +24,7 @@ from . import checkpoints, contents, files
 from .building import without_weights
 from .config import TrainConfig
 from .datasets import blank_image, load_splits, load_test
-from .evaluation import autocast, check_read, evaluate, evaluation_loader
+from .evaluation import autocast, check_read, evaluation_loader
 from .files import CheckpointError
 from .networks import network
 from .plain import from_run
@@ -256,29 +256,6 @@ def evaluation(
         count_flops(run.model, blank_image(run.config, run.device)),
         partial(autocast, run.config, run.device), policy_file, metadata.get("checkpoint", ""),
     )  # fmt: skip
-
-
-def evaluate_run(
-    path: Path,
-    weights: dict[str, Tensor],
-    metadata: dict[str, Any],
-    policy_file: Path | None = None,
-    **overrides: Any,
-) -> tuple[str, dict[str, Any]]:
-    """("test" or "validation", metrics) of a run. The part is validation only if the
-    data set has no test part.
-
-    Args:
-        policy_file: a policy to apply; None: the thresholds that the weights hold.
-        overrides: as for `opened`, which also says what is raised.
-    """
-    run = opened(path, weights, metadata, ("test", "validation"), **overrides)
-    if policy_file is not None:
-        apply_policy(run.model, policy_file)
-    flops = count_flops(run.model, blank_image(run.config, run.device))
-    loader = evaluation_loader(run.config, run.images, run.device)
-    metrics = evaluate(run.config, run.model, loader, run.data["class_counts"], flops)
-    return run.part, metrics
 
 
 def calibrate_run(

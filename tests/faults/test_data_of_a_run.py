@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from run_cases import DIGITS, QUIET, coloured_images, printed, refused
+from run_cases import DIGITS, QUIET, coloured_images, evaluated, printed, refused
 
 pytest.importorskip("torchvision")
 
@@ -91,7 +91,7 @@ def test_data_that_moved_are_the_same(tested, copied, capsys):
     where = {"data_dir": config.data_dir}
     for path in ("run", "run/model.safetensors"):
         weights, metadata = opening.read(root / path)
-        _, metrics = opening.evaluate_run(root / path, weights, metadata, **where)
+        _, metrics = evaluated(root / path, weights, metadata, **where)
         assert metrics == json.loads((root / "run" / "metrics.json").read_text())["test"]
     assert capsys.readouterr().err == ""
     running = Trainer(config, CPU, console=QUIET)
@@ -142,11 +142,11 @@ def test_other_test_images_are_refused_unless_their_place_is_named(tested, copie
     changes = "class0 1 more, class1 equally many, but other files"
     message = f"test: expected the run's 8 images, got 9: {changes}"
     with pytest.raises(CheckpointError, match=f"made with\n{message}\nTo evaluate .*--data-dir"):
-        opening.evaluate_run(root / "run", weights, metadata)
+        evaluated(root / "run", weights, metadata)
     assert cli_metrics(root, capsys) == (9, message + "\n")
     shutil.rmtree(test)
     with pytest.raises(CheckpointError, match="test: expected the run's 8 images, got none"):
-        opening.evaluate_run(root / "run", weights, metadata)
+        evaluated(root / "run", weights, metadata)
     assert cli_metrics(root, capsys) == (6, "test: expected the run's 8 images, got none\n")
 
 

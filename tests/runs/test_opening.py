@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from run_cases import DIGITS, QUIET, refused
+from run_cases import DIGITS, QUIET, evaluated, refused
 
 from elf_fast.runs import files, opening
 from elf_fast.runs.files import CheckpointError
@@ -42,8 +42,8 @@ def test_it_is_opened_again_with_the_function_alone(scored, capsys):
     folder, results = scored
     weights, metadata = opening.read(folder)
     with pytest.raises(ValueError, match="criterion: the run used 'callable surest'"):
-        opening.evaluate_run(folder, weights, metadata)
-    part, metrics = opening.evaluate_run(folder, weights, metadata, criterion=surest)
+        evaluated(folder, weights, metadata)
+    part, metrics = evaluated(folder, weights, metadata, criterion=surest)
     assert (part, metrics) == ("test", results["test"])
     assert "criterion: the run used 'callable surest'" in refused(capsys, "eval", folder)
 
@@ -54,7 +54,7 @@ def test_pretrained_weights_are_not_loaded_to_be_replaced(scored):
     weights, metadata = opening.read(folder)
     settings = {**metadata["config"], "model_kwargs": {"pretrained": True}}
     recorded = {**metadata, "config": settings}
-    _, metrics = opening.evaluate_run(folder, weights, recorded, criterion=surest)
+    _, metrics = evaluated(folder, weights, recorded, criterion=surest)
     assert metrics == results["test"]
 
 
