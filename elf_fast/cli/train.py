@@ -21,8 +21,8 @@ def add(commands: Any) -> argparse.ArgumentParser:
         description="Trains, chooses thresholds on validation, evaluates once on the test part and "
         "writes weights, metrics.json, config.yaml and checkpoints into --output. Under torchrun, "
         "trains on all of its processes. Keys of the YAML file are the flags' names with "
-        "underscores; flags override the file, and the file overrides the defaults. `none` takes "
-        "back a setting that has no default. "
+        "underscores; flags override the file, and the file overrides the defaults. The value "
+        "`none` removes an optional setting. "
         "docs/training.md has examples.",
         usage="elf-fast train [-c FILE] [--resume RUN] [settings]",
     )
